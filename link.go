@@ -1,0 +1,448 @@
+package locker
+
+import (
+	"context"
+	"database/sql"
+	_ "embed"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/lib/pq"
+	"github.com/pkg/errors"
+	sqltrace "gopkg.in/DataDog/dd-trace-go.v1/contrib/database/sql"
+)
+
+// SchemaSQL creates what the postgres provider needs in its database: the tables
+// env_locks and env_lock_state and the sequence env_lock_counter. The provider
+// runs it on first use; without the privilege to, it names SchemaSQL in its
+// error, and somebody who has the privilege runs it once (C28). Running it
+// again is harmless.
+//
+//go:embed schema.sql
+var SchemaSQL string
+
+// The statements. All take arrays, so that one of them serves any number of
+// locks; the arrays are sorted by key, so that two sessions never lock rows in
+// opposite order.
+const (
+	sqlLookup = `
+SELECT w.ord, e.lock_key
+FROM unnest($1::text[], $2::integer[]) WITH ORDINALITY AS w(repo, pull_request, ord)
+JOIN env_locks e ON e.repo = w.repo AND e.pull_request = w.pull_request`
+
+	sqlAddKeys = `
+INSERT INTO env_locks (repo, pull_request, lock_key)
+SELECT * FROM unnest($1::text[], $2::integer[], $3::bigint[])
+ON CONFLICT DO NOTHING`
+
+	// The claim's number is drawn under the row lock, which makes the order of
+	// the claims the order of the rows. Nobody is notified when nobody holds or
+	// waits. NOTIFY never shares a commit with a flush: notifying transactions
+	// commit one after the other, server-wide.
+	sqlAnnounce = `
+INSERT INTO env_lock_state AS s (lock_key, claim, claim_id, claim_event, claimed_at)
+SELECT w.key, nextval('env_lock_counter'), w.id, w.event, clock_timestamp()
+FROM unnest($1::bigint[], $2::uuid[], $3::text[]) AS w(key, id, event)
+ON CONFLICT (lock_key) DO UPDATE SET
+    claim = greatest(s.claim + 1, nextval('env_lock_counter')),
+    claim_id = EXCLUDED.claim_id,
+    claim_event = EXCLUDED.claim_event,
+    claimed_at = EXCLUDED.claimed_at
+RETURNING s.lock_key, s.claim,
+    set_config('synchronous_commit', 'off', true),
+    CASE WHEN s.waiting OR s.holder_id IS NOT NULL THEN pg_notify('` + notifyChannel + `',
+        '{"kind":"` + kindClaim + `","lockKey":' || s.lock_key || ',"claim":' || s.claim ||
+        ',"id":"' || s.claim_id || '","event":' || to_json(s.claim_event) || '}')::text END`
+
+	// The claim is checked before the advisory lock is tried, and again on the
+	// row itself. The commit is flushed: it makes the token durable, and with it
+	// every claim before. SET sees whether the old holder was still there under
+	// the row lock.
+	sqlAcquire = `
+WITH want AS MATERIALIZED (
+    SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::bigint[], $4::uuid[], $5::boolean[], $6::boolean[], $7::text[])
+        AS w(key, id, claim, claim_id, first, tryable, event)
+), seen AS MATERIALIZED (
+    SELECT w.*, s.lock_key IS NULL AS missing, s.holder_id IS NULL AS hidden, s.claim AS newest, s.claim_id AS newest_id,
+        s.claim_event AS newest_event, w.first OR s.claim < w.claim OR s.claim_id = w.claim_id AS valid
+    FROM want w LEFT JOIN env_lock_state s ON s.lock_key = w.key
+), tried AS MATERIALIZED (
+    SELECT seen.*, CASE WHEN NOT missing AND valid AND tryable THEN pg_try_advisory_lock(key) ELSE false END AS got
+    FROM seen
+), taken AS (
+    UPDATE env_lock_state s SET
+        claim = CASE WHEN t.first THEN s.claim ELSE greatest(s.claim, t.claim) END,
+        claim_id = CASE WHEN t.first THEN s.claim_id ELSE t.claim_id END,
+        waiting = false,
+        token = greatest(s.token + 1, nextval('env_lock_counter')),
+        unclean_at = CASE WHEN s.holder_id IS NULL THEN s.unclean_at ELSE clock_timestamp() END,
+        holder_id = t.id, holder_event = t.event, holder_host = $8, holder_pid = $9, held_since = clock_timestamp()
+    FROM tried t
+    WHERE t.got AND s.lock_key = t.key AND (t.first OR s.claim < t.claim OR s.claim_id = t.claim_id)
+    RETURNING s.lock_key, s.claim, s.claim_id, s.token,
+        extract(epoch FROM clock_timestamp() - s.unclean_at)::float8 AS age
+)
+SELECT key, missing, hidden, valid, got, newest, newest_id,
+    CASE WHEN NOT valid THEN newest_event END, NULL::bigint, NULL::float8 FROM tried
+UNION ALL
+SELECT lock_key, false, false, true, true, claim, claim_id, NULL, token, age FROM taken`
+
+	// A row is missing at acquire when the claim was never announced or the
+	// operator deleted it.
+	sqlEnsure = `
+INSERT INTO env_lock_state (lock_key) SELECT unnest($1::bigint[]) ON CONFLICT DO NOTHING`
+
+	// Asks for a "released" where the row itself does not tell that somebody
+	// waits. Answers the rows that did not know.
+	sqlWait = `
+UPDATE env_lock_state SET waiting = true WHERE lock_key = ANY ($1::bigint[]) AND NOT waiting
+RETURNING lock_key, set_config('synchronous_commit', 'off', true)`
+
+	// The advisory lock is freed inside the transaction that clears the holder:
+	// a successor that gets it at once still waits for the row, and so never
+	// mistakes a clean end for a death. A missing row answers nothing; its
+	// advisory lock is then given back by sqlGiveBack.
+	sqlRelease = `
+UPDATE env_lock_state s
+SET holder_id = NULL, holder_event = NULL, holder_host = NULL, holder_pid = NULL, held_since = NULL
+FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
+WHERE s.lock_key = w.key AND s.holder_id = w.id
+RETURNING s.lock_key, pg_advisory_unlock(s.lock_key),
+    set_config('synchronous_commit', 'off', true),
+    CASE WHEN s.waiting OR s.claim_id <> w.id THEN pg_notify('` + notifyChannel + `',
+        '{"kind":"` + kindReleased + `","lockKey":' || s.lock_key || '}')::text END`
+
+	// Frees what this session holds of the keys, and nothing else.
+	sqlGiveBack = `
+SELECT k.key, pg_advisory_unlock(k.key), set_config('synchronous_commit', 'off', true), pg_notify('` + notifyChannel + `',
+    '{"kind":"` + kindReleased + `","lockKey":' || k.key || '}')::text
+FROM unnest($1::bigint[]) AS k(key)
+WHERE EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.pid = pg_backend_pid() AND l.objsubid = 1
+    AND (l.classid::bigint << 32) | l.objid::bigint = k.key)`
+
+	// The keys whose newest claim is not their holder's: what repairs a lost
+	// NOTIFY (C8). The first row always answers.
+	sqlHeartbeat = `
+SELECT pg_backend_pid(), NULL::bigint, NULL::bigint, NULL::uuid, NULL::text
+UNION ALL
+SELECT 0, s.lock_key, s.claim, s.claim_id, s.claim_event
+FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
+JOIN env_lock_state s ON s.lock_key = w.key WHERE s.claim_id <> w.id`
+
+	// How every session is set up. The two timeouts lie below the heartbeat's
+	// bound, so that a row that somebody else keeps locked cannot cost the
+	// session its life. The plans are by index whatever the statistics say.
+	sqlSettings = `
+SET lock_timeout = '1s'; SET statement_timeout = '3s';
+SET idle_session_timeout = '15s'; SET idle_in_transaction_session_timeout = '15s';
+SET tcp_keepalives_idle = 3; SET tcp_keepalives_interval = 3; SET tcp_keepalives_count = 3;
+SET default_transaction_isolation = 'read committed';
+SET jit = off; SET plan_cache_mode = force_generic_plan;
+SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off`
+
+	sqlServer = `
+SELECT pg_backend_pid(), pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on',
+    current_setting('server_version_num')::integer, current_setting('synchronous_commit'), current_user,
+    to_regclass('env_locks') IS NOT NULL AND to_regclass('env_lock_state') IS NOT NULL AND to_regclass('env_lock_counter') IS NOT NULL`
+
+	sqlPrivileges = `
+SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_locks', 'INSERT')
+    AND has_table_privilege('env_lock_state', 'SELECT') AND has_table_privilege('env_lock_state', 'INSERT')
+    AND has_table_privilege('env_lock_state', 'UPDATE') AND has_sequence_privilege('env_lock_counter', 'USAGE')`
+)
+
+// schemaLock is the advisory lock, in the two-key space that no lock of a user
+// lives in, under which concurrent starts make the schema.
+const schemaLock = `SELECT pg_advisory_xact_lock(1819239269, 1919116148)`
+
+const openTimeout = 8 * time.Second // longest that opening a session may take
+
+// link is one connection of a session: it holds the advisory locks, and they end
+// with it. It is used by the session's worker alone, except kill.
+type link struct {
+	generation uint64
+	pid        int
+	db         *sql.DB
+	conn       *sql.Conn
+	socket     *watchedConn // set by DialContext
+
+	lookup, addKeys, announce, acquire, ensure, wait, release, giveBack, heartbeat *sql.Stmt
+
+	mu     sync.Mutex // guards socket and killed against kill
+	killed bool
+}
+
+// refusedError is a reason why a session cannot work on this server at all: it
+// makes no sense to wait.
+type refusedError struct{ error }
+
+func (e refusedError) Unwrap() error { return e.error }
+
+func refused(format string, args ...any) error {
+	return refusedError{errors.Errorf("locker: "+format, args...)}
+}
+
+// openLink connects, checks the server and prepares the statements.
+func openLink(ctx context.Context, dsn, serviceName string, generation uint64) (_ *link, err error) {
+	l := &link{generation: generation}
+	connector, err := pq.NewConnector(dsn)
+	if err != nil {
+		return nil, refused("postgres URI is invalid")
+	}
+	connector.Dialer(l)
+	if serviceName == "" {
+		l.db = sql.OpenDB(connector)
+	} else {
+		l.db = sqltrace.OpenDB(connector, sqltrace.WithServiceName(serviceName), sqltrace.WithChildSpansOnly())
+	}
+	defer func() {
+		if err != nil {
+			l.close()
+		}
+	}()
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	stop := context.AfterFunc(ctx, l.kill)
+	defer stop()
+	if l.conn, err = l.db.Conn(ctx); err != nil {
+		return nil, connectError(err)
+	}
+	ctx = context.WithoutCancel(ctx) // kill ends the statements; lib/pq would open another connection to cancel them
+	if err := l.check(ctx); err != nil {
+		return nil, err
+	}
+	for _, s := range []struct {
+		stmt **sql.Stmt
+		text string
+	}{
+		{&l.lookup, sqlLookup}, {&l.addKeys, sqlAddKeys}, {&l.announce, sqlAnnounce},
+		{&l.acquire, sqlAcquire}, {&l.ensure, sqlEnsure}, {&l.wait, sqlWait},
+		{&l.release, sqlRelease}, {&l.giveBack, sqlGiveBack}, {&l.heartbeat, sqlHeartbeat},
+	} {
+		if *s.stmt, err = l.conn.PrepareContext(ctx, s.text); err != nil {
+			if e := pq.As(err); e != nil && (e.Code.Class() == "42" || e.Code.Class() == "26") {
+				return nil, refusedError{errors.Wrap(err, "locker: prepare statements: the tables are not those of SchemaSQL, or a pooling proxy does not keep the session")}
+			}
+			return nil, errors.Wrap(err, "locker: prepare statements")
+		}
+	}
+	l.socket.watch()
+	return l, nil
+}
+
+// connectError marks the errors of a server that will not let us in, whatever
+// the time.
+func connectError(err error) error {
+	err = errors.Wrap(err, "locker: connect to postgres")
+	if e := pq.As(err); e != nil {
+		switch {
+		case e.Code.Class() == "28", // authentication
+			e.Code == "3D000", // no such database
+			e.Code == "42501", // no privilege to connect
+			e.Code == "08P01": // a proxy that refuses the startup packet
+			return refusedError{err}
+		}
+	}
+	return err
+}
+
+// check proves that the server can carry a session (C27), except for NOTIFY,
+// and makes the schema if it is missing (C28).
+func (l *link) check(ctx context.Context) error {
+	var pid, version int
+	var readOnly, schema bool
+	var commit, user string
+	server := func() error {
+		err := l.conn.QueryRowContext(ctx, sqlServer).Scan(&pid, &readOnly, &version, &commit, &user, &schema)
+		return errors.Wrap(err, "locker: check server")
+	}
+	if err := server(); err != nil {
+		return err
+	}
+	switch {
+	case version < 140000:
+		return refused("PostgreSQL 14 or later is needed, the server is %d.%d", version/10000, version%10000)
+	case readOnly:
+		return refused("the server is read-only (a standby, or default_transaction_read_only): name the primary, or all hosts with target_session_attrs=read-write")
+	}
+	if !schema {
+		if err := l.makeSchema(ctx, user); err != nil {
+			return err
+		}
+	}
+	var allowed bool
+	if err := l.conn.QueryRowContext(ctx, sqlPrivileges).Scan(&allowed); err != nil {
+		return errors.Wrap(err, "locker: check privileges")
+	}
+	if !allowed {
+		return refused("user %q needs SELECT and INSERT on env_locks, SELECT, INSERT and UPDATE on env_lock_state and USAGE on env_lock_counter", user)
+	}
+	settings := sqlSettings
+	if commit == "off" { // a token must be durable before it is given out
+		settings += "; SET synchronous_commit = on"
+	}
+	if _, err := l.conn.ExecContext(ctx, settings); err != nil {
+		return errors.Wrap(err, "locker: set up session")
+	}
+	if l.pid = pid; server() != nil || pid != l.pid {
+		return errPooler
+	}
+	return nil
+}
+
+var errPooler = refused("two statements reached two server sessions: a proxy in transaction-pooling mode is in between; connect to PostgreSQL directly or to a pool in session mode")
+
+func (l *link) makeSchema(ctx context.Context, user string) error {
+	tx, err := l.conn.BeginTx(ctx, nil)
+	if err != nil {
+		return errors.Wrap(err, "locker: make schema")
+	}
+	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	if _, err = tx.ExecContext(ctx, schemaLock); err == nil {
+		_, err = tx.ExecContext(ctx, SchemaSQL)
+	}
+	if err == nil {
+		err = tx.Commit()
+	}
+	if e := pq.As(err); e != nil && (e.Code == "42501" || e.Code == "3F000") {
+		return refusedError{errors.Wrapf(err, "locker: make schema: user %q may not create tables; run the SQL in locker.SchemaSQL (schema.sql) once as a user who may", user)}
+	}
+	return errors.Wrap(err, "locker: make schema")
+}
+
+// Dial, DialTimeout and DialContext make the link lib/pq's dialer.
+func (l *link) Dial(network, address string) (net.Conn, error) {
+	return l.DialContext(context.Background(), network, address)
+}
+
+func (l *link) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	return l.DialContext(ctx, network, address)
+}
+
+func (l *link) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := dialer.DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.killed {
+		_ = conn.Close()
+		return nil, net.ErrClosed
+	}
+	l.socket = newWatchedConn(conn)
+	return l.socket, nil
+}
+
+var dialer = net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: heartbeatInterval, Interval: heartbeatInterval, Count: 3}}
+
+// kill closes the connection under whatever is going on on it. It may be called
+// at any time, by anybody, more than once.
+func (l *link) kill() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.killed = true
+	if l.socket != nil {
+		_ = l.socket.Close()
+	}
+}
+
+// close ends the link: the server frees what it held.
+func (l *link) close() {
+	if l.conn != nil {
+		_ = l.conn.Close()
+	}
+	_ = l.db.Close()
+	l.kill()
+	if l.socket != nil {
+		l.socket.wait()
+	}
+}
+
+// watchedConn notices at once when the server closes an idle connection (C24): a
+// goroutine reads ahead, so that the end is seen though nobody is waiting for
+// data.
+type watchedConn struct {
+	net.Conn
+	dead chan struct{} // closed when the connection has ended
+
+	mu       sync.Mutex // guards everything below
+	arrived  *sync.Cond // data or err
+	watching bool
+	data     []byte
+	err      error
+}
+
+func newWatchedConn(conn net.Conn) *watchedConn {
+	c := &watchedConn{Conn: conn, dead: make(chan struct{})}
+	c.arrived = sync.NewCond(&c.mu)
+	return c
+}
+
+// watch starts the reader, which ends when the connection does. Before that,
+// reads go straight to the connection and deadlines work.
+func (c *watchedConn) watch() {
+	c.mu.Lock()
+	c.watching = true
+	c.mu.Unlock()
+	go func() {
+		defer close(c.dead)
+		buf := make([]byte, 16<<10)
+		for {
+			n, err := c.Conn.Read(buf)
+			c.mu.Lock()
+			c.data = append(c.data, buf[:n]...)
+			c.err = err
+			c.arrived.Signal()
+			c.mu.Unlock()
+			if err != nil {
+				return
+			}
+		}
+	}()
+}
+
+// wait returns when the reader has ended. The connection must be closed.
+func (c *watchedConn) wait() {
+	c.mu.Lock()
+	watching := c.watching
+	c.mu.Unlock()
+	if watching {
+		<-c.dead
+	}
+}
+
+func (c *watchedConn) Read(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.watching {
+		return c.Conn.Read(p) // nobody else uses the connection yet
+	}
+	for len(c.data) == 0 {
+		if c.err != nil {
+			return 0, c.err
+		}
+		c.arrived.Wait()
+	}
+	n := copy(p, c.data)
+	c.data = c.data[:copy(c.data, c.data[n:])]
+	return n, nil
+}
+
+// applicationName is what pg_stat_activity shows, unless the URI says
+// otherwise.
+func applicationName() string {
+	name := "locker"
+	if len(os.Args) > 0 {
+		name += " " + os.Args[0][strings.LastIndexAny(os.Args[0], `/\`)+1:]
+	}
+	return name
+}
+
+var hostName, _ = os.Hostname() // "" where the system has none
+

@@ -1,0 +1,664 @@
+package locker
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/pkg/errors"
+)
+
+// backend is the database as the lock sees it. Timeouts, channels, delays and
+// callers' contexts belong to the lock, not to the backend.
+type backend interface {
+	// announce makes the claim known and answers its number.
+	announce(ctx context.Context, c claim) (int64, error)
+	// acquire tries once to take the key for the claim.
+	acquire(ctx context.Context, r request) (answer, error)
+	// release gives a granted key back. It is begun when the call returns and
+	// cannot be cancelled; the channel answers once. A nil channel means that
+	// it is done.
+	release(ctx context.Context, c claim) <-chan error
+	// events is where the lock subscribes while it waits or holds.
+	events() *hub
+}
+
+// claim is a caller's wish to hold a key.
+type claim struct {
+	key   int64
+	id    uuid.UUID
+	event string
+}
+
+// standing is a claim's place in the order of its key: its number, and the ID
+// under which the database knows it.
+type standing struct {
+	number int64
+	id     uuid.UUID
+}
+
+// request is one try to acquire. A claim that was never announced (C6) has no
+// standing at first: it accepts whatever is the newest claim, and then keeps
+// that claim's standing as its own.
+type request struct {
+	claim
+	standing standing
+	first    bool // no standing yet: any newest claim will do
+}
+
+type outcome int
+
+const (
+	busy       outcome = iota // somebody else holds the key
+	granted                   // the key is the claim's
+	superseded                // a newer claim exists
+	again                     // undecided: try again at once
+)
+
+// answer is the database's answer to a request.
+type answer struct {
+	outcome outcome
+	newest  standing // the newest claim of the key
+	event   string   // superseded: the event of the newest claim
+	// granted only:
+	token   int64
+	drain   time.Duration // what is left of the wait for a predecessor whose session died
+	session uint64        // the generation of the session that holds the key
+}
+
+// event is what a backend tells the locks of a key.
+type event struct {
+	kind    eventKind
+	from    standing // claimed, newest: the claim
+	message string   // claimed, newest, manual: its event, or the operator's text
+	session uint64   // lost: generation of the session
+	cause   error    // lost: why
+}
+
+type eventKind int
+
+const (
+	evClaimed  eventKind = iota // hint: a claim was announced
+	evNewest                    // from the row: the newest claim is not the holder's
+	evReleased                  // hint: trying again may succeed
+	evManual                    // an operator asks the holder to stop
+	evLost                      // the session is gone, and what it held
+	evClosed                    // the provider is closing
+)
+
+// phase is where a lock is in its life; it only ever moves forward.
+//
+//	fresh → waiting → held → notified → over
+//
+// waiting can go straight to over (the wait failed), held too (released, lost).
+type phase int
+
+const (
+	fresh phase = iota
+	waiting
+	held
+	notified
+	over
+)
+
+// lock is the state machine of both providers' locks. It needs no goroutine of
+// its own: timers, the caller's context and the backend's events drive it, each
+// from their own goroutine, and mu decides who comes first.
+type lock struct {
+	// Set when the lock is made.
+	backend backend
+	conf    LockProviderConfig
+	claim   claim
+	onOver  func() // closes what belongs to this lock alone; nil for a provider's locks
+
+	next, prev *lock // the hub's list of the key's locks; guarded by the hub
+
+	mu        sync.Mutex // guards everything below; never held across I/O or a call to the backend
+	phase     phase
+	placed    bool // standing is set: by Notify, or by the first answer to a claim that was never announced
+	standing  standing
+	ch        chan NotificationPayload // made when held; capacity 1, one payload at most, closed when over
+	session   uint64                   // the generation of the session that holds the key
+	token     int64
+	drain     time.Duration
+	cause     error                   // why the holder was notified
+	lost      error                   // what the next Unlock has to report (C18), once
+	lostUpTo  uint64                  // sessions up to this generation are gone
+	timer     *time.Timer             // held: max lock duration; notified: preemption timeout
+	unwatch   func() bool             // held: stops watching the caller's context
+	cancel    context.CancelCauseFunc // waiting: ends the wait
+	ended     error                   // waiting: the wait was ended by Unlock or by the provider's Close
+	wake      chan struct{}           // waiting: capacity 1, a reason to try again
+	left      chan struct{}           // waiting: closed when Lock has left; made by the Unlock that waits for it
+}
+
+var (
+	errLockZero     = errors.New("locker: lock was not made by a provider")
+	errContextNil   = errors.New("locker: context is nil")
+	errLockTwice    = errors.New("locker: Lock was called before on this lock (locks are single use)")
+	errNotLocked    = errors.New("locker: Unlock before Lock")
+	errReleasedWait = errors.New("released while waiting")
+	errUnavailable  = errors.New("locker: database session is not available")
+)
+
+// Notify announces the lock's claim: from now on no older claim can acquire the
+// key, waiters with an older claim leave and the holder, if there is one, is
+// told to stop (C3–C5). Another call makes the claim the newest once more. It
+// may be called concurrently with every other method.
+func (l *lock) Notify(ctx context.Context) error {
+	if err := l.usable(ctx); err != nil {
+		return err
+	}
+	err := checkUse(ctx, l.backend.events())
+	var number int64
+	if err == nil {
+		number, err = l.backend.announce(ctx, l.claim)
+	}
+	if err != nil {
+		return errors.Wrapf(err, "locker: announce %q on key %d", l.claim.event, l.claim.key)
+	}
+	l.mu.Lock()
+	l.placed = true
+	l.standing = standing{number, l.claim.id}
+	l.mu.Unlock()
+	return nil
+}
+
+// Lock waits for the key and answers the channel on which the holder is told,
+// at most once, that its undisturbed time is over (C12, C13); nobody has to
+// read it. It fails with an error that matches ErrLockPreempted when a newer
+// claim is announced (C4), ErrLockTimeout after the lock timeout, the context's
+// own error when ctx is done, ErrProviderClosed, or the database's error. A
+// lock is single use: a second Lock is an error.
+func (l *lock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
+	if err := l.usable(ctx); err != nil {
+		return nil, err
+	}
+	wait, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if err := l.begin(cancel); err != nil {
+		return nil, err
+	}
+	timeout := time.AfterFunc(l.conf.lockTimeout, func() { cancel(ErrLockTimeout) })
+	defer timeout.Stop()
+
+	ch, err := l.acquire(ctx, wait)
+	if err != nil {
+		l.backend.events().unsubscribe(l)
+		l.leave()
+		return nil, errors.Wrapf(err, "locker: lock key %d", l.claim.key)
+	}
+	return ch, nil
+}
+
+// Unlock ends the hold, or the wait of a Lock that has not returned (C19). It
+// blocks until the key is free, at most 5 s and at most until ctx is done; the
+// key is given back all the same. Before Lock it is an error. Once a hold has
+// ended by loss or revocation, the first Unlock answers ErrLockLost (C18);
+// every further one answers nil. It may be called concurrently with every other
+// method.
+func (l *lock) Unlock(ctx context.Context) error {
+	if err := l.usable(ctx); err != nil {
+		return err
+	}
+	err := l.unlock(ctx)
+	if l.onOver != nil {
+		l.onOver()
+	}
+	return errors.Wrapf(err, "locker: unlock key %d", l.claim.key)
+}
+
+// Token is the fencing token of the hold (C15): 0 before the lock is held, then
+// larger than the token of every earlier hold of the key. It stays readable
+// after the hold is over.
+func (l *lock) Token() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.token
+}
+
+// Cause says why the holder was notified: an error that matches the sentinel of
+// C13, or nil as long as the hold is undisturbed.
+func (l *lock) Cause() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.cause
+}
+
+// Drain is how long a holder should wait before it begins, because its
+// predecessor's session died and the predecessor may still run (C11). It is
+// zero after a predecessor that ended cleanly.
+func (l *lock) Drain() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.drain
+}
+
+func (l *lock) usable(ctx context.Context) error {
+	if l.backend == nil {
+		return errLockZero
+	}
+	if ctx == nil {
+		return errContextNil
+	}
+	return nil
+}
+
+func (l *lock) begin(cancel context.CancelCauseFunc) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.phase != fresh {
+		return errLockTwice
+	}
+	l.phase = waiting
+	l.cancel = cancel
+	l.wake = make(chan struct{}, 1)
+	return nil
+}
+
+// leave ends a wait that failed.
+func (l *lock) leave() {
+	l.mu.Lock()
+	l.phase = over
+	left := l.left
+	l.mu.Unlock()
+	if l.onOver != nil {
+		l.onOver()
+	}
+	if left != nil {
+		close(left)
+	}
+}
+
+// acquire tries until the key is the claim's or the wait is over. The hints that
+// wake it are only reasons to ask the database again.
+func (l *lock) acquire(ctx, wait context.Context) (<-chan NotificationPayload, error) {
+	if err := l.backend.events().subscribe(l); err != nil {
+		return nil, err
+	}
+	var unavailable error // why the database could not be asked, the last time
+	for {
+		if wait.Err() != nil {
+			return nil, waitError(ctx, wait, unavailable)
+		}
+		a, err := l.backend.acquire(wait, l.request())
+		switch {
+		case wait.Err() != nil && err != nil:
+			return nil, waitError(ctx, wait, unavailable)
+		case errors.Is(err, errUnavailable):
+			unavailable = err
+		case err != nil:
+			return nil, err
+		case a.outcome == granted:
+			ch, err := l.hold(ctx, a)
+			if err != nil {
+				l.backend.release(wait, l.claim)
+				return nil, err
+			}
+			if ch != nil {
+				return ch, nil
+			}
+			continue // the session that was granted the key is lost already
+		case a.outcome == superseded:
+			return nil, errors.Wrapf(ErrLockPreempted, "superseded by the newer claim %q", a.event)
+		case a.outcome == again:
+			continue
+		default:
+			unavailable = nil
+			l.adopt(a.newest)
+		}
+		poll := time.NewTimer(pollInterval)
+		select {
+		case <-l.wake:
+		case <-poll.C:
+		case <-wait.Done():
+		}
+		poll.Stop()
+	}
+}
+
+func (l *lock) request() request {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return request{claim: l.claim, standing: l.standing, first: !l.placed}
+}
+
+// adopt gives a claim that was never announced the standing of the claim that
+// was the newest when it began to wait (C6).
+func (l *lock) adopt(newest standing) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.placed {
+		l.placed = true
+		l.standing = newest
+	}
+}
+
+// hold moves the lock from waiting to held. It answers no channel when the
+// session that was granted the key is lost already, and an error when the wait
+// was ended by Unlock or Close: then the key has to be given back.
+func (l *lock) hold(ctx context.Context, a answer) (<-chan NotificationPayload, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if a.session != 0 && a.session <= l.lostUpTo {
+		return nil, nil
+	}
+	if l.ended != nil {
+		return nil, l.ended
+	}
+	l.phase = held
+	l.placed = true
+	l.standing = a.newest
+	l.session = a.session
+	l.token = a.token
+	l.drain = a.drain
+	l.ch = make(chan NotificationPayload, 1)
+	l.timer = time.AfterFunc(l.conf.maxLockDuration, func() { l.tell(ErrMaxLockDuration) })
+	if ctx.Done() != nil {
+		l.unwatch = context.AfterFunc(ctx, func() { l.tell(contextError(ctx)) })
+	}
+	return l.ch, nil
+}
+
+// tell notifies the holder of a cause that does not come from a peer.
+func (l *lock) tell(cause error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.phase == held {
+		l.notifyLocked(cause, l.ownPayload(cause))
+	}
+}
+
+// ownPayload carries the lock's own ID: the cause does not come from a peer.
+func (l *lock) ownPayload(cause error) NotificationPayload {
+	return NotificationPayload{ID: l.claim.id, Message: cause.Error(), LockKey: l.claim.key}
+}
+
+// notifyLocked moves the lock from held to notified; from now on the preemption
+// timeout runs.
+func (l *lock) notifyLocked(cause error, payload NotificationPayload) {
+	l.phase = notified
+	l.cause = cause
+	l.stopTimersLocked()
+	l.timer = time.AfterFunc(l.conf.preemptionTimeout, l.revoke)
+	l.ch <- payload // never blocks: capacity 1, and a lock is notified once
+}
+
+// revoke takes the lock from a holder that did not release it in time (C14).
+func (l *lock) revoke() {
+	l.mu.Lock()
+	if l.phase != notified {
+		l.mu.Unlock()
+		return
+	}
+	l.lost = errors.WithMessagef(ErrLockLost, "revoked %v after it was notified (%v)", l.conf.preemptionTimeout, l.cause)
+	l.endLocked()
+	l.mu.Unlock()
+
+	l.conf.logger.Warn("locker: lock revoked: its holder did not release it in time",
+		slog.Int64("key", l.claim.key), slog.String("event", l.claim.event),
+		slog.Duration("after", l.conf.preemptionTimeout), slog.String("cause", l.Cause().Error()))
+	l.backend.events().unsubscribe(l)
+	done := l.backend.release(context.Background(), l.claim)
+	if l.onOver != nil {
+		_ = await(context.Background(), done)
+		l.onOver()
+	}
+}
+
+// endLocked moves a hold to over: the channel is closed, nothing fires any more.
+func (l *lock) endLocked() {
+	l.phase = over
+	l.stopTimersLocked()
+	close(l.ch)
+}
+
+func (l *lock) stopTimersLocked() {
+	l.timer.Stop()
+	if l.unwatch != nil {
+		l.unwatch()
+		l.unwatch = nil
+	}
+}
+
+func (l *lock) unlock(ctx context.Context) error {
+	l.mu.Lock()
+	switch l.phase {
+	case fresh:
+		l.mu.Unlock()
+		return errNotLocked
+
+	case waiting:
+		if l.left == nil {
+			l.left = make(chan struct{})
+		}
+		left := l.left
+		l.endWaitLocked(errReleasedWait)
+		l.mu.Unlock()
+		return await(ctx, left)
+
+	case held, notified:
+		l.endLocked()
+		l.mu.Unlock()
+		l.backend.events().unsubscribe(l)
+		return await(ctx, l.backend.release(ctx, l.claim))
+
+	default: // over
+		err := l.lost
+		l.lost = nil
+		l.mu.Unlock()
+		return err
+	}
+}
+
+func (l *lock) endWaitLocked(reason error) {
+	if l.ended == nil {
+		l.ended = reason
+		l.cancel(reason)
+	}
+}
+
+// handle takes an event of the key from the backend.
+func (l *lock) handle(ev event) {
+	l.mu.Lock()
+	lost := false
+	switch l.phase {
+	case waiting:
+		l.handleWaitingLocked(ev)
+	case held, notified:
+		lost = l.handleHeldLocked(ev)
+	}
+	l.mu.Unlock()
+	if !lost {
+		return
+	}
+	l.backend.events().unsubscribe(l)
+	if l.onOver != nil {
+		go l.onOver() // it stops the session, which is what called handle
+	}
+}
+
+func (l *lock) handleWaitingLocked(ev event) {
+	switch ev.kind {
+	case evClosed:
+		l.endWaitLocked(ErrProviderClosed)
+		return
+	case evManual:
+		return
+	case evLost:
+		l.lostUpTo = ev.session
+	}
+	select {
+	case l.wake <- struct{}{}:
+	default: // it is awake already
+	}
+}
+
+// handleHeldLocked answers whether the hold is lost.
+func (l *lock) handleHeldLocked(ev event) bool {
+	theirs := ev.from.id != l.claim.id && ev.from.id != l.standing.id
+	switch {
+	case ev.kind == evLost:
+		if ev.session < l.session {
+			return false
+		}
+		l.lost = errors.WithMessagef(ErrLockLost, "session lost (%v)", ev.cause)
+		if l.phase == held {
+			l.notifyLocked(l.lost, l.ownPayload(l.lost))
+		}
+		l.endLocked()
+		return true
+	case l.phase == notified:
+	case ev.kind == evClosed:
+		l.notifyLocked(ErrProviderClosed, l.ownPayload(ErrProviderClosed))
+	case ev.kind == evManual:
+		l.notifyLocked(errors.WithMessagef(ErrStopRequested, "%q", ev.message),
+			NotificationPayload{ID: l.claim.id, Message: ev.message, LockKey: l.claim.key})
+	case theirs && (ev.kind == evNewest || ev.kind == evClaimed && ev.from.number > l.standing.number):
+		l.notifyLocked(errors.WithMessagef(ErrLockPreempted, "preempted by the newer claim %q", ev.message),
+			NotificationPayload{ID: ev.from.id, Message: ev.message, LockKey: l.claim.key})
+	}
+	return false
+}
+
+// await waits for done, but no longer than C18 allows.
+func await[T any](ctx context.Context, done <-chan T) error {
+	if ctx.Err() != nil {
+		return contextError(ctx)
+	}
+	if done == nil {
+		return nil
+	}
+	limit := time.NewTimer(releaseTimeout)
+	defer limit.Stop()
+	select {
+	case v := <-done:
+		err, _ := any(v).(error)
+		return err
+	case <-ctx.Done():
+		return contextError(ctx)
+	case <-limit.C:
+		return errors.Errorf("not confirmed within %v; it goes on in the background", releaseTimeout)
+	}
+}
+
+// contextError is the context's own error. Its cause is told, not matched: a
+// context that ended because another lock was preempted did not preempt this one
+// (C21).
+func contextError(ctx context.Context) error {
+	err := ctx.Err()
+	if cause := context.Cause(ctx); cause != err {
+		return errors.WithMessage(err, cause.Error())
+	}
+	return err
+}
+
+// waitError says why a wait ended before the database decided.
+func waitError(ctx, wait context.Context, unavailable error) error {
+	err := context.Cause(wait)
+	if ctx.Err() != nil {
+		err = contextError(ctx)
+	}
+	if unavailable != nil {
+		err = errors.WithMessage(err, unavailable.Error())
+	}
+	return err
+}
+
+// hub knows which locks of a provider wait for or hold which key, and passes
+// events to them.
+type hub struct {
+	mu     sync.Mutex // guards everything below, and the next and prev of the locks
+	locks  map[int64]*lock
+	count  int
+	closed bool
+	empty  chan struct{} // made by close; closed when the last lock has left
+}
+
+func newHub() *hub { return &hub{locks: map[int64]*lock{}} }
+
+func (h *hub) subscribe(l *lock) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.closed {
+		return ErrProviderClosed
+	}
+	if head := h.locks[l.claim.key]; head != nil {
+		l.next, head.prev = head, l
+	}
+	h.locks[l.claim.key] = l
+	h.count++
+	return nil
+}
+
+// unsubscribe may be called for a lock that is not, or no longer, subscribed.
+func (h *hub) unsubscribe(l *lock) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case l.prev != nil:
+		l.prev.next = l.next
+	case h.locks[l.claim.key] != l:
+		return
+	case l.next != nil:
+		h.locks[l.claim.key] = l.next
+	default:
+		delete(h.locks, l.claim.key)
+	}
+	if l.next != nil {
+		l.next.prev = l.prev
+	}
+	l.next, l.prev = nil, nil
+	h.count--
+	if h.closed && h.count == 0 {
+		close(h.empty)
+	}
+}
+
+// dispatch passes an event to the key's locks.
+func (h *hub) dispatch(key int64, ev event) {
+	h.mu.Lock()
+	var few [4]*lock
+	locks := few[:0]
+	for l := h.locks[key]; l != nil; l = l.next {
+		locks = append(locks, l)
+	}
+	h.mu.Unlock()
+	for _, l := range locks {
+		l.handle(ev)
+	}
+}
+
+// broadcast passes an event to every lock.
+func (h *hub) broadcast(ev event) {
+	h.mu.Lock()
+	locks := make([]*lock, 0, h.count)
+	for _, l := range h.locks {
+		for ; l != nil; l = l.next {
+			locks = append(locks, l)
+		}
+	}
+	h.mu.Unlock()
+	for _, l := range locks {
+		l.handle(ev)
+	}
+}
+
+// close ends every wait, notifies every holder and waits until they are gone; a
+// holder that does not release is revoked by its own lock. Further
+// subscriptions are refused.
+func (h *hub) close() {
+	h.mu.Lock()
+	if !h.closed {
+		h.closed = true
+		h.empty = make(chan struct{})
+		if h.count == 0 {
+			close(h.empty)
+		}
+	}
+	h.mu.Unlock()
+	h.broadcast(event{kind: evClosed})
+	<-h.empty
+}

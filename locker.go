@@ -1,0 +1,471 @@
+package locker
+
+import (
+	"context"
+	stderrors "errors"
+	"reflect"
+	"sync"
+	"time"
+
+	"github.com/pkg/errors"
+	"gopkg.in/DataDog/dd-trace-go.v1/ddtrace"
+	"gopkg.in/DataDog/dd-trace-go.v1/ddtrace/tracer"
+)
+
+// ErrLockPreempted says that a newer claim was announced for the key. It is
+// matched by the error of a Lock that left for a newer claim (C4), and by the
+// cause of a holder that was told to stop for one (C5, C16); by nothing else
+// (C21).
+var ErrLockPreempted = stderrors.New("lock was preemptepd while waiting for the lock")
+
+// The sentinels of everything else that ends a wait or a hold. Match them with
+// errors.Is.
+var (
+	// ErrLockTimeout: Lock waited for the lock timeout. It also matches
+	// context.DeadlineExceeded.
+	ErrLockTimeout error = timeoutError{}
+	// ErrLockLost: the hold ended without Release, because the session was lost
+	// or because the lock was revoked after its notification.
+	ErrLockLost = stderrors.New("lock was lost while it was held")
+	// ErrMaxLockDuration: the holder was notified because the max lock duration
+	// was reached.
+	ErrMaxLockDuration = stderrors.New("max lock duration was reached")
+	// ErrProviderClosed: the provider was closed.
+	ErrProviderClosed = stderrors.New("lock provider is closed")
+	// ErrStopRequested: an operator asked the holder to stop, with a NOTIFY by
+	// hand (C13).
+	ErrStopRequested = stderrors.New("holder was asked to stop")
+)
+
+type timeoutError struct{}
+
+func (timeoutError) Error() string   { return "lock timeout was reached while waiting for the lock" }
+func (timeoutError) Timeout() bool   { return true }
+func (timeoutError) Is(e error) bool { return e == context.DeadlineExceeded }
+
+// PreemptiveLocker represents a distributed lock where callers can be preempted
+// while waiting for the lock to be released or while holding the lock. High
+// level, the algorithm is as follows:
+//
+//   - Client A calls Lock() which returns immediately, Client A now has the
+//     lock. Client A periodically ensures the session is still alive. If Client
+//     A dies, the session expires and the lock is automatically released.
+//   - Client B calls Lock() which blocks since the lock is held by Client A.
+//   - Client A receives a value on the channel returned from the Lock() call
+//     indicating Client A should release the lock ASAP
+//   - Client C calls Lock() which blocks
+//   - Client B's invocation of Lock() returns with an error indicating it was
+//     preempted while waiting for the lock to release
+//   - Client A calls Unlock()
+//   - Client C's invocation of Lock() returns successfully
+//
+// It is made by a PreemptiveLockerFactory and is single use. All methods may be
+// called concurrently; Release during Lock ends the wait. Its zero value
+// answers errors.
+type PreemptiveLocker struct {
+	provider LockProvider
+	conf     PreemptiveLockerConfig
+	repo     string
+	pr       uint
+	event    string
+
+	mu      sync.Mutex // guards everything below; never held across a call to the provider
+	stage   stage
+	aborted bool               // locking: Release was called
+	cancel  context.CancelFunc // ends what Lock is doing; called when the hold is over
+	left    chan struct{}      // locking: closed when Lock has left; made by the Release that waits for it
+	lock    PreemptableLock    // locked and later
+	key     int64
+	token   int64
+}
+
+// stage is where a PreemptiveLocker is in its life.
+type stage int
+
+const (
+	unlocked stage = iota
+	locking
+	locked
+	released // or failed
+)
+
+// PreemptiveLockerFactory makes the PreemptiveLocker of one claim: event says
+// why repo's pull request pr is to be locked, to whomever it displaces. Repo
+// and pr are checked by Lock.
+type PreemptiveLockerFactory func(repo string, pr uint, event string) *PreemptiveLocker
+
+// NewPreemptiveLockerFactory makes a factory on a provider, which may be one of
+// your own (C9). The provider stays yours to close.
+func NewPreemptiveLockerFactory(provider LockProvider, opts ...PreemptiveLockerOption) (PreemptiveLockerFactory, error) {
+	if isNil(provider) {
+		return nil, errors.New("locker: lock provider is nil")
+	}
+	conf, err := newPreemptiveLockerConfig(opts)
+	if err != nil {
+		return nil, err
+	}
+	return func(repo string, pr uint, event string) *PreemptiveLocker {
+		return &PreemptiveLocker{provider: provider, conf: conf, repo: repo, pr: pr, event: event}
+	}, nil
+}
+
+// NewPostgresPreemptiveLockerFactory will create a PreemptiveLockerFactory that
+// makes use of a PostgresLockProvider. With a non-empty apmServiceName both the
+// locker and the SQL below it are traced under that name, unless an option says
+// otherwise. The provider lives as long as the process; to close it, make it
+// with NewLockProvider and pass it to NewPreemptiveLockerFactory.
+func NewPostgresPreemptiveLockerFactory(postgresURI, apmServiceName string, providerOpts []LockProviderOption, lockerOpts ...PreemptiveLockerOption) (PreemptiveLockerFactory, error) {
+	provider, err := NewLockProvider(PostgresLockProviderKind,
+		append([]LockProviderOption{WithPostgresBackend(postgresURI, apmServiceName)}, providerOpts...)...)
+	if err != nil {
+		return nil, err
+	}
+	return NewPreemptiveLockerFactory(provider,
+		append([]PreemptiveLockerOption{WithAPMServiceName(apmServiceName)}, lockerOpts...)...)
+}
+
+// NewFakePreemptiveLockerFactory will create a PreemptiveLockerFactory that
+// makes use of a FakeLockProvider. This is suitable for tests, where postgres
+// might not be available or wanted.
+func NewFakePreemptiveLockerFactory(providerOpts []LockProviderOption, lockerOpts ...PreemptiveLockerOption) (PreemptiveLockerFactory, error) {
+	provider, err := NewLockProvider(FakeLockProviderKind, providerOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return NewPreemptiveLockerFactory(provider, lockerOpts...)
+}
+
+// Lock locks the lock and returns a channel used to signal if the lock should be
+// released ASAP. If the lock is currently in use, this method will block until
+// the lock is released. If the caller is preempted while waiting for the lock to
+// be released, an error is returned.
+//
+// In detail: Lock announces a claim, which displaces every older one, waits for
+// the key and then for the lock delay (C9, C11). The channel carries at most one
+// payload and is closed when the hold is over; nobody has to read it (C12). Once
+// ctx is done the holder is notified, so ctx should live as long as the hold.
+//
+// The error matches ErrLockPreempted if a newer claim was announced,
+// ErrLockTimeout after the lock timeout, ctx's own error if ctx is done, and
+// ErrProviderClosed; other errors come from the input or from the database. A
+// Lock that failed leaves nothing behind (C20). A second Lock is an error.
+func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayload, err error) {
+	if err := p.usable(ctx); err != nil {
+		return nil, err
+	}
+	span, ctx := p.startSpan(ctx, "lock")
+	defer func() { p.finishSpan(span, err) }()
+
+	hold, cancel := context.WithCancel(ctx)
+	if err := p.begin(cancel); err != nil {
+		cancel()
+		return nil, err
+	}
+	lock, ch, err := p.acquire(hold)
+	err = p.arrive(lock, err)
+	if err != nil {
+		if lock != nil {
+			_ = unlockDetached(ctx, lock)
+		}
+		cancel()
+		p.leave()
+		return nil, errors.WithMessagef(err, "locker: lock %s#%d for %q", p.repo, p.pr, p.event)
+	}
+	return ch, nil
+}
+
+// Release ends the hold, or the Lock that has not returned yet (C19). It blocks
+// until the key is free, at most 5 s and at most until ctx is done; the key is
+// given back all the same, even if ctx is done already (C18). Before Lock it is
+// an error. If the hold had ended by loss or revocation, Release says so once,
+// with an error that matches ErrLockLost. A second Release, and one after a Lock
+// that failed, answer nil.
+func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
+	if err := p.usable(ctx); err != nil {
+		return err
+	}
+	span, ctx := p.startSpan(ctx, "release")
+	defer func() { p.finishSpan(span, err) }()
+
+	p.mu.Lock()
+	stage := p.stage
+	var left chan struct{}
+	switch stage {
+	case locking:
+		if p.left == nil {
+			p.left = make(chan struct{})
+		}
+		left = p.left
+		p.aborted = true
+		p.cancel()
+	case locked:
+		p.stage = released
+	}
+	p.mu.Unlock()
+
+	switch stage {
+	case unlocked:
+		err = errors.New("Release before Lock")
+	case locking:
+		err = await(ctx, left)
+	case locked:
+		err = unlockBounded(ctx, p.lock)
+		p.cancel()
+	}
+	return errors.WithMessagef(err, "locker: release %s#%d", p.repo, p.pr)
+}
+
+// Do locks, runs f and releases (C16). The context given to f is derived from
+// ctx and is cancelled when the holder is notified; context.Cause then matches
+// the cause's sentinel: ErrLockPreempted, ErrMaxLockDuration, ErrLockLost,
+// ErrProviderClosed, ErrStopRequested or ctx's own error. f should return soon
+// after that: once the preemption timeout has passed the lock is taken away.
+//
+// Do returns when f has returned, and releases whatever ctx is. Its error
+// matches f's error and, if f was disturbed, the cause, also if f returned nil.
+// If f panics, the lock is released and the panic goes on.
+func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) error) (err error) {
+	if f == nil {
+		return errors.New("locker: function is nil")
+	}
+	ch, err := p.Lock(ctx)
+	if err != nil {
+		return err
+	}
+	fctx, cancel := context.WithCancelCause(ctx)
+	watched := make(chan error, 1)
+	go func() { // ends when f has returned, or before
+		watched <- p.watch(ctx, fctx, ch, cancel)
+	}()
+	defer func() { // also on a panic and on runtime.Goexit
+		cancel(nil)
+		err = joinErrors(err, <-watched)
+		err = joinErrors(err, p.Release(context.WithoutCancel(ctx)))
+	}()
+	return f(fctx)
+}
+
+// watch cancels f's context at the notification and answers why, or nil if f was
+// not disturbed before it returned.
+func (p *PreemptiveLocker) watch(ctx, fctx context.Context, ch <-chan NotificationPayload, cancel context.CancelCauseFunc) error {
+	select {
+	case n, ok := <-ch:
+		cause := p.disturbed(n, ok)
+		cancel(cause)
+		return cause
+	case <-fctx.Done():
+	}
+	select {
+	case n, ok := <-ch: // notified at the moment when f returned or ctx ended
+		return p.disturbed(n, ok)
+	default:
+	}
+	if ctx.Err() != nil {
+		return contextError(ctx)
+	}
+	return nil
+}
+
+// disturbed says why a notification came, from what was read from the channel.
+func (p *PreemptiveLocker) disturbed(n NotificationPayload, ok bool) error {
+	p.mu.Lock()
+	lock, stage := p.lock, p.stage
+	p.mu.Unlock()
+	if !ok && stage == released {
+		return nil // by our own Release
+	}
+	return causeOf(lock, n, ok)
+}
+
+// Token is the fencing token of the hold (C15): 0 before the lock is held, and
+// then a number that is larger than that of every earlier hold of the same key,
+// in any process, across crashes of holders and of the database server. Send it
+// with every write to a resource that can refuse an older one. It stays 0 with a
+// provider of your own whose locks have no Token() int64.
+func (p *PreemptiveLocker) Token() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.token
+}
+
+func (p *PreemptiveLocker) usable(ctx context.Context) error {
+	if p.provider == nil {
+		return errors.New("locker: PreemptiveLocker was not made by a factory")
+	}
+	if ctx == nil {
+		return errContextNil
+	}
+	return nil
+}
+
+func (p *PreemptiveLocker) begin(cancel context.CancelFunc) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stage != unlocked {
+		return errors.New("locker: Lock was called before on this PreemptiveLocker (it is single use)")
+	}
+	p.stage = locking
+	p.cancel = cancel
+	return nil
+}
+
+// acquire claims the key and waits for it and for the lock delay. It answers the
+// lock, once there is one, also with an error.
+func (p *PreemptiveLocker) acquire(ctx context.Context) (PreemptableLock, <-chan NotificationPayload, error) {
+	if err := checkRepo(p.repo, p.pr); err != nil {
+		return nil, nil, err
+	}
+	key, err := p.provider.LockKey(ctx, p.repo, p.pr)
+	if err != nil {
+		return nil, nil, err
+	}
+	p.mu.Lock()
+	p.key = key
+	p.mu.Unlock()
+	lock, err := p.provider.New(ctx, key, p.event)
+	if err != nil {
+		return nil, nil, err
+	}
+	if isNil(lock) {
+		return nil, nil, errors.New("lock provider answered no lock")
+	}
+	if err := lock.Notify(ctx); err != nil {
+		return lock, nil, err
+	}
+	ch, err := lock.Lock(ctx)
+	if err != nil {
+		return lock, nil, err
+	}
+	return lock, ch, p.delay(ctx, lock, ch)
+}
+
+// delay waits for the lock delay (C11).
+func (p *PreemptiveLocker) delay(ctx context.Context, lock PreemptableLock, ch <-chan NotificationPayload) error {
+	d := p.conf.lockDelay
+	if d == 0 {
+		if l, ok := lock.(interface{ Drain() time.Duration }); ok {
+			d = l.Drain()
+		}
+	}
+	if d <= 0 {
+		return nil
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case n, ok := <-ch:
+		return errors.WithMessage(causeOf(lock, n, ok), "during the lock delay")
+	case <-ctx.Done():
+		return contextError(ctx)
+	}
+}
+
+// arrive moves from locking to locked, unless Lock has failed or Release was
+// called meanwhile.
+func (p *PreemptiveLocker) arrive(lock PreemptableLock, err error) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.aborted {
+		return errReleasedWait
+	}
+	if err != nil {
+		return err
+	}
+	p.stage = locked
+	p.lock = lock
+	if l, ok := lock.(interface{ Token() int64 }); ok {
+		p.token = l.Token()
+	}
+	return nil
+}
+
+// leave ends a Lock that failed.
+func (p *PreemptiveLocker) leave() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.stage = released
+	if p.left != nil {
+		close(p.left)
+	}
+}
+
+// causeOf says why a holder was notified, from what was read from its channel
+// and from what the lock knows.
+func causeOf(lock PreemptableLock, n NotificationPayload, ok bool) error {
+	if l, has := lock.(interface{ Cause() error }); has {
+		if cause := l.Cause(); cause != nil {
+			return cause
+		}
+	}
+	if !ok {
+		return errors.WithMessage(ErrLockLost, "the lock's channel was closed")
+	}
+	return errors.WithMessagef(ErrLockPreempted, "notified: %q", n.Message)
+}
+
+// unlockBounded unlocks a lock of any provider within the bounds of C18.
+func unlockBounded(ctx context.Context, lock PreemptableLock) error {
+	if ctx.Err() != nil {
+		go func() { _ = unlockDetached(ctx, lock) }() // ends within releaseTimeout
+		return contextError(ctx)
+	}
+	bounded, cancel := context.WithTimeout(ctx, releaseTimeout)
+	defer cancel()
+	return lock.Unlock(bounded)
+}
+
+// unlockDetached unlocks whether or not ctx is done.
+func unlockDetached(ctx context.Context, lock PreemptableLock) error {
+	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseTimeout)
+	defer cancel()
+	return lock.Unlock(bounded)
+}
+
+// startSpan starts an APM span if the locker has a service name.
+func (p *PreemptiveLocker) startSpan(ctx context.Context, name string) (ddtrace.Span, context.Context) {
+	if p.conf.apmServiceName == "" {
+		return nil, ctx
+	}
+	return tracer.StartSpanFromContext(ctx, name,
+		tracer.ServiceName(p.conf.apmServiceName),
+		tracer.Tag("repo", p.repo), tracer.Tag("pr", p.pr), tracer.Tag("event", cleanEvent(p.event)))
+}
+
+func (p *PreemptiveLocker) finishSpan(span ddtrace.Span, err error) {
+	if span == nil {
+		return
+	}
+	p.mu.Lock()
+	span.SetTag("lock_key", p.key)
+	span.SetTag("token", p.token)
+	p.mu.Unlock()
+	span.Finish(tracer.WithError(err))
+}
+
+// isNil also sees a nil pointer in an interface.
+func isNil(v any) bool {
+	if v == nil {
+		return true
+	}
+	r := reflect.ValueOf(v)
+	return r.Kind() == reflect.Pointer && r.IsNil()
+}
+
+// joinedError matches two errors; pkg/errors' Cause follows the first.
+type joinedError struct{ first, second error }
+
+func (e *joinedError) Error() string   { return e.first.Error() + "; " + e.second.Error() }
+func (e *joinedError) Cause() error    { return e.first }
+func (e *joinedError) Unwrap() []error { return []error{e.first, e.second} }
+
+func joinErrors(first, second error) error {
+	switch {
+	case first == nil:
+		return second
+	case second == nil || first == second:
+		return first
+	}
+	return &joinedError{first, second}
+}

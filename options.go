@@ -1,0 +1,232 @@
+package locker
+
+import (
+	"log/slog"
+	"net/url"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/lib/pq"
+	"github.com/pkg/errors"
+)
+
+// Every default and every fixed bound of the package. The three bounds of the
+// session fit into each other: a holder that runs learns of its loss
+// (lossBound) before a successor may start (uncleanDelay), and both before the
+// server itself ends a silent session (leaseTimeout).
+const (
+	defaultLockTimeout       = 20 * time.Second
+	defaultMaxLockDuration   = 30*time.Minute + 30*time.Second
+	defaultPreemptionTimeout = 10 * time.Second
+
+	releaseTimeout = 5 * time.Second // longest that Release and Unlock block (C18)
+	pollInterval   = time.Second     // longest sleep of a waiter between two tries
+
+	heartbeatInterval = 3 * time.Second         // C24
+	lossBound         = 8500 * time.Millisecond // C24: told within 9 s of the start of the last good heartbeat
+	uncleanDelay      = 10 * time.Second        // C11: a successor's wait after a predecessor whose session died
+	leaseTimeout      = 15 * time.Second        // C25: idle_session_timeout
+
+	maxPullRequest = 1<<31 - 1 // the column is a PostgreSQL integer
+)
+
+// LockProviderConfig sets configuration values that can be shared between
+// LockProvider implementations. Its zero value is valid and means every
+// default. It is filled by the LockProviderOptions.
+type LockProviderConfig struct {
+	lockTimeout       time.Duration
+	maxLockDuration   time.Duration
+	preemptionTimeout time.Duration
+	postgres          *postgresTarget
+	logger            *slog.Logger
+}
+
+// postgresTarget is kept behind a pointer so that printing a configuration
+// never prints a password (C31).
+type postgresTarget struct {
+	uri         string
+	serviceName string
+}
+
+// LockProviderOption allows clients to configure different aspects of the
+// LockProvider that NewLockProvider returns. Options are checked there, not
+// where they are made.
+type LockProviderOption func(*LockProviderConfig)
+
+// WithLockTimeout sets how long Lock waits for the key before it gives up with
+// an error that matches ErrLockTimeout. Zero means the default, 20 s; a
+// negative duration is refused.
+func WithLockTimeout(lockWait time.Duration) LockProviderOption {
+	return func(c *LockProviderConfig) { c.lockTimeout = lockWait }
+}
+
+// WithMaxLockDuration sets how long a lock may be held before its holder is
+// notified with ErrMaxLockDuration; like every notification it is followed by
+// revocation after the preemption timeout. It protects against a holder that
+// is blocked. Zero means the default, 30 min 30 s; a negative duration is
+// refused.
+func WithMaxLockDuration(duration time.Duration) LockProviderOption {
+	return func(c *LockProviderConfig) { c.maxLockDuration = duration }
+}
+
+// WithPreemptionTimeout sets how long a holder has, after its notification and
+// whatever its cause, until the lock is taken from it, read or unread. Zero
+// means the default, 10 s; a negative duration is refused.
+func WithPreemptionTimeout(duration time.Duration) LockProviderOption {
+	return func(c *LockProviderConfig) { c.preemptionTimeout = duration }
+}
+
+// WithPostgresBackend names the PostgreSQL server of a postgres provider, as a
+// URL (postgres://user:password@host/db) or as key=value pairs, in the form
+// that github.com/lib/pq takes. Several hosts may be named
+// (postgres://a,b/db); the one that takes writes is used, also after a
+// failover. With a non-empty apmServiceName the SQL statements that serve a
+// traced Lock or Release are recorded as Datadog APM spans of that service.
+func WithPostgresBackend(postgresURI string, apmServiceName string) LockProviderOption {
+	return func(c *LockProviderConfig) {
+		c.postgres = &postgresTarget{uri: postgresURI, serviceName: apmServiceName}
+	}
+}
+
+// WithLogger sets where the provider reports what an operator must know: a
+// lost or refused session, a revoked lock, a missing schema. Without it, or
+// with nil, nothing is logged.
+func WithLogger(logger *slog.Logger) LockProviderOption {
+	return func(c *LockProviderConfig) { c.logger = logger }
+}
+
+func newLockProviderConfig(options []LockProviderOption) (LockProviderConfig, error) {
+	var c LockProviderConfig
+	for i, option := range options {
+		if option == nil {
+			return c, errors.Errorf("locker: provider option %d is nil", i)
+		}
+		option(&c)
+	}
+	return c.checked()
+}
+
+// checked answers the configuration with its defaults filled in.
+func (c LockProviderConfig) checked() (LockProviderConfig, error) {
+	for _, d := range []struct {
+		name  string
+		value *time.Duration
+		def   time.Duration
+	}{
+		{"lock timeout", &c.lockTimeout, defaultLockTimeout},
+		{"max lock duration", &c.maxLockDuration, defaultMaxLockDuration},
+		{"preemption timeout", &c.preemptionTimeout, defaultPreemptionTimeout},
+	} {
+		if *d.value < 0 {
+			return c, errors.Errorf("locker: %s is negative: %v", d.name, *d.value)
+		}
+		if *d.value == 0 {
+			*d.value = d.def
+		}
+	}
+	if c.logger == nil {
+		c.logger = slog.New(slog.DiscardHandler)
+	}
+	return c, nil
+}
+
+// PreemptiveLockerConfig contains values for adjusting how the
+// PreemptiveLocker behaves. It is filled by the PreemptiveLockerOptions.
+type PreemptiveLockerConfig struct {
+	lockDelay      time.Duration
+	apmServiceName string
+}
+
+// PreemptiveLockerOption configures the PreemptiveLockers that a factory makes.
+type PreemptiveLockerOption func(*PreemptiveLockerConfig)
+
+// WithLockDelay sets how long PreemptiveLocker.Lock waits, already holding the
+// lock, before it returns. Zero, the default, waits only where it is needed:
+// 10 s after a predecessor whose session died, so that a predecessor that still
+// runs has learnt of it; not at all after one that ended cleanly. A positive
+// duration always waits exactly that long, also after a dead predecessor: less
+// than 10 s gives that protection up. A negative one is refused.
+func WithLockDelay(lockDelay time.Duration) PreemptiveLockerOption {
+	return func(c *PreemptiveLockerConfig) { c.lockDelay = lockDelay }
+}
+
+// WithAPMServiceName records every Lock and Release as a Datadog APM span,
+// named "lock" and "release", of the service with that name. Without it, or
+// with an empty name, nothing is recorded.
+func WithAPMServiceName(name string) PreemptiveLockerOption {
+	return func(c *PreemptiveLockerConfig) { c.apmServiceName = name }
+}
+
+func newPreemptiveLockerConfig(options []PreemptiveLockerOption) (PreemptiveLockerConfig, error) {
+	var c PreemptiveLockerConfig
+	for i, option := range options {
+		if option == nil {
+			return c, errors.Errorf("locker: locker option %d is nil", i)
+		}
+		option(&c)
+	}
+	if c.lockDelay < 0 {
+		return c, errors.Errorf("locker: lock delay is negative: %v", c.lockDelay)
+	}
+	return c, nil
+}
+
+// checkRepo refuses what the env_locks table cannot hold (C29).
+func checkRepo(repo string, pr uint) error {
+	switch {
+	case !utf8.ValidString(repo):
+		return errors.Errorf("locker: repo %q is not valid UTF-8", repo)
+	case strings.ContainsRune(repo, 0):
+		return errors.Errorf("locker: repo %q contains a NUL", repo)
+	case pr > maxPullRequest:
+		return errors.Errorf("locker: pull request %d is beyond the column's range (%d)", pr, maxPullRequest)
+	}
+	return nil
+}
+
+// sessionDSN answers the connection string that sessions use: the caller's,
+// with a name for pg_stat_activity, a bound for connecting and, when several
+// hosts are named, the demand for the one that takes writes. Its errors never
+// quote the string, which may hold a password (C31).
+func sessionDSN(uri string) (string, error) {
+	if strings.TrimSpace(uri) == "" {
+		return "", errors.New("locker: postgres URI is empty")
+	}
+	invalid := errors.New("locker: postgres URI is invalid: want postgres://user:password@host:port/database?sslmode=… or key=value pairs (the value is not shown because it may hold a password)")
+	cfg, err := pq.NewConfig(uri)
+	if err != nil {
+		return "", invalid
+	}
+	extra := url.Values{}
+	if cfg.ApplicationName == "" && cfg.FallbackApplicationName == "" {
+		extra.Set("fallback_application_name", applicationName())
+	}
+	if cfg.ConnectTimeout <= 0 {
+		extra.Set("connect_timeout", "5")
+	}
+	if len(cfg.Multi) > 0 && (cfg.TargetSessionAttrs == "" || cfg.TargetSessionAttrs == pq.TargetSessionAttrsAny) {
+		extra.Set("target_session_attrs", string(pq.TargetSessionAttrsReadWrite))
+	}
+	dsn := uri
+	if strings.HasPrefix(uri, "postgres://") || strings.HasPrefix(uri, "postgresql://") {
+		u, err := url.Parse(uri)
+		if err != nil {
+			return "", invalid
+		}
+		q := u.Query()
+		for k, v := range extra {
+			q[k] = v
+		}
+		u.RawQuery = q.Encode()
+		dsn = u.String()
+	} else {
+		for k := range extra {
+			dsn += " " + k + "='" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(extra.Get(k)) + "'"
+		}
+	}
+	if _, err := pq.NewConfig(dsn); err != nil {
+		return "", invalid
+	}
+	return dsn, nil
+}

@@ -1,0 +1,138 @@
+package locker
+
+import (
+	"context"
+	"sync"
+
+	"github.com/jmoiron/sqlx"
+	"github.com/pkg/errors"
+)
+
+// PostgresLockProvider makes locks on PostgreSQL, 14 or later. Every process that
+// names the same database shares them. It uses a constant number of connections,
+// two and no pool, however many locks it holds or waits for (C23); it connects
+// when it is first used and again by itself after a loss (C26). Make it with
+// NewLockProvider; the zero value answers errors. All methods may be called
+// concurrently.
+type PostgresLockProvider struct {
+	conf    LockProviderConfig
+	session *session
+}
+
+// PostgresLock is the lock that PostgresLockProvider.New and NewPostgresLock
+// answer. Its zero value answers errors.
+type PostgresLock struct {
+	lock
+}
+
+var (
+	_ LockProvider    = (*PostgresLockProvider)(nil)
+	_ PreemptableLock = (*PostgresLock)(nil)
+)
+
+// PostgresEnvLock models a distributed lock associated with a unique repo/PR
+// combination: a row of the table env_locks.
+type PostgresEnvLock struct {
+	LockKey     int64  `db:"lock_key"`
+	Repo        string `db:"repo"`
+	PullRequest uint   `db:"pull_request"`
+}
+
+// Columns names the columns, in the order of ScanValues.
+func (el PostgresEnvLock) Columns() string {
+	return "lock_key, repo, pull_request"
+}
+
+// ScanValues answers pointers for sql.Rows.Scan, in the order of Columns. They
+// point into the copy that the method was called on.
+func (el PostgresEnvLock) ScanValues() []interface{} {
+	return []interface{}{&el.LockKey, &el.Repo, &el.PullRequest}
+}
+
+var errProviderZero = errors.New("locker: PostgresLockProvider was not made by NewLockProvider")
+
+func newPostgresLockProvider(conf LockProviderConfig) (*PostgresLockProvider, error) {
+	if conf.postgres == nil {
+		return nil, errors.New("locker: the postgres provider needs WithPostgresBackend")
+	}
+	dsn, err := sessionDSN(conf.postgres.uri)
+	if err != nil {
+		return nil, err
+	}
+	return &PostgresLockProvider{conf: conf, session: newSession(dsn, conf)}, nil
+}
+
+// New makes a lock for key; event says why it is wanted, to whomever it
+// displaces. Any key is valid (C2). Nothing is sent to the server. It answers
+// ctx's error if ctx is done and ErrProviderClosed after Close.
+func (plp *PostgresLockProvider) New(ctx context.Context, key int64, event string) (PreemptableLock, error) {
+	if plp.session == nil {
+		return nil, errProviderZero
+	}
+	l := &PostgresLock{}
+	if err := newLock(ctx, &l.lock, plp.session, plp.conf, key, event); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// LockKey answers the key of a repo's pull request: non-zero, the same for the
+// same pair in every process, different for different pairs (C1). It writes to
+// the database only the first time a pair is seen.
+func (plp *PostgresLockProvider) LockKey(ctx context.Context, repo string, pr uint) (int64, error) {
+	if plp.session == nil {
+		return 0, errProviderZero
+	}
+	if err := checkLockKey(ctx, plp.session.hub, repo, pr); err != nil {
+		return 0, err
+	}
+	key, err := plp.session.lookup(ctx, repo, pr)
+	return key, errors.Wrapf(err, "locker: lock key of %s#%d", repo, pr)
+}
+
+// Close notifies every holder with ErrProviderClosed, ends every wait, and
+// answers once all of them are gone, released by their holders or revoked after
+// the preemption timeout, and with them all connections and goroutines (C22).
+// Every later use is refused with ErrProviderClosed. Closing again is harmless.
+func (plp *PostgresLockProvider) Close() error {
+	if plp.session == nil {
+		return errProviderZero
+	}
+	plp.session.hub.close()
+	plp.session.close()
+	return nil
+}
+
+// NewPostgresLock makes a single lock without a provider. The lock has a session
+// of its own, which connects to connInfo when it is first used and is closed
+// when the lock is over: two connections for each lock. Prefer a provider.
+//
+// db is only checked, not kept: it must be open. message is the lock's event.
+// conf is a configuration as the LockProviderOptions fill it; its zero value
+// means every default.
+func NewPostgresLock(ctx context.Context, db *sqlx.DB, key int64, connInfo, message string, conf LockProviderConfig) (pl *PostgresLock, err error) {
+	if ctx == nil {
+		return nil, errContextNil
+	}
+	if db == nil || db.DB == nil {
+		return nil, errors.New("locker: db is nil")
+	}
+	conf, err = conf.checked()
+	if err != nil {
+		return nil, err
+	}
+	dsn, err := sessionDSN(connInfo)
+	if err != nil {
+		return nil, err
+	}
+	if err := db.PingContext(ctx); err != nil {
+		return nil, errors.Wrap(err, "locker: db is not usable")
+	}
+	s := newSession(dsn, conf)
+	pl = &PostgresLock{}
+	if err := newLock(ctx, &pl.lock, s, conf, key, message); err != nil {
+		return nil, err
+	}
+	pl.onOver = sync.OnceFunc(s.close)
+	return pl, nil
+}

@@ -1,0 +1,39 @@
+-- The schema of github.com/preemptable/locker. The library runs this itself on
+-- first use when something is missing and it has the privilege to create it. It
+-- is safe to run again.
+
+-- Which key a pull request has. Rows belong to the operator: a row that is
+-- deleted is made again, with another key.
+CREATE TABLE IF NOT EXISTS env_locks (
+    lock_key     bigint  NOT NULL UNIQUE,
+    repo         text    NOT NULL,
+    pull_request integer NOT NULL,
+    PRIMARY KEY (repo, pull_request)
+);
+
+-- Where claim numbers and fencing tokens come from. One counter for all keys, so
+-- that neither starts again when a row of env_lock_state is deleted.
+CREATE SEQUENCE IF NOT EXISTS env_lock_counter;
+
+-- One row per key that was ever claimed. Only lock_key is indexed and half of
+-- each page stays free, so that updates stay on their page (HOT).
+CREATE TABLE IF NOT EXISTS env_lock_state (
+    lock_key     bigint  PRIMARY KEY,
+    -- The newest claim: no older one can acquire the key.
+    claim        bigint  NOT NULL DEFAULT 0,
+    claim_id     uuid    NOT NULL DEFAULT '00000000-0000-0000-0000-000000000000',
+    claim_event  text    NOT NULL DEFAULT '',
+    claimed_at   timestamptz,
+    -- A waiter asks to be told of a release that nobody would announce otherwise.
+    waiting      boolean NOT NULL DEFAULT false,
+    -- The fencing token of the last hold.
+    token        bigint  NOT NULL DEFAULT 0,
+    -- The last hold; all NULL once it ended cleanly.
+    holder_id    uuid,
+    holder_event text,
+    holder_host  text,
+    holder_pid   integer,
+    held_since   timestamptz,
+    -- When a hold was last taken over from a holder whose session had died.
+    unclean_at   timestamptz
+) WITH (fillfactor = 50);

@@ -1,0 +1,899 @@
+package locker
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"database/sql"
+	"encoding/binary"
+	"log/slog"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lib/pq"
+	"github.com/pkg/errors"
+)
+
+const (
+	maxBatch = 512             // operations in one statement
+	patience = 5 * time.Second // longest that an operation waits for a session to be opened
+
+	reopenMin = 50 * time.Millisecond // backoff between two attempts to open a session
+	reopenMax = time.Second
+
+	checkTimeout = 3 * time.Second // for a NOTIFY to ourselves to arrive
+)
+
+// session is a provider's connection to its database: one link, which holds the
+// advisory locks, and one listener. It is the backend of every lock of the
+// provider.
+//
+// Its worker is the only one who uses the link. It takes whatever operations
+// have queued up while the last statement ran and sends them as one. The worker
+// and the listener start with the first operation and end with close; a link
+// that is lost is replaced when there is work again.
+type session struct {
+	dsn         string
+	serviceName string
+	log         *slog.Logger
+	hub         *hub
+
+	mu         sync.Mutex // guards everything below; never held across I/O
+	queues     [opKinds][]*op
+	link       *link
+	generation uint64              // of the last link; 0 before the first
+	held       map[int64]uuid.UUID // what the link holds: key → the ID by which the newest claim is known to the holder
+	started    bool
+	closing    bool
+	wake       chan struct{} // capacity 1: there is work
+	done       chan struct{} // closed when the worker has ended
+
+	ctx  context.Context // ends with close; only the opening of links depends on it
+	stop context.CancelFunc
+
+	// The worker's own.
+	listener *listener
+	next     opKind    // whose turn it is
+	proven   bool      // a NOTIFY has arrived
+	beat     time.Time // when the next heartbeat is due
+	trusted  *time.Timer
+}
+
+// op is one operation of a caller. The caller waits on its channel; the worker
+// answers exactly once.
+type op struct {
+	kind   opKind
+	ctx    context.Context // the caller's, for its span; it cannot be cancelled
+	repo   string          // lookup
+	pr     uint            // lookup
+	req    request         // acquire: all of it; announce and release: the claim
+	queued time.Time
+	state  opState     // guarded by session.mu
+	done   chan result // capacity 1
+	freed  chan error  // release, instead of done; capacity 1
+}
+
+type result struct {
+	number int64 // lookup: the key; announce: the claim's number
+	answer answer
+	err    error
+}
+
+type opKind int
+
+const (
+	opRelease opKind = iota
+	opLookup
+	opAnnounce
+	opAcquire
+	opKinds
+)
+
+type opState int
+
+const (
+	opQueued    opState = iota
+	opAbandoned         // its caller is gone
+	opDone              // the answer is on its way
+)
+
+func newSession(dsn string, conf LockProviderConfig) *session {
+	s := &session{
+		dsn:  dsn,
+		log:  conf.logger,
+		hub:  newHub(),
+		held: map[int64]uuid.UUID{},
+		wake: make(chan struct{}, 1),
+		done: make(chan struct{}),
+	}
+	s.ctx, s.stop = context.WithCancel(context.Background())
+	if conf.postgres != nil {
+		s.serviceName = conf.postgres.serviceName
+	}
+	return s
+}
+
+func (s *session) events() *hub { return s.hub }
+
+func (s *session) lookup(ctx context.Context, repo string, pr uint) (int64, error) {
+	r := s.do(ctx, &op{kind: opLookup, repo: repo, pr: pr})
+	return r.number, r.err
+}
+
+func (s *session) announce(ctx context.Context, c claim) (int64, error) {
+	r := s.do(ctx, &op{kind: opAnnounce, req: request{claim: c}})
+	return r.number, r.err
+}
+
+func (s *session) acquire(ctx context.Context, r request) (answer, error) {
+	res := s.do(ctx, &op{kind: opAcquire, req: r})
+	return res.answer, res.err
+}
+
+func (s *session) release(ctx context.Context, c claim) <-chan error {
+	o := &op{kind: opRelease, ctx: context.WithoutCancel(ctx), req: request{claim: c}, freed: make(chan error, 1)}
+	s.mu.Lock()
+	_, holds := s.held[c.key]
+	if holds {
+		s.enqueueLocked(o)
+	}
+	s.mu.Unlock()
+	if !holds {
+		o.freed <- errReleaseLost
+	}
+	return o.freed
+}
+
+var errReleaseLost = errors.WithMessage(ErrLockLost, "session lost")
+
+// do has the worker carry out an operation. If ctx ends first, an operation that
+// is still queued is dropped, and a key that an abandoned one acquires is
+// released.
+func (s *session) do(ctx context.Context, o *op) result {
+	o.ctx = context.WithoutCancel(ctx)
+	o.done = make(chan result, 1)
+	s.mu.Lock()
+	if s.closing {
+		s.mu.Unlock()
+		return result{err: ErrProviderClosed}
+	}
+	s.enqueueLocked(o)
+	s.mu.Unlock()
+	select {
+	case r := <-o.done:
+		return r
+	case <-ctx.Done():
+	}
+	s.mu.Lock()
+	done := o.state == opDone
+	if !done {
+		o.state = opAbandoned
+	}
+	s.mu.Unlock()
+	if done {
+		return <-o.done
+	}
+	return result{err: contextError(ctx)}
+}
+
+func (s *session) enqueueLocked(o *op) {
+	o.queued = time.Now()
+	s.queues[o.kind] = append(s.queues[o.kind], o)
+	if !s.started {
+		s.started = true
+		go s.run() // ends with close
+	}
+	s.wakeUp()
+}
+
+func (s *session) wakeUp() {
+	select {
+	case s.wake <- struct{}{}:
+	default: // it has been told already
+	}
+}
+
+// close answers once the session has given back everything, and all of its
+// connections and goroutines are gone. What is queued is still carried out.
+func (s *session) close() {
+	s.mu.Lock()
+	s.closing = true
+	started := s.started
+	s.mu.Unlock()
+	s.stop()
+	s.wakeUp()
+	if !started {
+		return
+	}
+	limit := time.AfterFunc(releaseTimeout, func() {
+		s.mu.Lock()
+		l := s.link
+		s.mu.Unlock()
+		s.lose(l, ErrProviderClosed)
+	})
+	defer limit.Stop()
+	<-s.done
+}
+
+// run is the worker.
+func (s *session) run() {
+	defer close(s.done)
+	s.listener = startListener(s)
+	defer s.listener.close()
+	backoff := reopenMin
+	for s.awaitWork() {
+		l, err := s.open()
+		if err != nil {
+			s.refuseQueued(err)
+			select {
+			case <-time.After(backoff):
+			case <-s.ctx.Done():
+			}
+			backoff = min(2*backoff, reopenMax)
+			continue
+		}
+		backoff = reopenMin
+		err = s.serve(l)
+		s.lose(l, err)
+		l.close()
+	}
+}
+
+// awaitWork blocks until there is work, or answers false once there will be none.
+func (s *session) awaitWork() bool {
+	for {
+		s.mu.Lock()
+		work := false
+		for _, q := range s.queues {
+			work = work || slices.ContainsFunc(q, func(o *op) bool { return o.state == opQueued })
+		}
+		closing := s.closing
+		s.mu.Unlock()
+		if closing {
+			s.refuseQueued(ErrProviderClosed)
+			return false
+		}
+		if work {
+			return true
+		}
+		<-s.wake
+	}
+}
+
+// refuseQueued fails what waits for a session that cannot be opened: everything
+// if waiting is of no use, otherwise what has waited for long enough.
+func (s *session) refuseQueued(reason error) {
+	var refusal refusedError
+	all := errors.As(reason, &refusal) || errors.Is(reason, ErrProviderClosed)
+	if all && refusal.error != nil {
+		s.log.Error("locker: session refused", slog.String("error", reason.Error()))
+	}
+	if !all {
+		reason = &joinedError{errUnavailable, reason}
+	}
+	var failed []*op
+	s.mu.Lock()
+	for k, q := range s.queues {
+		s.queues[k] = slices.DeleteFunc(q, func(o *op) bool {
+			fail := all || time.Since(o.queued) > patience || o.state == opAbandoned
+			if fail {
+				failed = append(failed, o)
+			}
+			return fail
+		})
+	}
+	s.mu.Unlock()
+	for _, o := range failed {
+		s.finish(nil, []*op{o}, []result{{err: reason}})
+	}
+}
+
+// open makes the next link and proves that it can work (C27).
+func (s *session) open() (*link, error) {
+	s.mu.Lock()
+	s.generation++
+	generation := s.generation
+	s.mu.Unlock()
+	l, err := openLink(s.ctx, s.dsn, s.serviceName, generation)
+	if err != nil {
+		return nil, err
+	}
+	if !s.proven {
+		if err := s.proveNotify(l); err != nil {
+			l.close()
+			return nil, err
+		}
+		s.proven = true
+	}
+	s.mu.Lock()
+	s.link = l
+	s.mu.Unlock()
+	s.beat = time.Now()
+	s.trusted = time.AfterFunc(lossBound, func() {
+		s.lose(l, errors.Errorf("no heartbeat succeeded for %v", lossBound))
+	})
+	if generation > 1 {
+		s.log.Info("locker: session is open again", slog.Int("backend_pid", l.pid))
+	}
+	return l, nil
+}
+
+// proveNotify sends a notification to ourselves. Later it may be missing for a
+// while: that costs speed, not safety.
+func (s *session) proveNotify(l *link) error {
+	limit := time.AfterFunc(openTimeout, l.kill)
+	defer limit.Stop()
+	nonce := uuid.New()
+	arrived := s.listener.expect(nonce)
+	payload := `{"kind":"` + kindCheck + `","id":"` + nonce.String() + `"}`
+	deadline := time.After(checkTimeout)
+	for {
+		if _, err := l.conn.ExecContext(context.Background(), `SELECT pg_notify($1, $2)`, notifyChannel, payload); err != nil {
+			return errors.Wrap(err, "locker: check that NOTIFY arrives")
+		}
+		select {
+		case <-arrived:
+			return nil
+		case <-s.ctx.Done():
+			return ErrProviderClosed
+		case <-time.After(checkTimeout / 12):
+		case <-deadline:
+			if err := s.listener.trouble(); err != nil {
+				return errors.Wrap(err, "locker: listen for notifications")
+			}
+			return refused("a NOTIFY to ourselves did not arrive within %v: a proxy in transaction-pooling mode is in between; connect to PostgreSQL directly or to a pool in session mode", checkTimeout)
+		}
+	}
+}
+
+// serve carries out operations and heartbeats until the link fails, which it
+// answers, or the session is closed.
+func (s *session) serve(l *link) error {
+	tick := time.NewTimer(heartbeatInterval)
+	defer tick.Stop()
+	for {
+		if err := s.beatIfDue(l); err != nil {
+			return err
+		}
+		batch, closing := s.take()
+		if len(batch) > 0 {
+			if err := s.execute(l, batch); err != nil {
+				return err
+			}
+			continue
+		}
+		if closing {
+			return nil
+		}
+		tick.Reset(time.Until(s.beat))
+		select {
+		case <-s.wake:
+		case <-tick.C:
+		case <-l.socket.dead:
+			// The server's last words, if it sent any, are waiting to be read.
+			return cmp.Or(l.conn.PingContext(context.Background()), errors.New("connection closed"))
+		}
+	}
+}
+
+// lose ends a link and tells everybody who depends on it. It may be called more
+// than once, by anybody; after the first time it does nothing.
+func (s *session) lose(l *link, cause error) {
+	s.mu.Lock()
+	if l == nil || s.link != l {
+		s.mu.Unlock()
+		return
+	}
+	s.link = nil
+	held := len(s.held)
+	s.held = map[int64]uuid.UUID{}
+	releases := s.queues[opRelease]
+	s.queues[opRelease] = nil
+	s.mu.Unlock()
+
+	s.trusted.Stop()
+	if cause == nil { // closed in peace
+		return
+	}
+	s.hub.broadcast(event{kind: evLost, session: l.generation, cause: cause})
+	l.kill()
+	for _, o := range releases {
+		s.finish(nil, []*op{o}, []result{{err: errReleaseLost}})
+	}
+	s.log.Warn("locker: session lost", slog.Int("held", held), slog.String("cause", cause.Error()), slog.Int("backend_pid", l.pid))
+}
+
+// take answers the next batch: as many operations of one kind as there are, but
+// only one for each key, since the statements could not tell two apart. The
+// kinds take turns.
+func (s *session) take() (batch []*op, closing bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for range opKinds {
+		kind := s.next
+		s.next = (s.next + 1) % opKinds
+		q := s.queues[kind]
+		if len(q) == 0 {
+			continue
+		}
+		keys := make(map[int64]bool, min(len(q), maxBatch))
+		s.queues[kind] = slices.DeleteFunc(q, func(o *op) bool {
+			switch {
+			case o.state == opAbandoned:
+				return true
+			case len(batch) == maxBatch, kind != opLookup && keys[o.req.key]:
+				return false
+			}
+			keys[o.req.key] = true
+			batch = append(batch, o)
+			return true
+		})
+		if len(batch) > 0 {
+			break
+		}
+	}
+	slices.SortFunc(batch, func(a, b *op) int {
+		return cmp.Or(cmp.Compare(a.req.key, b.req.key), cmp.Compare(a.repo, b.repo), cmp.Compare(a.pr, b.pr))
+	})
+	return batch, s.closing
+}
+
+// execute carries out a batch. It answers an error only if the link is gone. If
+// the statement fails, the operations are repeated one by one, so that only the
+// one at fault gets the error.
+func (s *session) execute(l *link, batch []*op) error {
+	if err := s.beatIfDue(l); err != nil {
+		s.finish(l, batch, allFailed(batch, err))
+		return err
+	}
+	results, err := s.statement(l, batch)
+	if err == nil {
+		s.finish(l, batch, results)
+		return nil
+	}
+	if l.broken(err) {
+		s.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err}))
+		return err
+	}
+	alone := len(batch) == 1
+	if err2 := s.undo(l, batch, alone && isLockTableFull(err)); err2 != nil {
+		s.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err2}))
+		return err2
+	}
+	if alone {
+		if batch[0].kind == opRelease { // the key is free; the row still names the holder, so its successor waits the delay
+			s.log.Warn("locker: released without clearing the holder", slog.Int64("key", batch[0].req.key), slog.String("error", err.Error()))
+			err = nil
+		}
+		s.finish(l, batch, []result{{err: statementError(err)}})
+		return nil
+	}
+	for i, o := range batch {
+		if err := s.execute(l, []*op{o}); err != nil {
+			s.finish(l, batch[i+1:], allFailed(batch[i+1:], &joinedError{errUnavailable, err}))
+			return err
+		}
+	}
+	return nil
+}
+
+// undo frees the advisory locks that a failed statement may have taken, or
+// should have freed: session-level locks survive a rollback.
+func (s *session) undo(l *link, batch []*op, nothing bool) error {
+	kind := batch[0].kind
+	if nothing || kind != opAcquire && kind != opRelease || kind == opRelease && len(batch) > 1 {
+		return nil
+	}
+	var keys []int64
+	s.mu.Lock()
+	for _, o := range batch {
+		if _, holds := s.held[o.req.key]; !holds || kind == opRelease {
+			keys = append(keys, o.req.key)
+		}
+	}
+	s.mu.Unlock()
+	return s.giveBack(l, batch[0].ctx, keys)
+}
+
+func (s *session) giveBack(l *link, ctx context.Context, keys []int64) error {
+	_, err := l.giveBack.ExecContext(ctx, pq.Array(keys))
+	return errors.Wrap(err, "locker: give keys back")
+}
+
+func allFailed(batch []*op, err error) []result {
+	results := make([]result, len(batch))
+	for i := range results {
+		results[i].err = err
+	}
+	return results
+}
+
+// statementError says what an operator can do about a statement that failed.
+func statementError(err error) error {
+	switch e := pq.As(err); {
+	case e == nil:
+		return err
+	case e.Code == lockTableFull:
+		return errors.WithMessage(err, "locker: the server's lock table is full: raise max_locks_per_transaction (the table has room for about max_locks_per_transaction × max_connections locks)")
+	case e.Code == "55P03", e.Code == "57014":
+		return errors.WithMessage(err, "locker: another transaction keeps the key's row locked")
+	}
+	return err
+}
+
+const lockTableFull = "53200"
+
+func isLockTableFull(err error) bool {
+	e := pq.As(err)
+	return e != nil && e.Code == lockTableFull
+}
+
+// broken says whether an error means the end of the link.
+func (l *link) broken(err error) bool {
+	if e := pq.As(err); e != nil && !e.Fatal() {
+		select {
+		case <-l.socket.dead:
+			return true
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// finish hands out results. It registers what the link now holds, and releases
+// what was acquired for a caller that is gone.
+func (s *session) finish(l *link, batch []*op, results []result) {
+	s.mu.Lock()
+	for i, o := range batch {
+		r := &results[i]
+		switch {
+		case o.kind == opRelease:
+			delete(s.held, o.req.key)
+			if errors.Is(r.err, errUnavailable) {
+				r.err = errReleaseLost
+			}
+		case o.kind != opAcquire || r.err != nil || r.answer.outcome != granted:
+		case s.link != l:
+			*r = result{err: &joinedError{errUnavailable, errReleaseLost}}
+		default:
+			s.held[o.req.key] = r.answer.newest.id
+			if o.state == opAbandoned {
+				s.enqueueLocked(&op{kind: opRelease, ctx: o.ctx, req: o.req, freed: make(chan error, 1)})
+			}
+		}
+		o.state = opDone
+	}
+	s.mu.Unlock()
+	for i, o := range batch {
+		if o.kind == opRelease {
+			o.freed <- results[i].err
+		} else {
+			o.done <- results[i]
+		}
+	}
+}
+
+// statement carries out a batch and answers the results in its order.
+func (s *session) statement(l *link, batch []*op) ([]result, error) {
+	switch batch[0].kind {
+	case opLookup:
+		return s.lookupKeys(l, batch)
+	case opAnnounce:
+		return s.announceClaims(l, batch)
+	case opAcquire:
+		return s.acquireKeys(l, batch)
+	default:
+		return s.releaseKeys(l, batch)
+	}
+}
+
+// lookupKeys finds the keys of pull requests, and makes those that are missing.
+func (s *session) lookupKeys(l *link, batch []*op) ([]result, error) {
+	results := make([]result, len(batch))
+	todo := make([]int, len(batch)) // indexes of the batch
+	for i := range todo {
+		todo[i] = i
+	}
+	for attempt := range 4 {
+		var repos pq.StringArray
+		var prs, keys pq.Int64Array
+		for _, i := range todo {
+			repos = append(repos, batch[i].repo)
+			prs = append(prs, int64(batch[i].pr))
+			keys = append(keys, randomKey())
+		}
+		if attempt > 0 { // the second time the rows are missing, later a random key was taken
+			if _, err := l.addKeys.ExecContext(batch[0].ctx, repos, prs, keys); err != nil {
+				return nil, err
+			}
+		}
+		found := map[int]bool{}
+		err := each(batch[0].ctx, l.lookup, []any{repos, prs}, func(scan func(...any) error) error {
+			var ord int
+			var key int64
+			if err := scan(&ord, &key); err != nil {
+				return err
+			}
+			i := todo[ord-1]
+			results[i].number, found[i] = key, true
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+		todo = slices.DeleteFunc(todo, func(i int) bool { return found[i] })
+		if len(todo) == 0 {
+			return results, nil
+		}
+	}
+	for _, i := range todo {
+		results[i].err = errors.New("locker: env_locks did not take a new key")
+	}
+	return results, nil
+}
+
+// randomKey is a positive number: a key that no other pull request has, all but
+// certainly.
+func randomKey() int64 {
+	var b [8]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return int64(binary.BigEndian.Uint64(b[:])>>1) | 1
+}
+
+func (s *session) announceClaims(l *link, batch []*op) ([]result, error) {
+	var keys pq.Int64Array
+	var ids, events pq.StringArray
+	for _, o := range batch {
+		keys = append(keys, o.req.key)
+		ids = append(ids, o.req.id.String())
+		events = append(events, o.req.event)
+	}
+	results := make([]result, len(batch))
+	err := each(batch[0].ctx, l.announce, []any{keys, ids, events}, func(scan func(...any) error) error {
+		var key, number int64
+		if err := scan(&key, &number, discard, discard); err != nil {
+			return err
+		}
+		results[find(batch, key)].number = number
+		return nil
+	})
+	return results, err
+}
+
+func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
+	var keys, claims pq.Int64Array
+	var ids, claimIDs, events pq.StringArray
+	var firsts, tryables pq.BoolArray
+	s.mu.Lock()
+	for _, o := range batch {
+		_, holds := s.held[o.req.key] // advisory locks are re-entrant: never try what this session holds
+		keys = append(keys, o.req.key)
+		ids = append(ids, o.req.id.String())
+		claims = append(claims, o.req.standing.number)
+		claimIDs = append(claimIDs, o.req.standing.id.String())
+		firsts = append(firsts, o.req.first)
+		tryables = append(tryables, !holds)
+		events = append(events, o.req.event)
+	}
+	s.mu.Unlock()
+
+	results := make([]result, len(batch))
+	var missing, refused, unheard pq.Int64Array
+	got := map[int64]bool{} // the advisory lock, but not yet the row
+	args := []any{keys, ids, claims, claimIDs, firsts, tryables, events, hostName, os.Getpid()}
+	err := each(batch[0].ctx, l.acquire, args, func(scan func(...any) error) error {
+		var key int64
+		var gone, hidden, have bool
+		var valid *bool
+		var number, token *int64
+		var id *uuid.UUID
+		var newestEvent *string
+		var age *float64
+		if err := scan(&key, &gone, &hidden, &valid, &have, &number, &id, &newestEvent, &token, &age); err != nil {
+			return err
+		}
+		o := batch[find(batch, key)]
+		a := &results[find(batch, key)].answer
+		if number != nil {
+			a.newest = standing{*number, *id}
+		}
+		switch {
+		case token != nil:
+			a.outcome, a.token, a.session = granted, *token, l.generation
+			if age != nil {
+				a.drain = min(uncleanDelay, max(0, uncleanDelay-time.Duration(*age*float64(time.Second))))
+			}
+			delete(got, key)
+		case gone:
+			a.outcome = again
+			missing = append(missing, key)
+		case have:
+			a.outcome = again // unless its row follows
+			got[key] = true
+		case !*valid:
+			a.outcome = superseded
+			a.event = *newestEvent
+		default:
+			a.outcome = busy
+			if hidden || o.req.first || o.req.standing.id != o.req.id {
+				unheard = append(unheard, key)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	for key := range got {
+		refused = append(refused, key)
+	}
+	if len(refused) > 0 { // a newer claim came in between
+		if err := s.giveBack(l, batch[0].ctx, refused); err != nil {
+			return nil, err
+		}
+	}
+	if len(missing) > 0 {
+		if _, err := l.ensure.ExecContext(batch[0].ctx, missing); err != nil {
+			s.fail(batch, results, missing, err)
+		}
+	}
+	if len(unheard) > 0 {
+		// Try once more after asking to be told: the release may have been just before.
+		err := each(batch[0].ctx, l.wait, []any{unheard}, func(scan func(...any) error) error {
+			var key int64
+			if err := scan(&key, discard); err != nil {
+				return err
+			}
+			results[find(batch, key)].answer.outcome = again
+			return nil
+		})
+		if err != nil {
+			s.fail(batch, results, unheard, err)
+		}
+	}
+	return results, nil
+}
+
+// fail gives the operations on keys an error; the others keep their results.
+func (s *session) fail(batch []*op, results []result, keys []int64, err error) {
+	for _, key := range keys {
+		results[find(batch, key)] = result{err: statementError(err)}
+	}
+}
+
+func (s *session) releaseKeys(l *link, batch []*op) ([]result, error) {
+	var keys pq.Int64Array
+	var ids pq.StringArray
+	for _, o := range batch {
+		keys = append(keys, o.req.key)
+		ids = append(ids, o.req.id.String())
+	}
+	cleared := make(map[int64]bool, len(batch))
+	err := each(batch[0].ctx, l.release, []any{keys, ids}, func(scan func(...any) error) error {
+		var key int64
+		if err := scan(&key, discard, discard, discard); err != nil {
+			return err
+		}
+		cleared[key] = true
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	keys = slices.DeleteFunc(keys, func(key int64) bool { return cleared[key] })
+	if len(keys) > 0 { // somebody deleted the rows
+		if err := s.giveBack(l, batch[0].ctx, keys); err != nil {
+			return nil, err
+		}
+	}
+	return make([]result, len(batch)), nil
+}
+
+func (s *session) beatIfDue(l *link) error {
+	if time.Now().Before(s.beat) {
+		return nil
+	}
+	return s.heartbeat(l)
+}
+
+// heartbeat proves that the session lives, and finds the keys that have a newer
+// claim. Trust in the session is anchored to the time at which it started.
+func (s *session) heartbeat(l *link) error {
+	start := time.Now()
+	s.beat = start.Add(heartbeatInterval)
+	var keys pq.Int64Array
+	var ids pq.StringArray
+	s.mu.Lock()
+	for key, id := range s.held {
+		keys = append(keys, key)
+		ids = append(ids, id.String())
+	}
+	s.mu.Unlock()
+
+	type news struct {
+		key int64
+		ev  event
+	}
+	var all []news
+	var pid int
+	err := each(context.Background(), l.heartbeat, []any{keys, ids}, func(scan func(...any) error) error {
+		var first int
+		var key, number *int64
+		var id *uuid.UUID
+		var text *string
+		if err := scan(&first, &key, &number, &id, &text); err != nil {
+			return err
+		}
+		if key == nil {
+			pid = first
+			return nil
+		}
+		all = append(all, news{*key, event{kind: evNewest, from: standing{*number, *id}, message: *text}})
+		return nil
+	})
+	switch {
+	case err != nil && l.broken(err):
+		return err
+	case err != nil: // the server answered; only the tables cannot be read, because somebody locks them, say
+		s.log.Warn("locker: heartbeat could not look for newer claims", slog.String("error", err.Error()))
+	case pid != l.pid:
+		return errPooler
+	}
+	s.trusted.Reset(lossBound - time.Since(start))
+	for _, n := range all {
+		s.hub.dispatch(n.key, n.ev)
+	}
+	return nil
+}
+
+// notified takes a payload from the listener.
+func (s *session) notified(payload string) {
+	m, err := decodeMessage(payload)
+	if err != nil {
+		s.log.Debug("locker: foreign notification ignored", slog.String("error", err.Error()))
+		return
+	}
+	switch m.Kind {
+	case kindCheck:
+		s.listener.arrived(m.ID)
+	case kindClaim:
+		s.hub.dispatch(m.LockKey, event{kind: evClaimed, from: standing{m.Claim, m.ID}, message: m.Event})
+	case kindReleased:
+		s.hub.dispatch(m.LockKey, event{kind: evReleased})
+	case kindManual:
+		s.hub.dispatch(m.LockKey, event{kind: evManual, message: m.Event})
+	}
+}
+
+// resync asks the database what notifications may have been missed.
+func (s *session) resync() {
+	s.hub.broadcast(event{kind: evReleased})
+}
+
+// find is the place of key's operation in a batch that is sorted by key.
+func find(batch []*op, key int64) int {
+	i, _ := slices.BinarySearchFunc(batch, key, func(o *op, key int64) int { return cmp.Compare(o.req.key, key) })
+	return i
+}
+
+// discard takes a column that only has a side effect.
+var discard = new(any)
+
+// each calls f for every row of a prepared query.
+func each(ctx context.Context, stmt *sql.Stmt, args []any, f func(scan func(...any) error) error) error {
+	rows, err := stmt.QueryContext(ctx, args...)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = rows.Close() }() // its error is that of Err
+	for rows.Next() {
+		if err := f(rows.Scan); err != nil {
+			return err
+		}
+	}
+	return rows.Err()
+}
