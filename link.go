@@ -16,10 +16,9 @@ import (
 )
 
 // SchemaSQL creates what the postgres provider needs in its database: the tables
-// env_locks and env_lock_state and the sequence env_lock_counter. The provider
-// runs it on first use; without the privilege to, it names SchemaSQL in its
-// error, and somebody who has the privilege runs it once (C28). Running it
-// again is harmless.
+// env_locks and env_lock_state. The provider runs it on first use; without the
+// privilege to, it names SchemaSQL in its error, and somebody who has the
+// privilege runs it once (C28). Running it again is harmless.
 //
 //go:embed schema.sql
 var SchemaSQL string
@@ -33,21 +32,24 @@ SELECT w.ord, e.lock_key
 FROM unnest($1::text[], $2::integer[]) WITH ORDINALITY AS w(repo, pull_request, ord)
 JOIN env_locks e ON e.repo = w.repo AND e.pull_request = w.pull_request`
 
+	sqlClock = `(date_part('epoch', clock_timestamp()) * 1000000)::bigint` // microseconds
+
 	sqlAddKeys = `
 INSERT INTO env_locks (repo, pull_request, lock_key)
 SELECT * FROM unnest($1::text[], $2::integer[], $3::bigint[])
 ON CONFLICT DO NOTHING`
 
-	// The claim's number is drawn under the row lock, which makes the order of
-	// the claims the order of the rows. Nobody is notified when nobody holds or
+	// The claim's number is made under the row lock, so the row decides the
+	// order. The clock in it keeps numbers growing where the row cannot: after a
+	// crash that forgot claims, or after the row was deleted. Nobody is notified when nobody holds or
 	// waits. NOTIFY never shares a commit with a flush: notifying transactions
 	// commit one after the other, server-wide.
 	sqlAnnounce = `
 INSERT INTO env_lock_state AS s (lock_key, claim, claim_id, claim_event, claimed_at)
-SELECT w.key, nextval('env_lock_counter'), w.id, w.event, clock_timestamp()
+SELECT w.key, ` + sqlClock + `, w.id, w.event, clock_timestamp()
 FROM unnest($1::bigint[], $2::uuid[], $3::text[]) AS w(key, id, event)
 ON CONFLICT (lock_key) DO UPDATE SET
-    claim = greatest(s.claim + 1, nextval('env_lock_counter')),
+    claim = greatest(s.claim + 1, ` + sqlClock + `),
     claim_id = EXCLUDED.claim_id,
     claim_event = EXCLUDED.claim_event,
     claimed_at = EXCLUDED.claimed_at
@@ -77,7 +79,7 @@ WITH want AS MATERIALIZED (
         claim = CASE WHEN t.first THEN s.claim ELSE greatest(s.claim, t.claim) END,
         claim_id = CASE WHEN t.first THEN s.claim_id ELSE t.claim_id END,
         waiting = false,
-        token = greatest(s.token + 1, nextval('env_lock_counter')),
+        token = greatest(s.token + 1, ` + sqlClock + `),
         unclean_at = CASE WHEN s.holder_id IS NULL THEN s.unclean_at ELSE clock_timestamp() END,
         holder_id = t.id, holder_event = t.event, holder_host = $8, holder_pid = $9, held_since = clock_timestamp()
     FROM tried t
@@ -146,12 +148,12 @@ SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off`
 	sqlServer = `
 SELECT pg_backend_pid(), pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on',
     current_setting('server_version_num')::integer, current_setting('synchronous_commit'), current_user,
-    to_regclass('env_locks') IS NOT NULL AND to_regclass('env_lock_state') IS NOT NULL AND to_regclass('env_lock_counter') IS NOT NULL`
+    to_regclass('env_locks') IS NOT NULL AND to_regclass('env_lock_state') IS NOT NULL`
 
 	sqlPrivileges = `
 SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_locks', 'INSERT')
     AND has_table_privilege('env_lock_state', 'SELECT') AND has_table_privilege('env_lock_state', 'INSERT')
-    AND has_table_privilege('env_lock_state', 'UPDATE') AND has_sequence_privilege('env_lock_counter', 'USAGE')`
+    AND has_table_privilege('env_lock_state', 'UPDATE')`
 )
 
 // schemaLock is the advisory lock, in the two-key space that no lock of a user
@@ -278,7 +280,7 @@ func (l *link) check(ctx context.Context) error {
 		return errors.Wrap(err, "locker: check privileges")
 	}
 	if !allowed {
-		return refused("user %q needs SELECT and INSERT on env_locks, SELECT, INSERT and UPDATE on env_lock_state and USAGE on env_lock_counter", user)
+		return refused("user %q needs SELECT and INSERT on env_locks and SELECT, INSERT and UPDATE on env_lock_state", user)
 	}
 	settings := sqlSettings
 	if commit == "off" { // a token must be durable before it is given out

@@ -11,22 +11,19 @@ CREATE TABLE IF NOT EXISTS env_locks (
     PRIMARY KEY (repo, pull_request)
 );
 
--- Where claim numbers and fencing tokens come from. One counter for all keys, so
--- that neither starts again when a row of env_lock_state is deleted.
-CREATE SEQUENCE IF NOT EXISTS env_lock_counter;
-
 -- One row per key that was ever claimed. Only lock_key is indexed and half of
 -- each page stays free, so that updates stay on their page (HOT).
 CREATE TABLE IF NOT EXISTS env_lock_state (
     lock_key     bigint  PRIMARY KEY,
-    -- The newest claim: no older one can acquire the key.
+    -- The newest claim: no older one can acquire the key. Claims are numbered by
+    -- the clock, in microseconds, but always upwards.
     claim        bigint  NOT NULL DEFAULT 0,
     claim_id     uuid    NOT NULL DEFAULT '00000000-0000-0000-0000-000000000000',
     claim_event  text    NOT NULL DEFAULT '',
     claimed_at   timestamptz,
     -- A waiter asks to be told of a release that nobody would announce otherwise.
     waiting      boolean NOT NULL DEFAULT false,
-    -- The fencing token of the last hold.
+    -- The fencing token of the last hold, numbered like the claims.
     token        bigint  NOT NULL DEFAULT 0,
     -- The last hold; all NULL once it ended cleanly.
     holder_id    uuid,
