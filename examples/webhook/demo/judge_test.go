@@ -1,0 +1,178 @@
+package main
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// tell makes a history of lines such as "1.5 one #7 started b 2": seconds, replica, pull request, kind,
+// delivery, token. In a kind a hyphen stands for a space. "#0" is no pull request.
+func tell(t *testing.T, lines string) []Event {
+	t.Helper()
+	var events []Event
+	begin := time.Date(2024, 5, 1, 12, 0, 0, 0, time.UTC)
+	for line := range strings.Lines(lines) {
+		f := strings.Fields(line)
+		if len(f) == 0 {
+			continue
+		}
+		after, err := time.ParseDuration(f[0] + "s")
+		require.NoError(t, err)
+		e := Event{Time: begin.Add(after), Replica: f[1], Repo: "o/r", PR: uint(f[2][1] - '0'), Kind: strings.ReplaceAll(f[3], "-", " ")}
+		if e.PR != 0 {
+			e.Delivery = f[4]
+			e.Event = "push " + f[4]
+		} else if len(f) > 4 {
+			e.Reason = strings.Join(f[4:], " ")
+		}
+		if len(f) > 5 {
+			e.Token = int64(f[5][0] - '0')
+		}
+		events = append(events, e)
+	}
+	return events
+}
+
+// Two pull requests on two services, with a job stopped, a waiter displaced, a service killed and a takeover.
+const good = `
+	0    one #0 listening
+	0    two #0 listening
+	0.9  one #7 sent a
+	1    one #7 received a
+	1.1  one #7 started a 1
+	1    two #8 sent x
+	1.1  two #8 started x 1
+	2    two #7 sent b
+	2.1  one #7 told-to-stop a 1
+	2.2  one #7 sent c
+	2.3  two #7 left b
+	2.5  one #7 stopped a 1
+	2.6  one #7 started c 2
+	2.7  two #0 killed
+	2.8  one #8 sent y
+	4    one #7 finished c 2
+	12.8 one #8 started y 2
+	14   one #8 finished y 2
+	15   one #0 shutting-down
+	16   one #0 exited
+`
+
+func TestJudgeAcceptsGoodHistory(t *testing.T) {
+	events := tell(t, good)
+	slices.Reverse(events) // they come from several processes, in any order
+	pulls, faults := judge(events)
+	require.Empty(t, faults)
+	require.Len(t, pulls, 2)
+	seven, eight := pulls[0], pulls[1]
+	require.Equal(t, []int{3, 2, 1, 1, 1, 0, 0},
+		[]int{len(seven.place), seven.ran, seven.stopped, seven.left, seven.finished, seven.killed, seven.overlaps})
+	require.Equal(t, []int{2, 2, 0, 0, 1, 1, 0},
+		[]int{len(eight.place), eight.ran, eight.stopped, eight.left, eight.finished, eight.killed, eight.overlaps})
+	require.True(t, seven.newestFinished)
+	require.True(t, eight.newestFinished)
+}
+
+func TestJudgeIsLoud(t *testing.T) {
+	for name, tc := range map[string]struct {
+		change []string // pairs: a line's end as it stands in good, and what to put there instead
+		want   []string // parts of the faults, in order
+	}{
+		"two together": {
+			[]string{"2.5  one #7 stopped a 1", "2.65 one #7 stopped a 1"},
+			[]string{"2.600  #7: two ran together: push c on one started while push a ran on one"},
+		},
+		"two together on two services": {
+			[]string{"2.3  two #7 left b", "2.3  two #7 started b 2\n2.4 two #7 stopped b 2", "started c 2", "started c 3", "finished c 2", "finished c 3"},
+			[]string{"two ran together: push b on two started while push a ran on one"},
+		},
+		"an end told by the wrong service": {
+			[]string{"2.3  two #7 left b", "2.3  two #7 left b\n2.7 two #7 stopped a 1", "2.5  one #7 stopped a 1", "2.9  one #7 stopped a 1"},
+			[]string{"two ran together", "push a stopped without having started"},
+		},
+		"newest stopped": {
+			[]string{"finished c", "stopped c"},
+			[]string{"#7: the newest delivery, push c, did not finish"},
+		},
+		"newest left": {
+			[]string{"2.6  one #7 started c 2", "", "4    one #7 finished c 2", "4 one #7 left c"},
+			[]string{"#7: the newest delivery, push c, did not finish"},
+		},
+		"newest still running at the end": {
+			[]string{"4    one #7 finished c 2", ""},
+			[]string{"#7: push c started and never ended", "#7: the newest delivery, push c, did not finish"},
+		},
+		"only an older one finished": {
+			[]string{"2.6  one #7 started c 2", "2.6 one #7 left c", "2.3  two #7 left b", "2.6 two #7 started b 2", "4    one #7 finished c 2", "2.65 two #7 finished b 2"},
+			[]string{"#7: the newest delivery, push c, did not finish"},
+		},
+		"a delivery without an end": {
+			[]string{"2.3  two #7 left b", "", "2    two #7 sent b", "2 one #7 sent b"},
+			[]string{"#7: nothing was heard of push b"},
+		},
+		"token goes backwards": {
+			[]string{"started a 1", "started a 3", "told-to-stop a 1", "told-to-stop a 3", "stopped a 1", "stopped a 3"},
+			[]string{"#7: the token went from 3 to 2 with push c"},
+		},
+		"token stands still": {
+			[]string{"started y 2", "started y 1", "finished y 2", "finished y 1"},
+			[]string{"#8: the token went from 1 to 1 with push y"},
+		},
+		"no token": {
+			[]string{"started a 1", "started a 0", "stopped a 1", "stopped a 0"},
+			[]string{"#7: the token went from 0 to 0 with push a"},
+		},
+		"token changes during a job": {
+			[]string{"finished c 2", "finished c 3"},
+			[]string{"#7: push c started with token 2 and ended with 3"},
+		},
+		"older after newer": {
+			[]string{"2.3  two #7 left b", "4.1 one #7 started b 3\n4.2 one #7 finished b 3"},
+			[]string{"#7: push b ran after the newer push c"},
+		},
+		"successor too early": {
+			[]string{"12.8 one", "12.6 one"},
+			[]string{"#8: push y took over 9.9 s after a holder was killed; the lock delay is 10 s"},
+		},
+		"a job that failed": {
+			[]string{"2.3  two #7 left b", "2.3  two #7 failed b"},
+			[]string{"#7: push b failed"},
+		},
+		"a job that nobody asked for": {
+			[]string{"2    two #7 sent b", ""},
+			[]string{"#7: push b left, but nobody sent it"},
+		},
+		"a service that crashed": {
+			[]string{"16   one #0 exited", "16   one #0 exited exit status 2"},
+			[]string{"one did not end well: exit status 2"},
+		},
+		"a service that never ended": {
+			[]string{"16   one #0 exited", ""},
+			[]string{"one never ended"},
+		},
+		"a line that cannot be read": {
+			[]string{"15   one #0 shutting-down", "15 one #0 failed unreadable line"},
+			[]string{"one: unreadable line"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			history := good
+			for pair := range slices.Chunk(tc.change, 2) {
+				require.Equal(t, 1, strings.Count(history, pair[0]), "%q must stand in the history once", pair[0])
+				history = strings.Replace(history, pair[0], pair[1], 1)
+			}
+			_, faults := judge(tell(t, history))
+			for i, want := range tc.want {
+				require.Greater(t, len(faults), i, "missing: %s; have: %q", want, faults)
+				require.Contains(t, faults[i], want)
+			}
+			require.Len(t, faults, len(tc.want), "%q", faults)
+		})
+	}
+
+	_, faults := judge(nil)
+	require.Equal(t, []string{"nothing was delivered"}, faults)
+}

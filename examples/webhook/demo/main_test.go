@@ -1,0 +1,27 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// The whole story in memory, with the service as a process of its own.
+func TestDemo(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes several seconds")
+	}
+	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
+	require.NoError(t, err)
+	defer out.Close()
+	err = run(t.Context(), false, out)
+	printed, readErr := os.ReadFile(out.Name())
+	require.NoError(t, readErr)
+	require.NoError(t, err, "%s", printed)
+	for _, part := range []string{"► runs", "! told to stop", "■ stopped", "← leaves", "displaced by", "✓ deployed", "✓ destroyed", "Every promise was kept"} {
+		require.Contains(t, string(printed), part)
+	}
+	require.NotContains(t, string(printed), "\x1b", "colours are for terminals")
+}

@@ -1,0 +1,105 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// sender sends deliveries as GitHub does: recorded ones, with the number and the head commit of another pull
+// request put in.
+type sender struct {
+	secret   string
+	recorded map[string][]byte // by action
+	client   http.Client
+}
+
+func newSender() (*sender, error) {
+	// Ask where the module lies, so that the demo can be started from anywhere in it.
+	module, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}").Output()
+	if err != nil {
+		return nil, fmt.Errorf("go list: %w", err)
+	}
+	s := &sender{secret: rand.Text(), recorded: make(map[string][]byte), client: http.Client{Timeout: 5 * time.Second}}
+	for _, action := range []string{"opened", "synchronize", "closed"} {
+		file := filepath.Join(strings.TrimSpace(string(module)), "testdata", "webhooks", "pull_request."+action+".json")
+		if s.recorded[action], err = os.ReadFile(file); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// delivery is one webhook delivery, ready to be sent.
+type delivery struct {
+	id   string
+	repo string
+	pr   uint
+	body []byte
+}
+
+func (s *sender) prepare(action string, pr uint, head string) (delivery, error) {
+	// Not a struct: everything else that GitHub sends shall stay in.
+	var payload map[string]any
+	numbers := json.NewDecoder(bytes.NewReader(s.recorded[action]))
+	numbers.UseNumber()
+	if err := numbers.Decode(&payload); err != nil {
+		return delivery{}, fmt.Errorf("recorded delivery %q: %w", action, err)
+	}
+	pull, _ := payload["pull_request"].(map[string]any)
+	headOfPull, _ := pull["head"].(map[string]any)
+	repository, _ := payload["repository"].(map[string]any)
+	repo, _ := repository["full_name"].(string)
+	if headOfPull == nil || repo == "" {
+		return delivery{}, fmt.Errorf("recorded delivery %q has no head or no repository", action)
+	}
+	payload["number"], pull["number"], headOfPull["sha"] = pr, pr, head
+	if _, ok := payload["after"]; ok {
+		payload["after"] = head
+	}
+	body, err := json.Marshal(payload)
+	return delivery{id: uuid.NewString(), repo: repo, pr: pr, body: body}, err
+}
+
+// post sends a delivery, signed, and returns once the service has accepted it.
+func (s *sender) post(ctx context.Context, url string, d delivery) error {
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, url+"/webhook", bytes.NewReader(d.body))
+	if err != nil {
+		return err
+	}
+	signature := hmac.New(sha256.New, []byte(s.secret))
+	signature.Write(d.body)
+	r.Header.Set("Content-Type", "application/json")
+	r.Header.Set("X-GitHub-Event", "pull_request")
+	r.Header.Set("X-GitHub-Delivery", d.id)
+	r.Header.Set("X-Hub-Signature-256", "sha256="+hex.EncodeToString(signature.Sum(nil)))
+	res, err := s.client.Do(r)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusAccepted {
+		return fmt.Errorf("delivery %s: %s", d.id, res.Status)
+	}
+	return nil
+}
+
+// randomCommit answers what looks like a commit's hash.
+func randomCommit() string {
+	hash := make([]byte, 20)
+	_, _ = rand.Read(hash) // never fails
+	return hex.EncodeToString(hash)
+}

@@ -1,0 +1,112 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+const (
+	workTime = 1500 * time.Millisecond // of one undisturbed job
+	windDown = 300 * time.Millisecond  // of one that was told to stop
+	patience = 25 * time.Second        // how long a service may take to end
+)
+
+// service is one replica of the webhook service, running as a process of its own.
+type service struct {
+	name    string
+	url     string
+	cmd     *exec.Cmd
+	stderr  bytes.Buffer // to be read once the service has ended
+	history *history
+
+	asked  atomic.Bool   // it was asked to end
+	ended  chan struct{} // closed once the process is gone and everything it said is in the history
+	result error         // set before ended is closed
+}
+
+// startService starts a replica on a free port and returns when it listens.
+func startService(ctx context.Context, binary, name, secret, uri string, h *history) (*service, error) {
+	s := &service{name: name, history: h, ended: make(chan struct{})}
+	s.cmd = exec.Command(binary, "-addr", "127.0.0.1:0", "-name", name, "-work", workTime.String(), "-wind-down", windDown.String())
+	// Through the environment, where other users cannot read the secret and the password that the URI may hold.
+	s.cmd.Env = append(os.Environ(), "WEBHOOK_SECRET="+secret, "WEBHOOK_POSTGRES_URI="+uri)
+	s.cmd.Stderr = &s.stderr
+	stdout, err := s.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.cmd.Start(); err != nil {
+		return nil, err
+	}
+	go s.follow(stdout)
+
+	up, err := h.wait(ctx, name+" to listen", func(e Event) bool { return e.Kind == listening && e.Replica == name })
+	if err != nil {
+		s.terminate()
+		return nil, fmt.Errorf("%w\n%s", err, s.stderr.Bytes())
+	}
+	s.url = "http://" + up.Addr
+	return s, nil
+}
+
+// follow takes down what the service says until it has ended.
+func (s *service) follow(stdout io.Reader) {
+	for lines := bufio.NewScanner(stdout); lines.Scan(); {
+		var e Event
+		if err := json.Unmarshal(lines.Bytes(), &e); err != nil || e.Time.IsZero() || e.Kind == "" {
+			e = Event{Kind: failed, Replica: s.name, Reason: fmt.Sprintf("says what is no event: %.200q", lines.Text())}
+		}
+		s.history.add(e)
+	}
+	_, _ = io.Copy(io.Discard, stdout) // a line that was too long must not block the service
+	s.result = s.cmd.Wait()
+	if !s.asked.Load() {
+		s.history.add(Event{Kind: exited, Replica: s.name, Reason: fmt.Sprintf("ended unasked (%v)", s.cmd.ProcessState)})
+	}
+	close(s.ended)
+}
+
+// terminate asks the service to end and waits until it has.
+func (s *service) terminate() {
+	if s.asked.Swap(true) {
+		<-s.ended
+		return
+	}
+	if err := s.cmd.Process.Signal(syscall.SIGTERM); errors.Is(err, os.ErrProcessDone) {
+		<-s.ended
+		return
+	}
+	e := Event{Kind: exited, Replica: s.name}
+	select {
+	case <-s.ended:
+		if s.result != nil {
+			e.Reason = s.result.Error()
+		}
+	case <-time.After(patience):
+		_ = s.cmd.Process.Kill()
+		<-s.ended
+		e.Reason = fmt.Sprintf("did not end within %s of SIGTERM", patience)
+	}
+	s.history.add(e)
+}
+
+// kill ends the service as a crash would: it cannot release anything.
+func (s *service) kill() error {
+	s.asked.Store(true)
+	if err := s.cmd.Process.Kill(); err != nil {
+		return err
+	}
+	<-s.ended
+	s.history.add(Event{Kind: killed, Replica: s.name})
+	return nil
+}

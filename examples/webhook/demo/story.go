@@ -1,0 +1,208 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// beat is the pause between two deliveries that do not come in a burst: shorter than a job, and shorter than a
+// job's winding down.
+const beat = 200 * time.Millisecond
+
+// stage is where a story is played.
+type stage struct {
+	services []*service
+	sender   *sender
+	history  *history
+}
+
+// together plays several pull requests at once.
+func (s *stage) together(ctx context.Context, parts ...func(context.Context) error) error {
+	errs := make(chan error, len(parts))
+	for _, part := range parts {
+		go func() { errs <- part(ctx) }()
+	}
+	var err error
+	for range parts {
+		err = errors.Join(err, <-errs)
+	}
+	return err
+}
+
+// pr is one pull request in a story. Its methods do nothing once one of them has failed; err says why.
+type pr struct {
+	ctx    context.Context
+	stage  *stage
+	number uint
+	head   string
+	err    error
+}
+
+func (s *stage) pr(ctx context.Context, number uint) *pr {
+	return &pr{ctx: ctx, stage: s, number: number}
+}
+
+// deliver sends a delivery to a service and returns its id once it has been accepted. All but "closed" come
+// with a new head commit.
+func (p *pr) deliver(to *service, action string) (id string) {
+	if p.err != nil {
+		return ""
+	}
+	if action != "closed" {
+		p.head = randomCommit()
+	}
+	d, err := p.stage.sender.prepare(action, p.number, p.head)
+	if err == nil {
+		p.stage.history.add(Event{
+			Kind: sent, Replica: to.name, Repo: d.repo, PR: d.pr, Delivery: d.id,
+			Event: fmt.Sprintf("%s %.7s delivery %.8s", action, p.head, d.id),
+		})
+		err = p.stage.sender.post(p.ctx, to.url, d)
+	}
+	p.err = err
+	return d.id
+}
+
+// claimed waits until the delivery's claim is in force: until its job runs, or somebody has made way for it.
+func (p *pr) claimed(id string) {
+	p.await("the claim of "+id, func(e Event) bool {
+		return e.Kind == started && e.Delivery == id || (e.Kind == toldToStop || e.Kind == left) && madeWayFor(e, id)
+	})
+}
+
+// madeWayFor reports whether an event was caused by the claim of a delivery.
+func madeWayFor(e Event, id string) bool {
+	return e.Delivery != id && strings.Contains(e.Reason, shortID(id))
+}
+
+// shortID is how a delivery is named in a reason.
+func shortID(id string) string { return fmt.Sprintf("delivery %.8s", id) }
+
+// sees waits until something has happened to a delivery.
+func (p *pr) sees(kind, id string) {
+	p.await(id+" "+kind, func(e Event) bool { return e.Kind == kind && e.Delivery == id })
+}
+
+// pause lets a moment pass, so that a person can follow the story. Nothing depends on it.
+func (p *pr) pause(d time.Duration) {
+	if p.err != nil {
+		return
+	}
+	select {
+	case <-time.After(d):
+	case <-p.ctx.Done():
+		p.err = context.Cause(p.ctx)
+	}
+}
+
+func (p *pr) await(what string, wanted func(Event) bool) {
+	if p.err == nil {
+		_, p.err = p.stage.history.wait(p.ctx, what, wanted)
+	}
+}
+
+// playInMemory is the story of one service.
+func playInMemory(ctx context.Context, s *stage) error {
+	one := s.services[0]
+	return s.together(ctx,
+		func(ctx context.Context) error { // pushed to while it runs and while it waits, then closed while it runs
+			p := s.pr(ctx, 7)
+			p.sees(started, p.deliver(one, "opened"))
+			p.pause(3 * beat)
+			p.claimed(p.deliver(one, "synchronize"))
+			p.pause(beat)
+			p.sees(started, p.deliver(one, "synchronize"))
+			p.pause(4 * beat)
+			p.sees(finished, p.deliver(one, "closed"))
+			return p.err
+		},
+		func(ctx context.Context) error { // a burst of pushes, then one more while the last of them runs
+			p := s.pr(ctx, 8)
+			p.sees(started, p.deliver(one, "opened"))
+			p.pause(5 * beat)
+			last := ""
+			for range 5 {
+				last = p.deliver(one, "synchronize")
+			}
+			p.sees(started, last)
+			p.pause(6 * beat)
+			p.sees(finished, p.deliver(one, "synchronize"))
+			return p.err
+		},
+		func(ctx context.Context) error { // nobody disturbs this one
+			p := s.pr(ctx, 9)
+			p.sees(finished, p.deliver(one, "opened"))
+			p.sees(finished, p.deliver(one, "synchronize"))
+			p.sees(finished, p.deliver(one, "closed"))
+			return p.err
+		},
+	)
+}
+
+// playOnPostgres is the story of three services on one database.
+func playOnPostgres(ctx context.Context, s *stage) error {
+	one, two, three := s.services[0], s.services[1], s.services[2]
+	err := s.together(ctx,
+		func(ctx context.Context) error { // every push arrives at another service
+			p := s.pr(ctx, 7)
+			p.sees(started, p.deliver(one, "opened"))
+			p.pause(3 * beat)
+			p.claimed(p.deliver(two, "synchronize"))
+			p.pause(beat)
+			p.sees(started, p.deliver(three, "synchronize"))
+			p.pause(4 * beat)
+			p.sees(finished, p.deliver(one, "closed"))
+			return p.err
+		},
+		func(ctx context.Context) error { // many pushes, round and round
+			p := s.pr(ctx, 8)
+			last := p.deliver(three, "opened")
+			for i := range 6 {
+				p.claimed(last)
+				p.pause(2 * beat)
+				last = p.deliver(s.services[i%3], "synchronize")
+			}
+			p.sees(finished, last)
+			return p.err
+		},
+		func(ctx context.Context) error { // a burst of pushes to one service
+			p := s.pr(ctx, 9)
+			p.sees(started, p.deliver(one, "opened"))
+			p.pause(5 * beat)
+			last := ""
+			for range 5 {
+				last = p.deliver(two, "synchronize")
+			}
+			p.sees(finished, last)
+			return p.err
+		},
+	)
+	if err != nil {
+		return err
+	}
+	return s.together(ctx,
+		func(ctx context.Context) error { // its service dies while it works; the successor has to wait for the lock delay
+			p := s.pr(ctx, 10)
+			p.sees(started, p.deliver(three, "opened"))
+			p.pause(2 * beat)
+			if p.err == nil {
+				p.err = three.kill()
+			}
+			p.pause(2 * beat)
+			p.deliver(two, "synchronize")
+			p.pause(2 * beat)
+			p.sees(finished, p.deliver(two, "synchronize"))
+			p.sees(finished, p.deliver(one, "closed"))
+			return p.err
+		},
+		func(ctx context.Context) error { // meanwhile life goes on elsewhere
+			p := s.pr(ctx, 9)
+			p.sees(finished, p.deliver(two, "synchronize"))
+			p.sees(finished, p.deliver(one, "closed"))
+			return p.err
+		},
+	)
+}

@@ -1,0 +1,155 @@
+// Command webhook is a small service that deploys pull requests, of which any number of replicas may run side
+// by side.
+//
+// GitHub delivers every push to one of the replicas. Each delivery claims the lock of its pull request before
+// it works: the newest claim wins, a job that is running for an older one is told to stop, and one that is
+// still waiting leaves at once. Replicas share nothing but a PostgreSQL database; without -postgres the locks
+// live in this process's memory, which is enough to try it out.
+//
+//	WEBHOOK_SECRET=… go run ./examples/webhook -addr :8080 -name one
+//
+// What it does is written to stdout, one JSON object per line: received, started, told to stop, stopped,
+// finished, left, failed. What the lock library and the HTTP server have to say goes to stderr.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/preemptable/locker"
+)
+
+const (
+	// preemptionTimeout is how long a job that was told to stop keeps its lock at most.
+	preemptionTimeout = 10 * time.Second
+	// shutdownTimeout is how long everything together may take to end: a job's winding down, and giving back
+	// its lock.
+	shutdownTimeout = preemptionTimeout + 10*time.Second
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process the hard way
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "webhook:", err)
+		os.Exit(1)
+	}
+}
+
+type config struct {
+	addr     string
+	postgres string // may hold a password: never printed
+	secret   string
+	name     string
+	work     time.Duration
+	windDown time.Duration
+}
+
+func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (config, error) {
+	var c config
+	flags := flag.NewFlagSet("webhook", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.StringVar(&c.addr, "addr", "127.0.0.1:8080", "address to listen on")
+	// No default from the environment here: -help prints defaults.
+	flags.StringVar(&c.postgres, "postgres", "", "PostgreSQL `URI` (default: $WEBHOOK_POSTGRES_URI; if that is empty too, locks live in memory)")
+	flags.StringVar(&c.name, "name", "webhook", "this replica's name in its events")
+	flags.DurationVar(&c.work, "work", 10*time.Second, "how long one simulated deployment takes")
+	flags.DurationVar(&c.windDown, "wind-down", time.Second, "how long one takes to stop after it was told to")
+	if err := flags.Parse(args); err != nil {
+		return config{}, err
+	}
+	if c.postgres == "" {
+		c.postgres = getenv("WEBHOOK_POSTGRES_URI")
+	}
+	c.secret = getenv("WEBHOOK_SECRET")
+	switch {
+	case flags.NArg() > 0:
+		return config{}, fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	case c.secret == "":
+		return config{}, errors.New("WEBHOOK_SECRET is not set: anybody could deploy")
+	case c.work < 0 || c.windDown < 0:
+		return config{}, errors.New("-work and -wind-down must not be negative")
+	case c.windDown >= preemptionTimeout:
+		return config{}, fmt.Errorf("-wind-down must be shorter than %s: the lock is gone by then", preemptionTimeout)
+	}
+	return c, nil
+}
+
+func newProvider(c config, log *slog.Logger) (locker.LockProvider, error) {
+	options := []locker.LockProviderOption{
+		locker.WithPreemptionTimeout(preemptionTimeout),
+		locker.WithLogger(log),
+	}
+	if c.postgres == "" {
+		return locker.NewLockProvider(locker.FakeLockProviderKind, options...)
+	}
+	return locker.NewLockProvider(locker.PostgresLockProviderKind, append(options, locker.WithPostgresBackend(c.postgres, ""))...)
+}
+
+// run serves until ctx is done and everything has ended after it.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	c, err := parseConfig(args, getenv, stderr)
+	if err != nil {
+		return err
+	}
+	events := slog.New(slog.NewJSONHandler(stdout, nil)).With("replica", c.name)
+	log := slog.New(slog.NewTextHandler(stderr, nil)).With("replica", c.name)
+
+	provider, err := newProvider(c, log)
+	if err != nil {
+		return err
+	}
+	worker, err := newWorker(provider, c.work, c.windDown, events)
+	if err != nil {
+		return errors.Join(err, closeProvider(provider))
+	}
+	listener, err := net.Listen("tcp", c.addr)
+	if err != nil {
+		return errors.Join(err, closeProvider(provider))
+	}
+	server := &http.Server{
+		Handler:           newHandler([]byte(c.secret), worker),
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      15 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	events.Info("listening", "addr", listener.Addr().String())
+
+	select {
+	case err = <-served: // it never returns nil, and here nobody has asked it to end
+	case <-ctx.Done():
+		events.Info("shutting down")
+	}
+
+	// In this order: take nothing new, tell what runs to stop, hang up once everybody has an answer, wait, and
+	// only then close what the jobs give their locks back to.
+	deadline, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
+	defer cancel()
+	worker.stop()
+	return errors.Join(err, server.Shutdown(deadline), worker.wait(deadline), closeProvider(provider))
+}
+
+func closeProvider(p locker.LockProvider) error {
+	if closer, ok := p.(io.Closer); ok {
+		return closer.Close()
+	}
+	return nil
+}
