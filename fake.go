@@ -146,7 +146,7 @@ func (m *memory) announce(_ context.Context, c claim) (int64, error) {
 	return newest.number, nil
 }
 
-func (m *memory) acquire(_ context.Context, r request) (answer, error) {
+func (m *memory) acquire(_ context.Context, _ <-chan struct{}, r request) (answer, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	row := m.rowLocked(r.key)

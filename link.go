@@ -447,4 +447,3 @@ func applicationName() string {
 }
 
 var hostName, _ = os.Hostname() // "" where the system has none
-

@@ -15,8 +15,9 @@ import (
 type backend interface {
 	// announce makes the claim known and answers its number.
 	announce(ctx context.Context, c claim) (int64, error)
-	// acquire tries once to take the key for the claim.
-	acquire(ctx context.Context, r request) (answer, error)
+	// acquire tries once to take the key for the claim. It gives up when ctx is
+	// done or stop is closed.
+	acquire(ctx context.Context, stop <-chan struct{}, r request) (answer, error)
 	// release gives a granted key back. It is begun when the call returns and
 	// cannot be cancelled; the channel answers once. A nil channel means that
 	// it is done.
@@ -115,23 +116,24 @@ type lock struct {
 
 	next, prev *lock // the hub's list of the key's locks; guarded by the hub
 
-	mu        sync.Mutex // guards everything below; never held across I/O or a call to the backend
-	phase     phase
-	placed    bool // standing is set: by Notify, or by the first answer to a claim that was never announced
-	standing  standing
-	ch        chan NotificationPayload // made when held; capacity 1, one payload at most, closed when over
-	session   uint64                   // the generation of the session that holds the key
-	token     int64
-	drain     time.Duration
-	cause     error                   // why the holder was notified
-	lost      error                   // what the next Unlock has to report (C18), once
-	lostUpTo  uint64                  // sessions up to this generation are gone
-	timer     *time.Timer             // held: max lock duration; notified: preemption timeout
-	unwatch   func() bool             // held: stops watching the caller's context
-	cancel    context.CancelCauseFunc // waiting: ends the wait
-	ended     error                   // waiting: the wait was ended by Unlock or by the provider's Close
-	wake      chan struct{}           // waiting: capacity 1, a reason to try again
-	left      chan struct{}           // waiting: closed when Lock has left; made by the Unlock that waits for it
+	mu       sync.Mutex // guards everything below; never held across I/O or a call to the backend
+	phase    phase
+	placed   bool // standing is set: by Notify, or by the first answer to a claim that was never announced
+	standing standing
+	ch       chan NotificationPayload // made when held; capacity 1, one payload at most, closed when over
+	session  uint64                   // the generation of the session that holds the key
+	token    int64
+	drain    time.Duration
+	cause    error         // why the holder was notified
+	lost     error         // what the next Unlock has to report (C18), once
+	lostUpTo uint64        // sessions up to this generation are gone
+	deadline time.Time     // when the phase has lasted for too long
+	timer    *time.Timer   // calls expire at the deadline
+	unwatch  func() bool   // held: stops watching the caller's context
+	ended    error         // waiting: the wait is over, and why
+	stop     chan struct{} // waiting: closed when ended is set
+	wake     chan struct{} // waiting: capacity 1, a reason to try again
+	left     chan struct{} // waiting: closed when Lock has left; made by the Unlock that waits for it
 }
 
 var (
@@ -141,6 +143,7 @@ var (
 	errNotLocked    = errors.New("locker: Unlock before Lock")
 	errReleasedWait = errors.New("released while waiting")
 	errUnavailable  = errors.New("locker: database session is not available")
+	errStopped      = errors.New("locker: stopped") // by the channel given to acquire
 )
 
 // Notify announces the lock's claim: from now on no older claim can acquire the
@@ -176,15 +179,10 @@ func (l *lock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
 	if err := l.usable(ctx); err != nil {
 		return nil, err
 	}
-	wait, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	if err := l.begin(cancel); err != nil {
+	if err := l.begin(); err != nil {
 		return nil, err
 	}
-	timeout := time.AfterFunc(l.conf.lockTimeout, func() { cancel(ErrLockTimeout) })
-	defer timeout.Stop()
-
-	ch, err := l.acquire(ctx, wait)
+	ch, err := l.acquire(ctx)
 	if err != nil {
 		l.backend.events().unsubscribe(l)
 		l.leave()
@@ -246,22 +244,71 @@ func (l *lock) usable(ctx context.Context) error {
 	return nil
 }
 
-func (l *lock) begin(cancel context.CancelCauseFunc) error {
+func (l *lock) begin() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.ended != nil {
+		return l.ended // abandoned
+	}
 	if l.phase != fresh {
 		return errLockTwice
 	}
 	l.phase = waiting
-	l.cancel = cancel
+	l.stop = make(chan struct{})
 	l.wake = make(chan struct{}, 1)
+	l.armLocked(l.conf.lockTimeout)
 	return nil
+}
+
+// abandon makes a Lock that has not begun fail. Unlock cannot: before Lock it
+// has no effect.
+func (l *lock) abandon() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.phase == fresh {
+		l.ended = errReleasedWait
+	}
+}
+
+// armLocked bounds the phase that begins now.
+func (l *lock) armLocked(d time.Duration) {
+	l.deadline = time.Now().Add(d)
+	if l.timer == nil {
+		l.timer = time.AfterFunc(d, l.expire)
+	} else {
+		l.timer.Reset(d)
+	}
+}
+
+// expire ends the phase that has lasted for too long.
+func (l *lock) expire() {
+	l.mu.Lock()
+	if time.Now().Before(l.deadline) { // it was meant for the phase before
+		l.mu.Unlock()
+		return
+	}
+	revoked := false
+	switch l.phase {
+	case waiting:
+		l.endWaitLocked(ErrLockTimeout)
+	case held:
+		l.notifyLocked(ErrMaxLockDuration, l.ownPayload(ErrMaxLockDuration))
+	case notified:
+		l.lost = errors.WithMessagef(ErrLockLost, "revoked %v after it was notified (%v)", l.conf.preemptionTimeout, l.cause)
+		l.endLocked()
+		revoked = true
+	}
+	l.mu.Unlock()
+	if revoked {
+		l.revoke()
+	}
 }
 
 // leave ends a wait that failed.
 func (l *lock) leave() {
 	l.mu.Lock()
 	l.phase = over
+	l.timer.Stop()
 	left := l.left
 	l.mu.Unlock()
 	if l.onOver != nil {
@@ -274,19 +321,19 @@ func (l *lock) leave() {
 
 // acquire tries until the key is the claim's or the wait is over. The hints that
 // wake it are only reasons to ask the database again.
-func (l *lock) acquire(ctx, wait context.Context) (<-chan NotificationPayload, error) {
+func (l *lock) acquire(ctx context.Context) (<-chan NotificationPayload, error) {
 	if err := l.backend.events().subscribe(l); err != nil {
 		return nil, err
 	}
 	var unavailable error // why the database could not be asked, the last time
 	for {
-		if wait.Err() != nil {
-			return nil, waitError(ctx, wait, unavailable)
+		if err := l.waitEnded(ctx, unavailable); err != nil {
+			return nil, err
 		}
-		a, err := l.backend.acquire(wait, l.request())
+		a, err := l.backend.acquire(ctx, l.stop, l.request())
 		switch {
-		case wait.Err() != nil && err != nil:
-			return nil, waitError(ctx, wait, unavailable)
+		case errors.Is(err, errStopped):
+			continue
 		case errors.Is(err, errUnavailable):
 			unavailable = err
 		case err != nil:
@@ -294,7 +341,7 @@ func (l *lock) acquire(ctx, wait context.Context) (<-chan NotificationPayload, e
 		case a.outcome == granted:
 			ch, err := l.hold(ctx, a)
 			if err != nil {
-				l.backend.release(wait, l.claim)
+				l.backend.release(ctx, l.claim)
 				return nil, err
 			}
 			if ch != nil {
@@ -313,10 +360,25 @@ func (l *lock) acquire(ctx, wait context.Context) (<-chan NotificationPayload, e
 		select {
 		case <-l.wake:
 		case <-poll.C:
-		case <-wait.Done():
+		case <-l.stop:
+		case <-ctx.Done():
 		}
 		poll.Stop()
 	}
+}
+
+// waitEnded says why a wait is over before the database has decided, or nil.
+func (l *lock) waitEnded(ctx context.Context, unavailable error) error {
+	l.mu.Lock()
+	err := l.ended
+	l.mu.Unlock()
+	if ctx.Err() != nil {
+		err = contextError(ctx)
+	}
+	if err != nil && unavailable != nil {
+		err = errors.WithMessage(err, unavailable.Error())
+	}
+	return err
 }
 
 func (l *lock) request() request {
@@ -342,11 +404,13 @@ func (l *lock) adopt(newest standing) {
 func (l *lock) hold(ctx context.Context, a answer) (<-chan NotificationPayload, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if a.session != 0 && a.session <= l.lostUpTo {
+	switch {
+	case a.session <= l.lostUpTo:
 		return nil, nil
-	}
-	if l.ended != nil {
+	case l.ended != nil:
 		return nil, l.ended
+	case ctx.Err() != nil:
+		return nil, contextError(ctx)
 	}
 	l.phase = held
 	l.placed = true
@@ -355,7 +419,7 @@ func (l *lock) hold(ctx context.Context, a answer) (<-chan NotificationPayload, 
 	l.token = a.token
 	l.drain = a.drain
 	l.ch = make(chan NotificationPayload, 1)
-	l.timer = time.AfterFunc(l.conf.maxLockDuration, func() { l.tell(ErrMaxLockDuration) })
+	l.armLocked(l.conf.maxLockDuration)
 	if ctx.Done() != nil {
 		l.unwatch = context.AfterFunc(ctx, func() { l.tell(contextError(ctx)) })
 	}
@@ -381,22 +445,29 @@ func (l *lock) ownPayload(cause error) NotificationPayload {
 func (l *lock) notifyLocked(cause error, payload NotificationPayload) {
 	l.phase = notified
 	l.cause = cause
-	l.stopTimersLocked()
-	l.timer = time.AfterFunc(l.conf.preemptionTimeout, l.revoke)
+	l.unwatchLocked()
+	l.armLocked(l.conf.preemptionTimeout)
 	l.ch <- payload // never blocks: capacity 1, and a lock is notified once
 }
 
-// revoke takes the lock from a holder that did not release it in time (C14).
-func (l *lock) revoke() {
-	l.mu.Lock()
-	if l.phase != notified {
-		l.mu.Unlock()
-		return
-	}
-	l.lost = errors.WithMessagef(ErrLockLost, "revoked %v after it was notified (%v)", l.conf.preemptionTimeout, l.cause)
-	l.endLocked()
-	l.mu.Unlock()
+// endLocked moves a hold to over: the channel is closed, nothing fires any more.
+func (l *lock) endLocked() {
+	l.phase = over
+	l.timer.Stop()
+	l.unwatchLocked()
+	close(l.ch)
+}
 
+func (l *lock) unwatchLocked() {
+	if l.unwatch != nil {
+		l.unwatch()
+		l.unwatch = nil
+	}
+}
+
+// revoke takes the key from a holder that did not release it in time (C14); the
+// lock is over already.
+func (l *lock) revoke() {
 	l.conf.logger.Warn("locker: lock revoked: its holder did not release it in time",
 		slog.Int64("key", l.claim.key), slog.String("event", l.claim.event),
 		slog.Duration("after", l.conf.preemptionTimeout), slog.String("cause", l.Cause().Error()))
@@ -405,21 +476,6 @@ func (l *lock) revoke() {
 	if l.onOver != nil {
 		_ = await(context.Background(), done)
 		l.onOver()
-	}
-}
-
-// endLocked moves a hold to over: the channel is closed, nothing fires any more.
-func (l *lock) endLocked() {
-	l.phase = over
-	l.stopTimersLocked()
-	close(l.ch)
-}
-
-func (l *lock) stopTimersLocked() {
-	l.timer.Stop()
-	if l.unwatch != nil {
-		l.unwatch()
-		l.unwatch = nil
 	}
 }
 
@@ -456,7 +512,7 @@ func (l *lock) unlock(ctx context.Context) error {
 func (l *lock) endWaitLocked(reason error) {
 	if l.ended == nil {
 		l.ended = reason
-		l.cancel(reason)
+		close(l.stop)
 	}
 }
 
@@ -551,18 +607,6 @@ func contextError(ctx context.Context) error {
 	err := ctx.Err()
 	if cause := context.Cause(ctx); cause != err {
 		return errors.WithMessage(err, cause.Error())
-	}
-	return err
-}
-
-// waitError says why a wait ended before the database decided.
-func waitError(ctx, wait context.Context, unavailable error) error {
-	err := context.Cause(wait)
-	if ctx.Err() != nil {
-		err = contextError(ctx)
-	}
-	if unavailable != nil {
-		err = errors.WithMessage(err, unavailable.Error())
 	}
 	return err
 }

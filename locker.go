@@ -72,7 +72,8 @@ type PreemptiveLocker struct {
 	mu      sync.Mutex // guards everything below; never held across a call to the provider
 	stage   stage
 	aborted bool               // locking: Release was called
-	cancel  context.CancelFunc // ends what Lock is doing; called when the hold is over
+	cancel  context.CancelFunc // locking: ends what Lock is doing, except the lock's own wait
+	waiting PreemptableLock    // locking: the lock, once there is one
 	left    chan struct{}      // locking: closed when Lock has left; made by the Release that waits for it
 	lock    PreemptableLock    // locked and later
 	key     int64
@@ -156,18 +157,17 @@ func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayl
 	span, ctx := p.startSpan(ctx, "lock")
 	defer func() { p.finishSpan(span, err) }()
 
-	hold, cancel := context.WithCancel(ctx)
+	setup, cancel := context.WithCancel(ctx)
+	defer cancel()
 	if err := p.begin(cancel); err != nil {
-		cancel()
 		return nil, err
 	}
-	lock, ch, err := p.acquire(hold)
+	lock, ch, err := p.acquire(ctx, setup)
 	err = p.arrive(lock, err)
 	if err != nil {
 		if lock != nil {
 			_ = unlockDetached(ctx, lock)
 		}
-		cancel()
 		p.leave()
 		return nil, errors.WithMessagef(err, "locker: lock %s#%d for %q", p.repo, p.pr, p.event)
 	}
@@ -190,12 +190,13 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 	p.mu.Lock()
 	stage := p.stage
 	var left chan struct{}
+	lock := p.lock
 	switch stage {
 	case locking:
 		if p.left == nil {
 			p.left = make(chan struct{})
 		}
-		left = p.left
+		left, lock = p.left, p.waiting
 		p.aborted = true
 		p.cancel()
 	case locked:
@@ -207,10 +208,15 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 	case unlocked:
 		err = errors.New("Release before Lock")
 	case locking:
+		if lock != nil {
+			if own, ok := lock.(ownLock); ok {
+				own.abandon()
+			}
+			_ = unlockBounded(ctx, lock) // Lock itself cleans up
+		}
 		err = await(ctx, left)
 	case locked:
-		err = unlockBounded(ctx, p.lock)
-		p.cancel()
+		err = unlockBounded(ctx, lock)
 	}
 	return errors.WithMessagef(err, "locker: release %s#%d", p.repo, p.pr)
 }
@@ -310,33 +316,41 @@ func (p *PreemptiveLocker) begin(cancel context.CancelFunc) error {
 }
 
 // acquire claims the key and waits for it and for the lock delay. It answers the
-// lock, once there is one, also with an error.
-func (p *PreemptiveLocker) acquire(ctx context.Context) (PreemptableLock, <-chan NotificationPayload, error) {
+// lock, once there is one, also with an error. Release ends setup; the lock's own
+// wait it ends by Unlock, so that the hold depends on nothing but ctx.
+func (p *PreemptiveLocker) acquire(ctx, setup context.Context) (PreemptableLock, <-chan NotificationPayload, error) {
 	if err := checkRepo(p.repo, p.pr); err != nil {
 		return nil, nil, err
 	}
-	key, err := p.provider.LockKey(ctx, p.repo, p.pr)
+	key, err := p.provider.LockKey(setup, p.repo, p.pr)
 	if err != nil {
 		return nil, nil, err
 	}
 	p.mu.Lock()
 	p.key = key
 	p.mu.Unlock()
-	lock, err := p.provider.New(ctx, key, p.event)
+	lock, err := p.provider.New(setup, key, p.event)
 	if err != nil {
 		return nil, nil, err
 	}
 	if isNil(lock) {
 		return nil, nil, errors.New("lock provider answered no lock")
 	}
-	if err := lock.Notify(ctx); err != nil {
+	if err := lock.Notify(setup); err != nil {
 		return lock, nil, err
+	}
+	p.mu.Lock()
+	p.waiting = lock
+	aborted := p.aborted
+	p.mu.Unlock()
+	if aborted {
+		return lock, nil, errReleasedWait
 	}
 	ch, err := lock.Lock(ctx)
 	if err != nil {
 		return lock, nil, err
 	}
-	return lock, ch, p.delay(ctx, lock, ch)
+	return lock, ch, p.delay(setup, lock, ch)
 }
 
 // delay waits for the lock delay (C11).
@@ -405,8 +419,14 @@ func causeOf(lock PreemptableLock, n NotificationPayload, ok bool) error {
 	return errors.WithMessagef(ErrLockPreempted, "notified: %q", n.Message)
 }
 
+// ownLock is a lock of this package: it keeps the bounds of C18 itself.
+type ownLock interface{ abandon() }
+
 // unlockBounded unlocks a lock of any provider within the bounds of C18.
 func unlockBounded(ctx context.Context, lock PreemptableLock) error {
+	if _, ok := lock.(ownLock); ok {
+		return lock.Unlock(ctx)
+	}
 	if ctx.Err() != nil {
 		go func() { _ = unlockDetached(ctx, lock) }() // ends within releaseTimeout
 		return contextError(ctx)

@@ -105,7 +105,10 @@ func checkLockKey(ctx context.Context, h *hub, repo string, pr uint) error {
 	if err := checkRepo(repo, pr); err != nil {
 		return err
 	}
-	return errors.Wrapf(checkUse(ctx, h), "locker: lock key of %s#%d", repo, pr)
+	if err := checkUse(ctx, h); err != nil {
+		return errors.Wrapf(err, "locker: lock key of %s#%d", repo, pr)
+	}
+	return nil
 }
 
 func checkUse(ctx context.Context, h *hub) error {

@@ -119,17 +119,17 @@ func newSession(dsn string, conf LockProviderConfig) *session {
 func (s *session) events() *hub { return s.hub }
 
 func (s *session) lookup(ctx context.Context, repo string, pr uint) (int64, error) {
-	r := s.do(ctx, &op{kind: opLookup, repo: repo, pr: pr})
+	r := s.do(ctx, nil, &op{kind: opLookup, repo: repo, pr: pr})
 	return r.number, r.err
 }
 
 func (s *session) announce(ctx context.Context, c claim) (int64, error) {
-	r := s.do(ctx, &op{kind: opAnnounce, req: request{claim: c}})
+	r := s.do(ctx, nil, &op{kind: opAnnounce, req: request{claim: c}})
 	return r.number, r.err
 }
 
-func (s *session) acquire(ctx context.Context, r request) (answer, error) {
-	res := s.do(ctx, &op{kind: opAcquire, req: r})
+func (s *session) acquire(ctx context.Context, stop <-chan struct{}, r request) (answer, error) {
+	res := s.do(ctx, stop, &op{kind: opAcquire, req: r})
 	return res.answer, res.err
 }
 
@@ -149,10 +149,10 @@ func (s *session) release(ctx context.Context, c claim) <-chan error {
 
 var errReleaseLost = errors.WithMessage(ErrLockLost, "session lost")
 
-// do has the worker carry out an operation. If ctx ends first, an operation that
-// is still queued is dropped, and a key that an abandoned one acquires is
-// released.
-func (s *session) do(ctx context.Context, o *op) result {
+// do has the worker carry out an operation. If ctx or stop ends first, an
+// operation that is still queued is dropped, and a key that an abandoned one
+// acquires is released.
+func (s *session) do(ctx context.Context, stop <-chan struct{}, o *op) result {
 	o.ctx = context.WithoutCancel(ctx)
 	o.done = make(chan result, 1)
 	s.mu.Lock()
@@ -162,10 +162,13 @@ func (s *session) do(ctx context.Context, o *op) result {
 	}
 	s.enqueueLocked(o)
 	s.mu.Unlock()
+	reason := errStopped
 	select {
 	case r := <-o.done:
 		return r
+	case <-stop:
 	case <-ctx.Done():
+		reason = contextError(ctx)
 	}
 	s.mu.Lock()
 	done := o.state == opDone
@@ -176,7 +179,7 @@ func (s *session) do(ctx context.Context, o *op) result {
 	if done {
 		return <-o.done
 	}
-	return result{err: contextError(ctx)}
+	return result{err: reason}
 }
 
 func (s *session) enqueueLocked(o *op) {
