@@ -1,0 +1,159 @@
+package pgserver
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	"github.com/lib/pq"
+)
+
+// What the tests read from the environment, beside EnvBin.
+const (
+	// EnvURI is the URI of a running server to use, as a user who may create databases.
+	EnvURI = "LOCKER_TEST_POSTGRES_URI"
+	// EnvRestart is a shell command that restarts the server at EnvURI. It gets "fast" or "immediate" as argument.
+	EnvRestart = "LOCKER_TEST_POSTGRES_RESTART"
+)
+
+// ErrCannotRestart means that the server belongs to somebody else and EnvRestart does not say how to restart it.
+var ErrCannotRestart = errors.New("pgserver: cannot restart the server at " + EnvURI + "; set " + EnvRestart)
+
+// Instance is the server that a test run uses: a running one if the environment names it, otherwise a throwaway cluster.
+type Instance struct {
+	uri     string  // of the foreign server; empty for our own
+	restart string  // the foreign server's restart command
+	server  *Server // our own; nil for a foreign server
+}
+
+// Shared finds or starts the server to run tests against. Close ends what Shared has started; a process that ends without
+// Close leaves nothing behind either, so a test binary may keep one Instance for its whole life.
+func Shared(ctx context.Context) (*Instance, error) {
+	uri := os.Getenv(EnvURI)
+	if uri == "" {
+		server, err := Start(ctx, Options{})
+		if err != nil {
+			return nil, err
+		}
+		return &Instance{server: server}, nil
+	}
+	if _, err := parseURI(uri); err != nil {
+		return nil, err
+	}
+	instance := &Instance{uri: uri, restart: os.Getenv(EnvRestart)}
+	if err := instance.await(ctx); err != nil {
+		return nil, fmt.Errorf("pgserver: the server at %s does not answer: %w", EnvURI, err)
+	}
+	return instance, nil
+}
+
+// parseURI never repeats the URI in its error: there may be a password in it.
+func parseURI(uri string) (*url.URL, error) {
+	u, err := url.Parse(uri)
+	if err != nil || u.Scheme != "postgres" && u.Scheme != "postgresql" {
+		return nil, errors.New("pgserver: " + EnvURI + " must look like postgres://user:password@host:port/database")
+	}
+	return u, nil
+}
+
+// Own reports whether the server is a throwaway cluster of ours, with which a test may do anything.
+func (i *Instance) Own() bool { return i.server != nil }
+
+// Server is the throwaway cluster, nil if the server is not ours.
+func (i *Instance) Server() *Server { return i.server }
+
+// NewDatabase makes an empty database for one test. drop removes it, with whatever is still connected to it.
+func (i *Instance) NewDatabase(ctx context.Context) (uri string, drop func(), err error) {
+	name := uniqueName("locker_test")
+	admin := i.admin()
+	if err := createDatabase(ctx, admin, name); err != nil {
+		return "", nil, fmt.Errorf("pgserver: create a database: %w", err)
+	}
+	u, err := parseURI(admin)
+	if err != nil {
+		return "", nil, err
+	}
+	u.Path = "/" + name
+	drop = func() {
+		// A context of its own: the test's is done by now. The bound is for a server that a test has left in a bad state.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 15*time.Second)
+		defer cancel()
+		err := withDB(admin, func(db *sql.DB) error {
+			_, err := db.ExecContext(ctx, "DROP DATABASE IF EXISTS "+pq.QuoteIdentifier(name)+" WITH (FORCE)")
+			return err
+		})
+		if err != nil && !i.Own() {
+			fmt.Fprintf(os.Stderr, "pgserver: database %s is left behind: %v\n", name, err)
+		}
+	}
+	return u.String(), drop, nil
+}
+
+func (i *Instance) admin() string {
+	if i.server != nil {
+		return i.server.URI("postgres")
+	}
+	return i.uri
+}
+
+// Restart restarts the server and returns when it answers again. The error matches ErrCannotRestart if nobody told how.
+func (i *Instance) Restart(ctx context.Context, mode string) error {
+	if i.server != nil {
+		return i.server.Restart(ctx, mode)
+	}
+	if i.restart == "" {
+		return ErrCannotRestart
+	}
+	if mode != Fast && mode != Immediate {
+		return fmt.Errorf("pgserver: unknown way to restart %q (fast or immediate)", mode)
+	}
+	out, err := exec.CommandContext(ctx, "sh", "-c", i.restart+` "$1"`, "restart", mode).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("pgserver: %s: %w\n%s", EnvRestart, err, tail(string(out)))
+	}
+	return i.await(ctx)
+}
+
+// await waits until a foreign server answers.
+func (i *Instance) await(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	for {
+		err := withDB(i.uri, func(db *sql.DB) error {
+			ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+			defer cancel()
+			return db.PingContext(ctx)
+		})
+		if err == nil || !transient(err) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// transient tells a server that is on its way from one that has answered "no".
+func transient(err error) bool {
+	var answer *pq.Error
+	if !errors.As(err, &answer) {
+		return true
+	}
+	return strings.HasPrefix(string(answer.Code), "57P") // shutting down, crashed, starting up
+}
+
+// Close ends the throwaway cluster. It leaves a foreign server alone.
+func (i *Instance) Close() error {
+	if i.server == nil {
+		return nil
+	}
+	return i.server.Close()
+}
