@@ -205,7 +205,10 @@ func (l *lock) Unlock(ctx context.Context) error {
 	if l.onOver != nil {
 		l.onOver()
 	}
-	return errors.Wrapf(err, "locker: unlock key %d", l.claim.key)
+	if err != nil {
+		return errors.Wrapf(err, "locker: unlock key %d", l.claim.key)
+	}
+	return nil
 }
 
 // Token is the fencing token of the hold (C15): 0 before the lock is held, then
