@@ -231,7 +231,6 @@ func openLink(ctx context.Context, dsn, serviceName string, generation uint64) (
 			return nil, errors.Wrap(err, "locker: prepare statements")
 		}
 	}
-	l.socket.watch()
 	return l, nil
 }
 
@@ -337,7 +336,7 @@ func (l *link) DialContext(ctx context.Context, network, address string) (net.Co
 		_ = conn.Close()
 		return nil, net.ErrClosed
 	}
-	l.socket = newWatchedConn(conn)
+	l.socket = &watchedConn{Conn: conn}
 	return l.socket, nil
 }
 
@@ -361,78 +360,37 @@ func (l *link) close() {
 	}
 	_ = l.db.Close()
 	l.kill()
-	if l.socket != nil {
-		l.socket.wait()
-	}
 }
 
-// watchedConn notices at once when the server closes an idle connection (C24): a
-// goroutine reads ahead, so that the end is seen though nobody is waiting for
-// data.
+// watchedConn lets the worker notice at once that the server closed the idle
+// connection (C24): between two statements the worker reads ahead. It is used by
+// the worker alone, except for its deadline and Close.
 type watchedConn struct {
 	net.Conn
-	dead chan struct{} // closed when the connection has ended
-
-	mu       sync.Mutex // guards everything below
-	arrived  *sync.Cond // data or err
-	watching bool
-	data     []byte
-	err      error
+	ahead []byte // what arrived between two statements: a notice, or the server's last words
 }
 
-func newWatchedConn(conn net.Conn) *watchedConn {
-	c := &watchedConn{Conn: conn, dead: make(chan struct{})}
-	c.arrived = sync.NewCond(&c.mu)
-	return c
-}
-
-// watch starts the reader, which ends when the connection does. Before that,
-// reads go straight to the connection and deadlines work.
-func (c *watchedConn) watch() {
-	c.mu.Lock()
-	c.watching = true
-	c.mu.Unlock()
-	go func() {
-		defer close(c.dead)
-		buf := make([]byte, 16<<10)
-		for {
-			n, err := c.Conn.Read(buf)
-			c.mu.Lock()
-			c.data = append(c.data, buf[:n]...)
-			c.err = err
-			c.arrived.Signal()
-			c.mu.Unlock()
-			if err != nil {
-				return
-			}
+// watch reads until the read deadline, or answers why the connection ended.
+func (c *watchedConn) watch() error {
+	var buf [1024]byte
+	for {
+		n, err := c.Conn.Read(buf[:])
+		c.ahead = append(c.ahead, buf[:n]...)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil
 		}
-	}()
-}
-
-// wait returns when the reader has ended. The connection must be closed.
-func (c *watchedConn) wait() {
-	c.mu.Lock()
-	watching := c.watching
-	c.mu.Unlock()
-	if watching {
-		<-c.dead
+		if err != nil {
+			return err
+		}
 	}
 }
 
 func (c *watchedConn) Read(p []byte) (int, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !c.watching {
-		return c.Conn.Read(p) // nobody else uses the connection yet
+	if len(c.ahead) == 0 {
+		return c.Conn.Read(p)
 	}
-	for len(c.data) == 0 {
-		if c.err != nil {
-			return 0, c.err
-		}
-		c.arrived.Wait()
-	}
-	n := copy(p, c.data)
-	c.data = c.data[:copy(c.data, c.data[n:])]
+	n := copy(p, c.ahead)
+	c.ahead = c.ahead[n:]
 	return n, nil
 }
 

@@ -45,10 +45,12 @@ type session struct {
 	queues     [opKinds][]*op
 	link       *link
 	generation uint64              // of the last link; 0 before the first
+	trouble    error               // why the last attempt to open a link failed; nil after one that succeeded
 	held       map[int64]uuid.UUID // what the link holds: key → the ID by which the newest claim is known to the holder
 	started    bool
 	closing    bool
-	wake       chan struct{} // capacity 1: there is work
+	idling     *link         // the worker reads ahead on it; a deadline in the past ends that
+	wake       chan struct{} // capacity 1: there is work, for a worker without a link
 	done       chan struct{} // closed when the worker has ended
 
 	ctx  context.Context // ends with close; only the opening of links depends on it
@@ -175,9 +177,16 @@ func (s *session) do(ctx context.Context, stop <-chan struct{}, o *op) result {
 	if !done {
 		o.state = opAbandoned
 	}
+	trouble := s.trouble
 	s.mu.Unlock()
-	if done {
+	switch {
+	case done:
 		return <-o.done
+	case trouble == nil:
+	case reason == errStopped:
+		reason = &joinedError{errUnavailable, trouble}
+	default:
+		reason = errors.WithMessage(reason, trouble.Error())
 	}
 	return result{err: reason}
 }
@@ -189,10 +198,14 @@ func (s *session) enqueueLocked(o *op) {
 		s.started = true
 		go s.run() // ends with close
 	}
-	s.wakeUp()
+	s.wakeUpLocked()
 }
 
-func (s *session) wakeUp() {
+func (s *session) wakeUpLocked() {
+	if s.idling != nil {
+		_ = s.idling.socket.SetReadDeadline(time.Unix(1, 0)) // fails only on a connection that has ended
+		s.idling = nil
+	}
 	select {
 	case s.wake <- struct{}{}:
 	default: // it has been told already
@@ -205,9 +218,9 @@ func (s *session) close() {
 	s.mu.Lock()
 	s.closing = true
 	started := s.started
+	s.wakeUpLocked()
 	s.mu.Unlock()
 	s.stop()
-	s.wakeUp()
 	if !started {
 		return
 	}
@@ -230,6 +243,9 @@ func (s *session) run() {
 	for s.awaitWork() {
 		l, err := s.open()
 		if err != nil {
+			s.mu.Lock()
+			s.trouble = err
+			s.mu.Unlock()
 			s.refuseQueued(err)
 			select {
 			case <-time.After(backoff):
@@ -249,11 +265,7 @@ func (s *session) run() {
 func (s *session) awaitWork() bool {
 	for {
 		s.mu.Lock()
-		work := false
-		for _, q := range s.queues {
-			work = work || slices.ContainsFunc(q, func(o *op) bool { return o.state == opQueued })
-		}
-		closing := s.closing
+		work, closing := s.workLocked(), s.closing
 		s.mu.Unlock()
 		if closing {
 			s.refuseQueued(ErrProviderClosed)
@@ -312,7 +324,7 @@ func (s *session) open() (*link, error) {
 		s.proven = true
 	}
 	s.mu.Lock()
-	s.link = l
+	s.link, s.trouble = l, nil
 	s.mu.Unlock()
 	s.beat = time.Now()
 	s.trusted = time.AfterFunc(lossBound, func() {
@@ -355,31 +367,59 @@ func (s *session) proveNotify(l *link) error {
 // serve carries out operations and heartbeats until the link fails, which it
 // answers, or the session is closed.
 func (s *session) serve(l *link) error {
-	tick := time.NewTimer(heartbeatInterval)
-	defer tick.Stop()
 	for {
 		if err := s.beatIfDue(l); err != nil {
 			return err
 		}
 		batch, closing := s.take()
-		if len(batch) > 0 {
+		switch {
+		case len(batch) > 0:
 			if err := s.execute(l, batch); err != nil {
 				return err
 			}
-			continue
-		}
-		if closing {
+		case closing:
 			return nil
-		}
-		tick.Reset(time.Until(s.beat))
-		select {
-		case <-s.wake:
-		case <-tick.C:
-		case <-l.socket.dead:
-			// The server's last words, if it sent any, are waiting to be read.
-			return cmp.Or(l.conn.PingContext(context.Background()), errors.New("connection closed"))
+		default:
+			if err := s.idle(l); err != nil {
+				return err
+			}
 		}
 	}
+}
+
+// idle waits until there is work or the next heartbeat is due; it answers an
+// error when the connection has ended.
+func (s *session) idle(l *link) error {
+	s.mu.Lock()
+	if s.workLocked() || s.closing {
+		s.mu.Unlock()
+		return nil
+	}
+	s.idling = l
+	_ = l.socket.SetReadDeadline(s.beat) // fails only on a connection that has ended, as watch will
+	s.mu.Unlock()
+
+	err := l.socket.watch()
+
+	s.mu.Lock()
+	s.idling = nil
+	_ = l.socket.SetReadDeadline(time.Time{})
+	s.mu.Unlock()
+	if err != nil {
+		// The server's last words, if it sent any, have been read ahead.
+		return cmp.Or(l.conn.PingContext(context.Background()), err)
+	}
+	return nil
+}
+
+// workLocked says whether an operation is queued.
+func (s *session) workLocked() bool {
+	for _, q := range s.queues {
+		if slices.ContainsFunc(q, func(o *op) bool { return o.state == opQueued }) {
+			return true
+		}
+	}
+	return false
 }
 
 // lose ends a link and tells everybody who depends on it. It may be called more
@@ -462,7 +502,7 @@ func (s *session) execute(l *link, batch []*op) error {
 		return err
 	}
 	alone := len(batch) == 1
-	if err2 := s.undo(l, batch, alone && isLockTableFull(err)); err2 != nil {
+	if err2 := s.undo(l, batch, alone && batch[0].kind == opAcquire && isLockTableFull(err)); err2 != nil {
 		s.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err2}))
 		return err2
 	}
@@ -503,6 +543,11 @@ func (s *session) undo(l *link, batch []*op, nothing bool) error {
 
 func (s *session) giveBack(l *link, ctx context.Context, keys []int64) error {
 	_, err := l.giveBack.ExecContext(ctx, pq.Array(keys))
+	if err != nil && !l.broken(err) {
+		// What was freed stays free. The notification may have found no room in the
+		// lock table; what is free already is not notified again.
+		_, err = l.giveBack.ExecContext(ctx, pq.Array(keys))
+	}
 	return errors.Wrap(err, "locker: give keys back")
 }
 
@@ -536,15 +581,8 @@ func isLockTableFull(err error) bool {
 
 // broken says whether an error means the end of the link.
 func (l *link) broken(err error) bool {
-	if e := pq.As(err); e != nil && !e.Fatal() {
-		select {
-		case <-l.socket.dead:
-			return true
-		default:
-			return false
-		}
-	}
-	return true
+	e := pq.As(err)
+	return e == nil || e.Fatal()
 }
 
 // finish hands out results. It registers what the link now holds, and releases
@@ -884,7 +922,11 @@ func find(batch []*op, key int64) int {
 }
 
 // discard takes a column that only has a side effect.
-var discard = new(any)
+var discard discardedColumn
+
+type discardedColumn struct{}
+
+func (discardedColumn) Scan(any) error { return nil }
 
 // each calls f for every row of a prepared query.
 func each(ctx context.Context, stmt *sql.Stmt, args []any, f func(scan func(...any) error) error) error {
