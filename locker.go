@@ -72,7 +72,7 @@ type PreemptiveLocker struct {
 	mu      sync.Mutex // guards everything below; never held across a call to the provider
 	stage   stage
 	aborted bool               // locking: Release was called
-	cancel  context.CancelFunc // locking: ends what Lock is doing, except the lock's own wait
+	cancel  context.CancelFunc // ends what Lock is doing; called by Release
 	waiting PreemptableLock    // locking: the lock, once there is one
 	left    chan struct{}      // locking: closed when Lock has left; made by the Release that waits for it
 	lock    PreemptableLock    // locked and later
@@ -157,14 +157,15 @@ func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayl
 	span, ctx := p.startSpan(ctx, "lock")
 	defer func() { p.finishSpan(span, err) }()
 
-	setup, cancel := context.WithCancel(ctx)
-	defer cancel()
+	abortable, cancel := context.WithCancel(ctx)
 	if err := p.begin(cancel); err != nil {
+		cancel()
 		return nil, err
 	}
-	lock, ch, err := p.acquire(ctx, setup)
+	lock, ch, err := p.acquire(ctx, abortable)
 	err = p.arrive(lock, err)
 	if err != nil {
+		cancel()
 		if lock != nil {
 			_ = unlockDetached(ctx, lock)
 		}
@@ -212,11 +213,12 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 			if own, ok := lock.(ownLock); ok {
 				own.abandon()
 			}
-			_ = unlockBounded(ctx, lock) // Lock itself cleans up
+			_ = unlockBounded(ctx, lock) // whatever is left, Lock itself cleans up
 		}
 		err = await(ctx, left)
 	case locked:
 		err = unlockBounded(ctx, lock)
+		p.cancel()
 	}
 	return errors.WithMessagef(err, "locker: release %s#%d", p.repo, p.pr)
 }
@@ -316,27 +318,27 @@ func (p *PreemptiveLocker) begin(cancel context.CancelFunc) error {
 }
 
 // acquire claims the key and waits for it and for the lock delay. It answers the
-// lock, once there is one, also with an error. Release ends setup; the lock's own
-// wait it ends by Unlock, so that the hold depends on nothing but ctx.
-func (p *PreemptiveLocker) acquire(ctx, setup context.Context) (PreemptableLock, <-chan NotificationPayload, error) {
+// lock, once there is one, also with an error. Release ends abortable, which comes
+// from ctx.
+func (p *PreemptiveLocker) acquire(ctx, abortable context.Context) (PreemptableLock, <-chan NotificationPayload, error) {
 	if err := checkRepo(p.repo, p.pr); err != nil {
 		return nil, nil, err
 	}
-	key, err := p.provider.LockKey(setup, p.repo, p.pr)
+	key, err := p.provider.LockKey(abortable, p.repo, p.pr)
 	if err != nil {
 		return nil, nil, err
 	}
 	p.mu.Lock()
 	p.key = key
 	p.mu.Unlock()
-	lock, err := p.provider.New(setup, key, p.event)
+	lock, err := p.provider.New(abortable, key, p.event)
 	if err != nil {
 		return nil, nil, err
 	}
 	if isNil(lock) {
 		return nil, nil, errors.New("lock provider answered no lock")
 	}
-	if err := lock.Notify(setup); err != nil {
+	if err := lock.Notify(abortable); err != nil {
 		return lock, nil, err
 	}
 	p.mu.Lock()
@@ -346,11 +348,15 @@ func (p *PreemptiveLocker) acquire(ctx, setup context.Context) (PreemptableLock,
 	if aborted {
 		return lock, nil, errReleasedWait
 	}
-	ch, err := lock.Lock(ctx)
+	hold := abortable
+	if _, ok := lock.(ownLock); ok {
+		hold = ctx // Unlock ends its wait; to watch one context less is worth much
+	}
+	ch, err := lock.Lock(hold)
 	if err != nil {
 		return lock, nil, err
 	}
-	return lock, ch, p.delay(setup, lock, ch)
+	return lock, ch, p.delay(abortable, lock, ch)
 }
 
 // delay waits for the lock delay (C11).
