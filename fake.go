@@ -94,6 +94,9 @@ type envLockID struct {
 type memoryRow struct {
 	newest    standing
 	event     string
+	order     *int64 // of the newest claim, if it was given one
+	top       *int64 // the highest order of all claims
+	open      bool   // the newest claim's lock still waits or holds
 	token     int64
 	holder    uuid.UUID // as in the row: stays set when the session dies
 	locked    bool      // the advisory lock: freed when the session dies
@@ -134,10 +137,20 @@ func (m *memory) rowLocked(key int64) *memoryRow {
 	return row
 }
 
-func (m *memory) announce(_ context.Context, c claim) (int64, error) {
+func (m *memory) announce(_ context.Context, c claim, order *int64) (int64, error) {
 	m.mu.Lock()
-	m.counter++
 	row := m.rowLocked(c.key)
+	if order != nil && row.top != nil && (*order < *row.top ||
+		*order == *row.top && row.newest.id != c.id && row.open && row.order != nil && *row.order == *order) {
+		err := outdated(*order, *row.top, row.event)
+		m.mu.Unlock()
+		return 0, err
+	}
+	row.order, row.open = order, true
+	if order != nil {
+		row.top = order
+	}
+	m.counter++
 	row.newest = standing{m.counter, c.id}
 	row.event = c.event
 	newest := row.newest
@@ -152,7 +165,7 @@ func (m *memory) acquire(_ context.Context, _ <-chan struct{}, r request) (answe
 	row := m.rowLocked(r.key)
 	a := answer{newest: row.newest}
 	switch {
-	case !r.first && row.newest.number >= r.standing.number && row.newest.id != r.standing.id:
+	case !r.first && row.newest != r.standing && row.newest.number >= r.standing.number && row.newest.id != r.id:
 		a.outcome, a.event = superseded, row.event
 	case row.locked:
 		a.outcome = busy
@@ -176,12 +189,21 @@ func (m *memory) release(_ context.Context, c claim) <-chan error {
 	freed := row.holder == c.id && row.locked
 	if freed {
 		row.holder, row.locked = uuid.Nil, false
+		row.open = row.open && row.newest.id != c.id
 	}
 	m.mu.Unlock()
 	if freed {
 		m.hub.dispatch(c.key, event{kind: evReleased})
 	}
 	return nil
+}
+
+func (m *memory) withdraw(c claim) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if row := m.rowLocked(c.key); row.newest.id == c.id {
+		row.open = false
+	}
 }
 
 // loseSession imitates the death of the session: every lock is free at once, the
@@ -191,7 +213,7 @@ func (m *memory) loseSession() {
 	lost := m.session
 	m.session++
 	for _, row := range m.rows {
-		row.locked = false
+		row.locked, row.open = false, false
 	}
 	m.mu.Unlock()
 	m.hub.broadcast(event{kind: evLost, session: lost, cause: errors.New("connection closed")})

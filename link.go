@@ -44,20 +44,44 @@ ON CONFLICT DO NOTHING`
 	// crash that forgot claims, or after the row was deleted. Nobody is notified when nobody holds or
 	// waits. NOTIFY never shares a commit with a flush: notifying transactions
 	// commit one after the other, server-wide.
+	// A claim with an order is turned away, by answering no row, if a higher order
+	// has been announced, or the same by somebody who still waits or holds.
 	sqlAnnounce = `
-INSERT INTO env_lock_state AS s (lock_key, claim, claim_id, claim_event, claimed_at)
-SELECT w.key, ` + sqlClock + `, w.id, w.event, clock_timestamp()
-FROM unnest($1::bigint[], $2::uuid[], $3::text[]) AS w(key, id, event)
+INSERT INTO env_lock_state AS s (lock_key, claim, claim_id, claim_event, claimed_at, claim_order, top_order, claim_open, claim_session)
+SELECT w.key, ` + sqlClock + `, w.id, w.event, clock_timestamp(), w.ord, w.ord, true, $6::integer
+FROM (SELECT key, id, event, CASE WHEN ordered THEN ord END AS ord
+    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::boolean[], $5::bigint[]) AS u(key, id, event, ordered, ord)) w
 ON CONFLICT (lock_key) DO UPDATE SET
     claim = greatest(s.claim + 1, ` + sqlClock + `),
     claim_id = EXCLUDED.claim_id,
     claim_event = EXCLUDED.claim_event,
-    claimed_at = EXCLUDED.claimed_at
+    claimed_at = EXCLUDED.claimed_at,
+    claim_order = EXCLUDED.claim_order,
+    top_order = coalesce(EXCLUDED.claim_order, s.top_order),
+    claim_open = true,
+    claim_session = EXCLUDED.claim_session
+WHERE EXCLUDED.claim_order IS NULL OR s.top_order IS NULL OR EXCLUDED.claim_order > s.top_order
+    OR EXCLUDED.claim_order = s.top_order AND (s.claim_id = EXCLUDED.claim_id OR NOT s.claim_open
+        OR s.claim_order IS DISTINCT FROM EXCLUDED.claim_order
+        OR NOT EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.objsubid = 2
+            AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+            AND l.classid::bigint = ` + sessionSpace + ` AND l.objid::bigint = s.claim_session))
 RETURNING s.lock_key, s.claim,
     set_config('synchronous_commit', 'off', true),
     CASE WHEN s.waiting OR s.holder_id IS NOT NULL THEN pg_notify('` + notifyChannel + `',
         '{"kind":"` + kindClaim + `","lockKey":' || s.lock_key || ',"claim":' || s.claim ||
         ',"id":"' || s.claim_id || '","event":' || to_json(s.claim_event) || '}')::text END`
+
+	// Why a claim was turned away.
+	sqlTurnedAway = `
+SELECT lock_key, claim_event, top_order FROM env_lock_state WHERE lock_key = ANY ($1::bigint[])`
+
+	// A claim that gave up no longer stands in the way of its own redelivery.
+	sqlWithdraw = `
+UPDATE env_lock_state s SET claim_open = false
+FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
+WHERE s.lock_key = w.key AND s.claim_id = w.id AND s.claim_open
+RETURNING s.lock_key, set_config('synchronous_commit', 'off', true)`
 
 	// The claim is checked before the advisory lock is tried, and again on the
 	// row itself. The commit is flushed: it makes the token durable, and with it
@@ -109,7 +133,8 @@ RETURNING lock_key, set_config('synchronous_commit', 'off', true)`
 	// advisory lock is then given back by sqlGiveBack.
 	sqlRelease = `
 UPDATE env_lock_state s
-SET holder_id = NULL, holder_event = NULL, holder_host = NULL, holder_pid = NULL, held_since = NULL
+SET holder_id = NULL, holder_event = NULL, holder_host = NULL, holder_pid = NULL, held_since = NULL,
+    claim_open = s.claim_open AND s.claim_id <> w.id
 FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
 WHERE s.lock_key = w.key AND s.holder_id = w.id
 RETURNING s.lock_key, pg_advisory_unlock(s.lock_key),
@@ -156,9 +181,14 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
     AND has_table_privilege('env_lock_state', 'UPDATE')`
 )
 
-// schemaLock is the advisory lock, in the two-key space that no lock of a user
-// lives in, under which concurrent starts make the schema.
-const schemaLock = `SELECT pg_advisory_xact_lock(1819239269, 1919116148)`
+// The two-key space of advisory locks, in which no lock of a user lives: under
+// schemaLock concurrent starts make the schema; in sessionSpace every session
+// locks its own number, by which others see whether it lives.
+const (
+	schemaLock   = `SELECT pg_advisory_xact_lock(1819239269, 1919116148)`
+	sessionSpace = `1819239270`
+	sessionLock  = `SELECT pg_advisory_lock(` + sessionSpace + `, $1)`
+)
 
 const openTimeout = 8 * time.Second // longest that opening a session may take
 
@@ -167,11 +197,12 @@ const openTimeout = 8 * time.Second // longest that opening a session may take
 type link struct {
 	generation uint64
 	pid        int
+	number     int32 // by which others see whether the session lives
 	db         *sql.DB
 	conn       *sql.Conn
 	socket     *watchedConn // set by DialContext
 
-	lookup, addKeys, announce, acquire, ensure, wait, release, giveBack, heartbeat *sql.Stmt
+	lookup, addKeys, announce, turnedAway, withdraw, acquire, ensure, wait, release, giveBack, heartbeat *sql.Stmt
 
 	mu     sync.Mutex // guards socket and killed against kill
 	killed bool
@@ -214,21 +245,21 @@ func openLink(ctx context.Context, dsn, serviceName string, generation uint64) (
 	}
 	ctx = context.WithoutCancel(ctx) // kill ends the statements; lib/pq would open another connection to cancel them
 	if err := l.check(ctx); err != nil {
-		return nil, err
+		return nil, poolerError(err)
 	}
 	for _, s := range []struct {
 		stmt **sql.Stmt
 		text string
 	}{
-		{&l.lookup, sqlLookup}, {&l.addKeys, sqlAddKeys}, {&l.announce, sqlAnnounce},
+		{&l.lookup, sqlLookup}, {&l.addKeys, sqlAddKeys}, {&l.announce, sqlAnnounce}, {&l.turnedAway, sqlTurnedAway}, {&l.withdraw, sqlWithdraw},
 		{&l.acquire, sqlAcquire}, {&l.ensure, sqlEnsure}, {&l.wait, sqlWait},
 		{&l.release, sqlRelease}, {&l.giveBack, sqlGiveBack}, {&l.heartbeat, sqlHeartbeat},
 	} {
 		if *s.stmt, err = l.conn.PrepareContext(ctx, s.text); err != nil {
-			if e := pq.As(err); e != nil && (e.Code.Class() == "42" || e.Code.Class() == "26") {
-				return nil, refusedError{errors.Wrap(err, "locker: prepare statements: the tables are not those of SchemaSQL, or a pooling proxy does not keep the session")}
+			if e := pq.As(err); e != nil && e.Code.Class() == "42" && e.Code != "42P05" {
+				return nil, refusedError{errors.Wrap(err, "locker: prepare statements: the tables are not those of SchemaSQL")}
 			}
-			return nil, errors.Wrap(err, "locker: prepare statements")
+			return nil, poolerError(errors.Wrap(err, "locker: prepare statements"))
 		}
 	}
 	return l, nil
@@ -288,6 +319,10 @@ func (l *link) check(ctx context.Context) error {
 	if _, err := l.conn.ExecContext(ctx, settings); err != nil {
 		return errors.Wrap(err, "locker: set up session")
 	}
+	l.number = int32(randomKey()>>32) | 1
+	if _, err := l.conn.ExecContext(ctx, sessionLock, l.number); err != nil {
+		return errors.Wrap(err, "locker: set up session")
+	}
 	if l.pid = pid; server() != nil || pid != l.pid {
 		return errPooler
 	}
@@ -295,6 +330,15 @@ func (l *link) check(ctx context.Context) error {
 }
 
 var errPooler = refused("two statements reached two server sessions: a proxy in transaction-pooling mode is in between; connect to PostgreSQL directly or to a pool in session mode")
+
+// poolerError marks the errors of prepared statements that are not in the
+// session that we prepared them in, or are there though we did not.
+func poolerError(err error) error {
+	if e := pq.As(err); e != nil && (e.Code == "26000" || e.Code == "42P05") {
+		return refusedError{errors.WithMessage(err, errPooler.Error())}
+	}
+	return err
+}
 
 func (l *link) makeSchema(ctx context.Context, user string) error {
 	tx, err := l.conn.BeginTx(ctx, nil)

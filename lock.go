@@ -13,8 +13,12 @@ import (
 // backend is the database as the lock sees it. Timeouts, channels, delays and
 // callers' contexts belong to the lock, not to the backend.
 type backend interface {
-	// announce makes the claim known and answers its number.
-	announce(ctx context.Context, c claim) (int64, error)
+	// announce makes the claim known and answers its number, or an error that
+	// matches ErrClaimOutdated if its order is too low.
+	announce(ctx context.Context, c claim, order *int64) (int64, error)
+	// withdraw says that an announced claim with an order neither waits nor holds
+	// any more. It is begun when the call returns, and may be lost.
+	withdraw(c claim)
 	// acquire tries once to take the key for the claim. It gives up when ctx is
 	// done or stop is closed.
 	acquire(ctx context.Context, stop <-chan struct{}, r request) (answer, error)
@@ -118,6 +122,7 @@ type lock struct {
 
 	mu       sync.Mutex // guards everything below; never held across I/O or a call to the backend
 	phase    phase
+	ordered  bool // announced with an order
 	placed   bool // standing is set: by Notify, or by the first answer to a claim that was never announced
 	standing standing
 	ch       chan NotificationPayload // made when held; capacity 1, one payload at most, closed when over
@@ -148,22 +153,27 @@ var (
 
 // Notify announces the lock's claim: from now on no older claim can acquire the
 // key, waiters with an older claim leave and the holder, if there is one, is
-// told to stop (C3–C5). Another call makes the claim the newest once more. It
-// may be called concurrently with every other method.
+// told to stop (C3–C5). Another call makes the claim the newest once more. With
+// an order in ctx (ContextWithOrder) a claim that comes too late is turned away
+// with ErrClaimOutdated and disturbs nobody (C33). It may be called concurrently
+// with every other method.
 func (l *lock) Notify(ctx context.Context) error {
 	if err := l.usable(ctx); err != nil {
 		return err
 	}
 	err := checkUse(ctx, l.backend.events())
 	var number int64
-	if err == nil {
-		number, err = l.backend.announce(ctx, l.claim)
+	order, ordered := OrderFromContext(ctx)
+	if err == nil && ordered {
+		number, err = l.backend.announce(ctx, l.claim, &order)
+	} else if err == nil {
+		number, err = l.backend.announce(ctx, l.claim, nil)
 	}
 	if err != nil {
 		return errors.Wrapf(err, "locker: announce %q on key %d", l.claim.event, l.claim.key)
 	}
 	l.mu.Lock()
-	l.placed = true
+	l.placed, l.ordered = true, ordered
 	l.standing = standing{number, l.claim.id}
 	l.mu.Unlock()
 	return nil
@@ -312,8 +322,11 @@ func (l *lock) leave() {
 	l.mu.Lock()
 	l.phase = over
 	l.timer.Stop()
-	left := l.left
+	left, ordered := l.left, l.ordered
 	l.mu.Unlock()
+	if ordered {
+		l.backend.withdraw(l.claim)
+	}
 	if l.onOver != nil {
 		l.onOver()
 	}
@@ -474,8 +487,8 @@ func (l *lock) revoke() {
 	l.conf.logger.Warn("locker: lock revoked: its holder did not release it in time",
 		slog.Int64("key", l.claim.key), slog.String("event", l.claim.event),
 		slog.Duration("after", l.conf.preemptionTimeout), slog.String("cause", l.Cause().Error()))
-	l.backend.events().unsubscribe(l)
 	done := l.backend.release(context.Background(), l.claim)
+	l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
 	if l.onOver != nil {
 		_ = await(context.Background(), done)
 		l.onOver()
@@ -501,8 +514,9 @@ func (l *lock) unlock(ctx context.Context) error {
 	case held, notified:
 		l.endLocked()
 		l.mu.Unlock()
-		l.backend.events().unsubscribe(l)
-		return await(ctx, l.backend.release(ctx, l.claim))
+		done := l.backend.release(ctx, l.claim)
+		l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
+		return await(ctx, done)
 
 	default: // over
 		err := l.lost
@@ -557,7 +571,7 @@ func (l *lock) handleWaitingLocked(ev event) {
 
 // handleHeldLocked answers whether the hold is lost.
 func (l *lock) handleHeldLocked(ev event) bool {
-	theirs := ev.from.id != l.claim.id && ev.from.id != l.standing.id
+	theirs := ev.from.id != l.claim.id && (ev.from.id != l.standing.id || ev.from.number > l.standing.number)
 	switch {
 	case ev.kind == evLost:
 		if ev.session < l.session {

@@ -37,6 +37,40 @@ var (
 	ErrStopRequested = stderrors.New("holder was asked to stop")
 )
 
+// ErrClaimOutdated: the claim was given an order (PreemptiveLocker.Order) and a
+// claim with a higher one has been announced for the key already, or one with
+// the same that still waits or holds (C33). It also matches ErrLockPreempted.
+var ErrClaimOutdated error = outdatedError{}
+
+type outdatedError struct{}
+
+func (outdatedError) Error() string   { return "claim came too late" }
+func (outdatedError) Is(e error) bool { return e == ErrLockPreempted }
+
+// outdated says why a claim is turned away.
+func outdated(order, top int64, newest string) error {
+	if order == top {
+		return errors.WithMessagef(ErrClaimOutdated, "a claim with the same order %d is not over (newest claim: %q)", order, newest)
+	}
+	return errors.WithMessagef(ErrClaimOutdated, "order %d is below %d (newest claim: %q)", order, top, newest)
+}
+
+type orderKey struct{}
+
+// ContextWithOrder gives the order of a claim to a PreemptableLock's Notify,
+// through whatever providers lie in between. With a PreemptiveLocker, use its
+// method Order.
+func ContextWithOrder(ctx context.Context, order int64) context.Context {
+	return context.WithValue(ctx, orderKey{}, order)
+}
+
+// OrderFromContext answers the order that ContextWithOrder put there. A provider
+// of your own can use it in Notify to turn away what comes too late.
+func OrderFromContext(ctx context.Context) (order int64, ok bool) {
+	order, ok = ctx.Value(orderKey{}).(int64)
+	return order, ok
+}
+
 type timeoutError struct{}
 
 func (timeoutError) Error() string   { return "lock timeout was reached while waiting for the lock" }
@@ -70,6 +104,7 @@ type PreemptiveLocker struct {
 	event    string
 
 	mu      sync.Mutex // guards everything below; never held across a call to the provider
+	order   *int64
 	stage   stage
 	aborted bool               // locking: Release was called
 	cancel  context.CancelFunc // ends what Lock is doing; called by Release
@@ -136,6 +171,21 @@ func NewFakePreemptiveLockerFactory(providerOpts []LockProviderOption, lockerOpt
 	return NewPreemptiveLockerFactory(provider, lockerOpts...)
 }
 
+// Order says which place the claim has among those of its pull request, whenever
+// it arrives: a number that grows with the order of the events, such as the pull
+// request's updated_at or a counter of pushes. Lock then turns a claim away at
+// once, without disturbing anybody, if a claim with a higher order has been
+// announced, or one with the same that still waits or holds: a redelivery (C33).
+// The error matches ErrClaimOutdated and ErrLockPreempted. Without Order the
+// newest arrival wins. It answers the PreemptiveLocker itself and has no effect
+// after Lock.
+func (p *PreemptiveLocker) Order(order int64) *PreemptiveLocker {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.order = &order
+	return p
+}
+
 // Lock locks the lock and returns a channel used to signal if the lock should be
 // released ASAP. If the lock is currently in use, this method will block until
 // the lock is released. If the caller is preempted while waiting for the lock to
@@ -147,6 +197,7 @@ func NewFakePreemptiveLockerFactory(providerOpts []LockProviderOption, lockerOpt
 // ctx is done the holder is notified, so ctx should live as long as the hold.
 //
 // The error matches ErrLockPreempted if a newer claim was announced,
+// ErrClaimOutdated as well if the claim came too late by its order,
 // ErrLockTimeout after the lock timeout, ctx's own error if ctx is done, and
 // ErrProviderClosed; other errors come from the input or from the database. A
 // Lock that failed leaves nothing behind (C20). A second Lock is an error.
@@ -338,7 +389,14 @@ func (p *PreemptiveLocker) acquire(ctx, abortable context.Context) (PreemptableL
 	if isNil(lock) {
 		return nil, nil, errors.New("lock provider answered no lock")
 	}
-	if err := lock.Notify(abortable); err != nil {
+	p.mu.Lock()
+	order := p.order
+	p.mu.Unlock()
+	announcing := abortable
+	if order != nil {
+		announcing = ContextWithOrder(abortable, *order)
+	}
+	if err := lock.Notify(announcing); err != nil {
 		return lock, nil, err
 	}
 	p.mu.Lock()
@@ -470,13 +528,13 @@ func (p *PreemptiveLocker) finishSpan(span ddtrace.Span, err error) {
 	span.Finish(tracer.WithError(err))
 }
 
-// isNil also sees a nil pointer in an interface.
+// isNil also sees a nil pointer or function in an interface.
 func isNil(v any) bool {
 	if v == nil {
 		return true
 	}
 	r := reflect.ValueOf(v)
-	return r.Kind() == reflect.Pointer && r.IsNil()
+	return (r.Kind() == reflect.Pointer || r.Kind() == reflect.Func) && r.IsNil()
 }
 
 // joinedError matches two errors; pkg/errors' Cause follows the first.

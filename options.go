@@ -198,6 +198,11 @@ func sessionDSN(uri string) (string, error) {
 	if err != nil {
 		return "", invalid
 	}
+	for name := range cfg.Runtime { // a URL with another scheme passes for a pair; the server would quote its name
+		if strings.ContainsAny(name, ":/@") {
+			return "", invalid
+		}
+	}
 	extra := url.Values{}
 	if cfg.ApplicationName == "" && cfg.FallbackApplicationName == "" {
 		extra.Set("fallback_application_name", applicationName())
@@ -219,6 +224,9 @@ func sessionDSN(uri string) (string, error) {
 			q[k] = v
 		}
 		u.RawQuery = q.Encode()
+		if u.Path == "" {
+			u.Path = "/" // or, without a host, String drops the slashes
+		}
 		dsn = u.String()
 	} else {
 		for k := range extra {

@@ -2,9 +2,11 @@ package locker
 
 import (
 	"context"
+	"net"
 	"sync"
 
 	"github.com/jmoiron/sqlx"
+	"github.com/lib/pq"
 	"github.com/pkg/errors"
 )
 
@@ -123,10 +125,10 @@ func NewPostgresLock(ctx context.Context, db *sqlx.DB, key int64, connInfo, mess
 	}
 	dsn, err := sessionDSN(connInfo)
 	if err != nil {
-		return nil, err
+		return nil, errors.WithMessage(err, "locker: connInfo")
 	}
 	if err := db.PingContext(ctx); err != nil {
-		return nil, errors.Wrap(err, "locker: db is not usable")
+		return nil, dbError(ctx, err)
 	}
 	s := newSession(dsn, conf)
 	pl = &PostgresLock{}
@@ -135,4 +137,15 @@ func NewPostgresLock(ctx context.Context, db *sqlx.DB, key int64, connInfo, mess
 	}
 	pl.onOver = sync.OnceFunc(s.close)
 	return pl, nil
+}
+
+// dbError says why a caller's db is not usable. A driver that cannot parse its
+// connection string quotes it, password included, so only errors that cannot
+// hold one are shown (C31).
+func dbError(ctx context.Context, err error) error {
+	var network *net.OpError
+	if ctx.Err() == nil && pq.As(err) == nil && !errors.As(err, &network) && err.Error() != "sql: database is closed" {
+		err = errors.New("it cannot connect (why is not shown because it may hold a password)")
+	}
+	return errors.WithMessage(err, "locker: db is not usable")
 }

@@ -21,6 +21,14 @@ CREATE TABLE IF NOT EXISTS env_lock_state (
     claim_id     uuid    NOT NULL DEFAULT '00000000-0000-0000-0000-000000000000',
     claim_event  text    NOT NULL DEFAULT '',
     claimed_at   timestamptz,
+    -- The order that the newest claim was given by its caller, if any, and the
+    -- highest that any claim was given.
+    claim_order  bigint,
+    top_order    bigint,
+    -- Whether the newest claim's lock still waits or holds, as long as its
+    -- session lives: that session keeps an advisory lock on this number.
+    claim_open   boolean NOT NULL DEFAULT false,
+    claim_session integer NOT NULL DEFAULT 0,
     -- A waiter asks to be told of a release that nobody would announce otherwise.
     waiting      boolean NOT NULL DEFAULT false,
     -- The fencing token of the last hold, numbered like the claims.

@@ -71,6 +71,7 @@ type op struct {
 	ctx    context.Context // the caller's, for its span; it cannot be cancelled
 	repo   string          // lookup
 	pr     uint            // lookup
+	order  *int64          // announce: if the claim has one
 	req    request         // acquire: all of it; announce and release: the claim
 	queued time.Time
 	state  opState     // guarded by session.mu
@@ -91,6 +92,7 @@ const (
 	opLookup
 	opAnnounce
 	opAcquire
+	opWithdraw
 	opKinds
 )
 
@@ -125,9 +127,17 @@ func (s *session) lookup(ctx context.Context, repo string, pr uint) (int64, erro
 	return r.number, r.err
 }
 
-func (s *session) announce(ctx context.Context, c claim) (int64, error) {
-	r := s.do(ctx, nil, &op{kind: opAnnounce, req: request{claim: c}})
+func (s *session) announce(ctx context.Context, c claim, order *int64) (int64, error) {
+	r := s.do(ctx, nil, &op{kind: opAnnounce, req: request{claim: c}, order: order})
 	return r.number, r.err
+}
+
+func (s *session) withdraw(c claim) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.link != nil && !s.closing { // without a link the database knows
+		s.enqueueLocked(&op{kind: opWithdraw, ctx: context.Background(), req: request{claim: c}, done: make(chan result, 1)})
+	}
 }
 
 func (s *session) acquire(ctx context.Context, stop <-chan struct{}, r request) (answer, error) {
@@ -502,7 +512,7 @@ func (s *session) execute(l *link, batch []*op) error {
 		return err
 	}
 	alone := len(batch) == 1
-	if err2 := s.undo(l, batch, alone && batch[0].kind == opAcquire && isLockTableFull(err)); err2 != nil {
+	if err2 := s.undo(l, batch); err2 != nil {
 		s.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err2}))
 		return err2
 	}
@@ -525,9 +535,9 @@ func (s *session) execute(l *link, batch []*op) error {
 
 // undo frees the advisory locks that a failed statement may have taken, or
 // should have freed: session-level locks survive a rollback.
-func (s *session) undo(l *link, batch []*op, nothing bool) error {
+func (s *session) undo(l *link, batch []*op) error {
 	kind := batch[0].kind
-	if nothing || kind != opAcquire && kind != opRelease || kind == opRelease && len(batch) > 1 {
+	if kind != opAcquire && kind != opRelease || kind == opRelease && len(batch) > 1 {
 		return nil
 	}
 	var keys []int64
@@ -564,19 +574,12 @@ func statementError(err error) error {
 	switch e := pq.As(err); {
 	case e == nil:
 		return err
-	case e.Code == lockTableFull:
+	case e.Code == "53200":
 		return errors.WithMessage(err, "locker: the server's lock table is full: raise max_locks_per_transaction (the table has room for about max_locks_per_transaction × max_connections locks)")
 	case e.Code == "55P03", e.Code == "57014":
 		return errors.WithMessage(err, "locker: another transaction keeps the key's row locked")
 	}
 	return err
-}
-
-const lockTableFull = "53200"
-
-func isLockTableFull(err error) bool {
-	e := pq.As(err)
-	return e != nil && e.Code == lockTableFull
 }
 
 // broken says whether an error means the end of the link.
@@ -627,6 +630,8 @@ func (s *session) statement(l *link, batch []*op) ([]result, error) {
 		return s.announceClaims(l, batch)
 	case opAcquire:
 		return s.acquireKeys(l, batch)
+	case opWithdraw:
+		return s.withdrawClaims(l, batch)
 	default:
 		return s.releaseKeys(l, batch)
 	}
@@ -686,23 +691,58 @@ func randomKey() int64 {
 }
 
 func (s *session) announceClaims(l *link, batch []*op) ([]result, error) {
-	var keys pq.Int64Array
-	var ids, events pq.StringArray
+	keys, ids := keysAndIDs(batch)
+	var events pq.StringArray
+	var ordered pq.BoolArray
+	var orders pq.Int64Array
 	for _, o := range batch {
-		keys = append(keys, o.req.key)
-		ids = append(ids, o.req.id.String())
 		events = append(events, o.req.event)
+		ordered = append(ordered, o.order != nil)
+		orders = append(orders, 0)
+		if o.order != nil {
+			orders[len(orders)-1] = *o.order
+		}
 	}
 	results := make([]result, len(batch))
-	err := each(batch[0].ctx, l.announce, []any{keys, ids, events}, func(scan func(...any) error) error {
+	announced := map[int64]bool{}
+	err := each(batch[0].ctx, l.announce, []any{keys, ids, events, ordered, orders, l.number}, func(scan func(...any) error) error {
 		var key, number int64
 		if err := scan(&key, &number, discard, discard); err != nil {
 			return err
 		}
 		results[find(batch, key)].number = number
+		announced[key] = true
+		return nil
+	})
+	late := slices.DeleteFunc(keys, func(key int64) bool { return announced[key] })
+	if err != nil || len(late) == 0 {
+		return results, err
+	}
+	err = each(batch[0].ctx, l.turnedAway, []any{late}, func(scan func(...any) error) error {
+		var key, top int64
+		var newest string
+		if err := scan(&key, &newest, &top); err != nil {
+			return err
+		}
+		i := find(batch, key)
+		results[i].err = outdated(*batch[i].order, top, newest)
 		return nil
 	})
 	return results, err
+}
+
+func (s *session) withdrawClaims(l *link, batch []*op) ([]result, error) {
+	keys, ids := keysAndIDs(batch)
+	_, err := l.withdraw.ExecContext(batch[0].ctx, keys, ids)
+	return make([]result, len(batch)), err
+}
+
+func keysAndIDs(batch []*op) (keys pq.Int64Array, ids pq.StringArray) {
+	for _, o := range batch {
+		keys = append(keys, o.req.key)
+		ids = append(ids, o.req.id.String())
+	}
+	return keys, ids
 }
 
 func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
@@ -807,12 +847,7 @@ func (s *session) fail(batch []*op, results []result, keys []int64, err error) {
 }
 
 func (s *session) releaseKeys(l *link, batch []*op) ([]result, error) {
-	var keys pq.Int64Array
-	var ids pq.StringArray
-	for _, o := range batch {
-		keys = append(keys, o.req.key)
-		ids = append(ids, o.req.id.String())
-	}
+	keys, ids := keysAndIDs(batch)
 	cleared := make(map[int64]bool, len(batch))
 	err := each(batch[0].ctx, l.release, []any{keys, ids}, func(scan func(...any) error) error {
 		var key int64
