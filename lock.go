@@ -122,8 +122,11 @@ type lock struct {
 
 	mu       sync.Mutex // guards everything below; never held across I/O or a call to the backend
 	phase    phase
-	ordered  bool // announced with an order
-	placed   bool // standing is set: by Notify, or by the first answer to a claim that was never announced
+	began    time.Time // Lock was called, then: the hold began
+	revokeAt time.Time // notified: the end of the preemption timeout
+	shielded time.Time // no revocation before
+	ordered  bool      // announced with an order
+	placed   bool      // standing is set: by Notify, or by the first answer to a claim that was never announced
 	standing standing
 	ch       chan NotificationPayload // made when held; capacity 1, one payload at most, closed when over
 	session  uint64                   // the generation of the session that holds the key
@@ -192,12 +195,14 @@ func (l *lock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
 	if err := l.begin(); err != nil {
 		return nil, err
 	}
-	ch, err := l.acquire(ctx)
+	ch, waited, err := l.acquire(ctx)
 	if err != nil {
 		l.backend.events().unsubscribe(l)
-		l.leave()
-		return nil, errors.Wrapf(err, "locker: lock key %d", l.claim.key)
+		err = errors.Wrapf(err, "locker: lock key %d", l.claim.key)
+		l.leave(err)
+		return nil, err
 	}
+	l.observe(ObservedAcquired, waited, nil)
 	return ch, nil
 }
 
@@ -267,6 +272,7 @@ func (l *lock) begin() error {
 		return errLockTwice
 	}
 	l.phase = waiting
+	l.began = time.Now()
 	l.stop = make(chan struct{})
 	l.wake = make(chan struct{}, 1)
 	l.armLocked(l.conf.lockTimeout)
@@ -300,33 +306,73 @@ func (l *lock) expire() {
 		l.mu.Unlock()
 		return
 	}
-	revoked := false
+	var news func()
 	switch l.phase {
 	case waiting:
 		l.endWaitLocked(ErrLockTimeout)
 	case held:
-		l.notifyLocked(ErrMaxLockDuration, l.ownPayload(ErrMaxLockDuration))
+		news = l.notifyLocked(ErrMaxLockDuration, l.ownPayload(ErrMaxLockDuration))
 	case notified:
+		if time.Now().Before(l.shielded) {
+			l.armLocked(time.Until(l.shielded))
+			break
+		}
 		l.lost = errors.WithMessagef(ErrLockLost, "revoked %v after it was notified (%v)", l.conf.preemptionTimeout, l.cause)
 		l.endLocked()
-		revoked = true
+		news = l.revoke
 	}
 	l.mu.Unlock()
-	if revoked {
-		l.revoke()
+	if news != nil {
+		news()
+	}
+}
+
+// Shield puts off the revocation of a hold that is notified from now on, until
+// Unshield but no longer than limit. It answers why if the hold has been notified
+// already or is over: then it is too late to begin what must not be cut off. What
+// it cannot put off is the loss of the session.
+func (l *lock) Shield(limit time.Duration) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.phase == held && l.shielded.IsZero():
+		l.shielded = time.Now().Add(limit)
+		return nil
+	case l.phase == held:
+		return errors.New("locker: the lock is shielded already")
+	case l.cause != nil:
+		return l.cause
+	}
+	return errNotLocked
+}
+
+// Unshield ends what Shield began. If the preemption timeout has passed
+// meanwhile, the lock is revoked now.
+func (l *lock) Unshield() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.shielded = time.Time{}
+	if l.phase == notified {
+		l.armLocked(time.Until(l.revokeAt))
 	}
 }
 
 // leave ends a wait that failed.
-func (l *lock) leave() {
+func (l *lock) leave(err error) {
 	l.mu.Lock()
 	l.phase = over
+	waited := time.Since(l.began)
 	l.timer.Stop()
 	left, ordered := l.left, l.ordered
 	l.mu.Unlock()
 	if ordered {
 		l.backend.withdraw(l.claim)
 	}
+	kind := ObservedFailed
+	if errors.Is(err, ErrLockPreempted) {
+		kind = ObservedDisplaced
+	}
+	l.observe(kind, waited, err)
 	if l.onOver != nil {
 		l.onOver()
 	}
@@ -337,14 +383,14 @@ func (l *lock) leave() {
 
 // acquire tries until the key is the claim's or the wait is over. The hints that
 // wake it are only reasons to ask the database again.
-func (l *lock) acquire(ctx context.Context) (<-chan NotificationPayload, error) {
+func (l *lock) acquire(ctx context.Context) (_ <-chan NotificationPayload, waited time.Duration, _ error) {
 	if err := l.backend.events().subscribe(l); err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	var unavailable error // why the database could not be asked, the last time
 	for {
 		if err := l.waitEnded(ctx, unavailable); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		a, err := l.backend.acquire(ctx, l.stop, l.request())
 		switch {
@@ -353,19 +399,19 @@ func (l *lock) acquire(ctx context.Context) (<-chan NotificationPayload, error) 
 		case errors.Is(err, errUnavailable):
 			unavailable = err
 		case err != nil:
-			return nil, err
+			return nil, 0, err
 		case a.outcome == granted:
-			ch, err := l.hold(ctx, a)
+			ch, waited, err := l.hold(ctx, a)
 			if err != nil {
 				l.backend.release(ctx, l.claim)
-				return nil, err
+				return nil, 0, err
 			}
 			if ch != nil {
-				return ch, nil
+				return ch, waited, nil
 			}
 			continue // the session that was granted the key is lost already
 		case a.outcome == superseded:
-			return nil, errors.Wrapf(ErrLockPreempted, "superseded by the newer claim %q", a.event)
+			return nil, 0, errors.Wrapf(ErrLockPreempted, "superseded by the newer claim %q", a.event)
 		case a.outcome == again:
 			continue
 		default:
@@ -417,17 +463,19 @@ func (l *lock) adopt(newest standing) {
 // hold moves the lock from waiting to held. It answers no channel when the
 // session that was granted the key is lost already, and an error when the wait
 // was ended by Unlock or Close: then the key has to be given back.
-func (l *lock) hold(ctx context.Context, a answer) (<-chan NotificationPayload, error) {
+func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload, waited time.Duration, _ error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
 	case a.session <= l.lostUpTo:
-		return nil, nil
+		return nil, 0, nil
 	case l.ended != nil:
-		return nil, l.ended
+		return nil, 0, l.ended
 	case ctx.Err() != nil:
-		return nil, contextError(ctx)
+		return nil, 0, contextError(ctx)
 	}
+	waited = time.Since(l.began)
+	l.began = time.Now()
 	l.phase = held
 	l.placed = true
 	l.standing = a.newest
@@ -439,15 +487,19 @@ func (l *lock) hold(ctx context.Context, a answer) (<-chan NotificationPayload, 
 	if ctx.Done() != nil {
 		l.unwatch = context.AfterFunc(ctx, func() { l.tell(contextError(ctx)) })
 	}
-	return l.ch, nil
+	return l.ch, waited, nil
 }
 
 // tell notifies the holder of a cause that does not come from a peer.
 func (l *lock) tell(cause error) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
+	var news func()
 	if l.phase == held {
-		l.notifyLocked(cause, l.ownPayload(cause))
+		news = l.notifyLocked(cause, l.ownPayload(cause))
+	}
+	l.mu.Unlock()
+	if news != nil {
+		news()
 	}
 }
 
@@ -457,13 +509,22 @@ func (l *lock) ownPayload(cause error) NotificationPayload {
 }
 
 // notifyLocked moves the lock from held to notified; from now on the preemption
-// timeout runs.
-func (l *lock) notifyLocked(cause error, payload NotificationPayload) {
+// timeout runs. What it answers is to be called once mu is free.
+func (l *lock) notifyLocked(cause error, payload NotificationPayload) func() {
 	l.phase = notified
 	l.cause = cause
 	l.unwatchLocked()
+	l.revokeAt = time.Now().Add(l.conf.preemptionTimeout)
 	l.armLocked(l.conf.preemptionTimeout)
 	l.ch <- payload // never blocks: capacity 1, and a lock is notified once
+	after := time.Since(l.began)
+	return func() { l.observe(ObservedNotified, after, cause) }
+}
+
+func (l *lock) observe(kind ObservationKind, after time.Duration, err error) {
+	if f := l.conf.observer; f != nil {
+		f(Observation{Kind: kind, Key: l.claim.key, Event: l.claim.event, After: after, Err: err})
+	}
 }
 
 // endLocked moves a hold to over: the channel is closed, nothing fires any more.
@@ -489,6 +550,7 @@ func (l *lock) revoke() {
 		slog.Duration("after", l.conf.preemptionTimeout), slog.String("cause", l.Cause().Error()))
 	done := l.backend.release(context.Background(), l.claim)
 	l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
+	l.observe(ObservedRevoked, time.Since(l.began), l.Cause())
 	if l.onOver != nil {
 		_ = await(context.Background(), done)
 		l.onOver()
@@ -516,6 +578,7 @@ func (l *lock) unlock(ctx context.Context) error {
 		l.mu.Unlock()
 		done := l.backend.release(ctx, l.claim)
 		l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
+		l.observe(ObservedReleased, time.Since(l.began), l.Cause())
 		return await(ctx, done)
 
 	default: // over
@@ -537,17 +600,23 @@ func (l *lock) endWaitLocked(reason error) {
 func (l *lock) handle(ev event) {
 	l.mu.Lock()
 	lost := false
+	var news func()
 	switch l.phase {
 	case waiting:
 		l.handleWaitingLocked(ev)
 	case held, notified:
-		lost = l.handleHeldLocked(ev)
+		lost, news = l.handleHeldLocked(ev)
 	}
+	cause := l.lost
 	l.mu.Unlock()
+	if news != nil {
+		news()
+	}
 	if !lost {
 		return
 	}
 	l.backend.events().unsubscribe(l)
+	l.observe(ObservedLost, time.Since(l.began), cause)
 	if l.onOver != nil {
 		go l.onOver() // it stops the session, which is what called handle
 	}
@@ -569,31 +638,32 @@ func (l *lock) handleWaitingLocked(ev event) {
 	}
 }
 
-// handleHeldLocked answers whether the hold is lost.
-func (l *lock) handleHeldLocked(ev event) bool {
+// handleHeldLocked answers whether the hold is lost, and what to call once mu is
+// free.
+func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
 	theirs := ev.from.id != l.claim.id && (ev.from.id != l.standing.id || ev.from.number > l.standing.number)
 	switch {
 	case ev.kind == evLost:
 		if ev.session < l.session {
-			return false
+			return false, nil
 		}
 		l.lost = errors.WithMessagef(ErrLockLost, "session lost (%v)", ev.cause)
 		if l.phase == held {
-			l.notifyLocked(l.lost, l.ownPayload(l.lost))
+			news = l.notifyLocked(l.lost, l.ownPayload(l.lost))
 		}
 		l.endLocked()
-		return true
+		return true, news
 	case l.phase == notified:
 	case ev.kind == evClosed:
-		l.notifyLocked(ErrProviderClosed, l.ownPayload(ErrProviderClosed))
+		news = l.notifyLocked(ErrProviderClosed, l.ownPayload(ErrProviderClosed))
 	case ev.kind == evManual:
-		l.notifyLocked(errors.WithMessagef(ErrStopRequested, "%q", ev.message),
+		news = l.notifyLocked(errors.WithMessagef(ErrStopRequested, "%q", ev.message),
 			NotificationPayload{ID: l.claim.id, Message: ev.message, LockKey: l.claim.key})
 	case theirs && (ev.kind == evNewest || ev.kind == evClaimed && ev.from.number > l.standing.number):
-		l.notifyLocked(errors.WithMessagef(ErrLockPreempted, "preempted by the newer claim %q", ev.message),
+		news = l.notifyLocked(errors.WithMessagef(ErrLockPreempted, "preempted by the newer claim %q", ev.message),
 			NotificationPayload{ID: ev.from.id, Message: ev.message, LockKey: l.claim.key})
 	}
-	return false
+	return false, news
 }
 
 // await waits for done, but no longer than C18 allows.

@@ -111,6 +111,7 @@ type PreemptiveLocker struct {
 	waiting PreemptableLock    // locking: the lock, once there is one
 	left    chan struct{}      // locking: closed when Lock has left; made by the Release that waits for it
 	lock    PreemptableLock    // locked and later
+	gone    context.Context    // inside Do: ends when the hold does
 	key     int64
 	token   int64
 }
@@ -292,30 +293,45 @@ func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) e
 		return err
 	}
 	fctx, cancel := context.WithCancelCause(ctx)
+	gone, lose := context.WithCancelCause(context.Background())
+	p.mu.Lock()
+	p.gone = gone
+	p.mu.Unlock()
+	returned := make(chan struct{})
 	watched := make(chan error, 1)
 	go func() { // ends when f has returned, or before
-		watched <- p.watch(ctx, fctx, ch, cancel)
+		watched <- p.watch(ctx, ch, returned, cancel, lose)
 	}()
 	defer func() { // also on a panic and on runtime.Goexit
-		cancel(nil)
+		close(returned)
 		err = joinErrors(err, <-watched)
+		cancel(nil)
+		lose(nil)
 		err = joinErrors(err, p.Release(context.WithoutCancel(ctx)))
 	}()
 	return f(fctx)
 }
 
-// watch cancels f's context at the notification and answers why, or nil if f was
-// not disturbed before it returned.
-func (p *PreemptiveLocker) watch(ctx, fctx context.Context, ch <-chan NotificationPayload, cancel context.CancelCauseFunc) error {
+// watch cancels f's context at the notification, and tells Shield when the hold
+// is over. It answers why f was disturbed, or nil if it returned undisturbed.
+func (p *PreemptiveLocker) watch(ctx context.Context, ch <-chan NotificationPayload, returned <-chan struct{}, cancel, lose context.CancelCauseFunc) error {
 	select {
 	case n, ok := <-ch:
 		cause := p.disturbed(n, ok)
 		cancel(cause)
+		if ok {
+			select {
+			case <-ch: // closed
+			case <-returned:
+				return cause
+			}
+		}
+		lose(errors.WithMessage(ErrLockLost, "the hold is over"))
 		return cause
-	case <-fctx.Done():
+	case <-returned:
 	}
 	select {
-	case n, ok := <-ch: // notified at the moment when f returned or ctx ended
+	case n, ok := <-ch: // notified at the moment when f returned
 		return p.disturbed(n, ok)
 	default:
 	}
@@ -323,6 +339,64 @@ func (p *PreemptiveLocker) watch(ctx, fctx context.Context, ch <-chan Notificati
 		return contextError(ctx)
 	}
 	return nil
+}
+
+// Shield runs a step that must not be cut in half, such as a schema migration,
+// inside Do's function: ctx is the function's context, and the context that f
+// gets is not cancelled by a notification before limit has passed. The holder is
+// told at once all the same, by the cancellation of ctx, and has to stop when f
+// returns; meanwhile, and for no longer than limit, the lock is not revoked (C34).
+// Whoever waits for the lock waits that much longer: its lock timeout should be
+// above limit.
+//
+// If the hold has been notified already, f is not run and Shield answers the
+// cause. If the session is lost, the hold is over and f's context is cancelled at
+// once: nothing can put that off. Shields do not nest. It answers f's error.
+func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f func(ctx context.Context) error) error {
+	if err := p.usable(ctx); err != nil {
+		return err
+	}
+	if f == nil {
+		return errors.New("locker: function is nil")
+	}
+	if limit <= 0 {
+		return errors.Errorf("locker: shield limit is not positive: %v", limit)
+	}
+	p.mu.Lock()
+	gone, lock, stage := p.gone, p.lock, p.stage
+	p.mu.Unlock()
+	if gone == nil || stage != locked {
+		return errors.New("locker: Shield outside of Do")
+	}
+	shield, ok := lock.(interface {
+		Shield(limit time.Duration) error
+		Unshield()
+	})
+	if !ok {
+		return errors.New("locker: the provider's locks have no Shield")
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err := shield.Shield(limit); err != nil {
+		return errors.WithMessage(err, "locker: shield")
+	}
+	defer shield.Unshield()
+
+	end := time.Now().Add(limit)
+	fctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancel(nil)
+	defer context.AfterFunc(gone, func() { cancel(context.Cause(gone)) })()
+	defer context.AfterFunc(ctx, func() { // runs until limit or f's end
+		timer := time.NewTimer(time.Until(end))
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+			cancel(context.Cause(ctx))
+		case <-fctx.Done():
+		}
+	})()
+	return f(fctx)
 }
 
 // disturbed says why a notification came, from what was read from the channel.

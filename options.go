@@ -40,6 +40,7 @@ type LockProviderConfig struct {
 	preemptionTimeout time.Duration
 	postgres          *postgresTarget
 	logger            *slog.Logger
+	observer          func(Observation)
 }
 
 // postgresTarget is kept behind a pointer so that printing a configuration
@@ -94,6 +95,52 @@ func WithPostgresBackend(postgresURI string, apmServiceName string) LockProvider
 // with nil, nothing is logged.
 func WithLogger(logger *slog.Logger) LockProviderOption {
 	return func(c *LockProviderConfig) { c.logger = logger }
+}
+
+// WithObserver has f called for everything that happens to the provider's locks,
+// for metrics. f is called from whatever goroutine it happens on, concurrently,
+// and should return soon. Without it nothing is counted and nothing is spent.
+func WithObserver(f func(Observation)) LockProviderOption {
+	return func(c *LockProviderConfig) { c.observer = f }
+}
+
+// Observation is one thing that happened to a lock.
+type Observation struct {
+	Kind  ObservationKind
+	Key   int64
+	Event string        // of the lock's claim
+	After time.Duration // since Lock was called, or since the hold began
+	Err   error         // why, if there is a reason; it matches the sentinels
+}
+
+// ObservationKind enumerates what can happen to a lock.
+type ObservationKind int
+
+const (
+	// ObservedAcquired: Lock succeeded, After waiting.
+	ObservedAcquired ObservationKind = iota + 1
+	// ObservedDisplaced: Lock left for a newer claim, After waiting.
+	ObservedDisplaced
+	// ObservedFailed: Lock failed for another reason, After waiting.
+	ObservedFailed
+	// ObservedNotified: the holder was told to stop, After holding; Err is the cause.
+	ObservedNotified
+	// ObservedReleased: the holder released, After holding; Err is the cause of its
+	// notification, nil if it was undisturbed.
+	ObservedReleased
+	// ObservedRevoked: the lock was taken from its holder, After holding.
+	ObservedRevoked
+	// ObservedLost: the session was lost, After holding.
+	ObservedLost
+)
+
+// String is a name fit for a metric's label.
+func (k ObservationKind) String() string {
+	names := [...]string{"unknown", "acquired", "displaced", "failed", "notified", "released", "revoked", "lost"}
+	if k < 0 || int(k) >= len(names) {
+		k = 0
+	}
+	return names[k]
 }
 
 func newLockProviderConfig(options []LockProviderOption) (LockProviderConfig, error) {
