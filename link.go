@@ -47,8 +47,8 @@ ON CONFLICT DO NOTHING`
 	// A claim with an order is turned away, by answering no row, if a higher order
 	// has been announced, or the same by somebody who still waits or holds.
 	sqlAnnounce = `
-INSERT INTO env_lock_state AS s (lock_key, claim, claim_id, claim_event, claimed_at, claim_order, top_order, claim_open, claim_session)
-SELECT w.key, ` + sqlClock + `, w.id, w.event, clock_timestamp(), w.ord, w.ord, true, $6::integer
+INSERT INTO env_lock_state AS s (lock_key, claim, claim_id, claim_event, claimed_at, claim_order, top_order, claim_open, claim_session, claim_host, claim_pid)
+SELECT w.key, ` + sqlClock + `, w.id, w.event, clock_timestamp(), w.ord, w.ord, true, $6::integer, $7::text, $8::integer
 FROM (SELECT key, id, event, CASE WHEN ordered THEN ord END AS ord
     FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::boolean[], $5::bigint[]) AS u(key, id, event, ordered, ord)) w
 ON CONFLICT (lock_key) DO UPDATE SET
@@ -59,7 +59,9 @@ ON CONFLICT (lock_key) DO UPDATE SET
     claim_order = EXCLUDED.claim_order,
     top_order = coalesce(EXCLUDED.claim_order, s.top_order),
     claim_open = true,
-    claim_session = EXCLUDED.claim_session
+    claim_session = EXCLUDED.claim_session,
+    claim_host = EXCLUDED.claim_host,
+    claim_pid = EXCLUDED.claim_pid
 WHERE EXCLUDED.claim_order IS NULL OR s.top_order IS NULL OR EXCLUDED.claim_order > s.top_order
     OR EXCLUDED.claim_order = s.top_order AND (s.claim_id = EXCLUDED.claim_id OR NOT s.claim_open
         OR s.claim_order IS DISTINCT FROM EXCLUDED.claim_order

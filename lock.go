@@ -16,8 +16,9 @@ type backend interface {
 	// announce makes the claim known and answers its number, or an error that
 	// matches ErrClaimOutdated if its order is too low.
 	announce(ctx context.Context, c claim, order *int64) (int64, error)
-	// withdraw says that an announced claim with an order neither waits nor holds
-	// any more. It is begun when the call returns, and may be lost.
+	// withdraw says that an announced claim gave up. It is begun when the call
+	// returns, and may be lost: it matters only to its own redelivery, and to who
+	// looks.
 	withdraw(c claim)
 	// acquire tries once to take the key for the claim. It gives up when ctx is
 	// done or stop is closed.
@@ -120,28 +121,28 @@ type lock struct {
 
 	next, prev *lock // the hub's list of the key's locks; guarded by the hub
 
-	mu       sync.Mutex // guards everything below; never held across I/O or a call to the backend
-	phase    phase
-	began    time.Time // Lock was called, then: the hold began
-	revokeAt time.Time // notified: the end of the preemption timeout
-	shielded time.Time // no revocation before
-	ordered  bool      // announced with an order
-	placed   bool      // standing is set: by Notify, or by the first answer to a claim that was never announced
-	standing standing
-	ch       chan NotificationPayload // made when held; capacity 1, one payload at most, closed when over
-	session  uint64                   // the generation of the session that holds the key
-	token    int64
-	drain    time.Duration
-	cause    error         // why the holder was notified
-	lost     error         // what the next Unlock has to report (C18), once
-	lostUpTo uint64        // sessions up to this generation are gone
-	deadline time.Time     // when the phase has lasted for too long
-	timer    *time.Timer   // calls expire at the deadline
-	unwatch  func() bool   // held: stops watching the caller's context
-	ended    error         // waiting: the wait is over, and why
-	stop     chan struct{} // waiting: closed when ended is set
-	wake     chan struct{} // waiting: capacity 1, a reason to try again
-	left     chan struct{} // waiting: closed when Lock has left; made by the Unlock that waits for it
+	mu        sync.Mutex // guards everything below; never held across I/O or a call to the backend
+	phase     phase
+	began     time.Time // Lock was called, then: the hold began
+	revokeAt  time.Time // notified: the end of the preemption timeout
+	shielded  time.Time // no revocation before
+	announced bool      // by Notify
+	placed    bool      // standing is set: by Notify, or by the first answer to a claim that was never announced
+	standing  standing
+	ch        chan NotificationPayload // made when held; capacity 1, one payload at most, closed when over
+	session   uint64                   // the generation of the session that holds the key
+	token     int64
+	drain     time.Duration
+	cause     error         // why the holder was notified
+	lost      error         // what the next Unlock has to report (C18), once
+	lostUpTo  uint64        // sessions up to this generation are gone
+	deadline  time.Time     // when the phase has lasted for too long
+	timer     *time.Timer   // calls expire at the deadline
+	unwatch   func() bool   // held: stops watching the caller's context
+	ended     error         // waiting: the wait is over, and why
+	stop      chan struct{} // waiting: closed when ended is set
+	wake      chan struct{} // waiting: capacity 1, a reason to try again
+	left      chan struct{} // waiting: closed when Lock has left; made by the Unlock that waits for it
 }
 
 var (
@@ -166,17 +167,14 @@ func (l *lock) Notify(ctx context.Context) error {
 	}
 	err := checkUse(ctx, l.backend.events())
 	var number int64
-	order, ordered := OrderFromContext(ctx)
-	if err == nil && ordered {
-		number, err = l.backend.announce(ctx, l.claim, &order)
-	} else if err == nil {
-		number, err = l.backend.announce(ctx, l.claim, nil)
+	if err == nil {
+		number, err = l.backend.announce(ctx, l.claim, orderFromContext(ctx))
 	}
 	if err != nil {
 		return errors.Wrapf(err, "locker: announce %q on key %d", l.claim.event, l.claim.key)
 	}
 	l.mu.Lock()
-	l.placed, l.ordered = true, ordered
+	l.placed, l.announced = true, true
 	l.standing = standing{number, l.claim.id}
 	l.mu.Unlock()
 	return nil
@@ -363,9 +361,9 @@ func (l *lock) leave(err error) {
 	l.phase = over
 	waited := time.Since(l.began)
 	l.timer.Stop()
-	left, ordered := l.left, l.ordered
+	left, announced := l.left, l.announced
 	l.mu.Unlock()
-	if ordered {
+	if announced && !errors.Is(err, ErrLockPreempted) {
 		l.backend.withdraw(l.claim)
 	}
 	kind := ObservedFailed

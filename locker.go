@@ -61,14 +61,21 @@ type orderKey struct{}
 // through whatever providers lie in between. With a PreemptiveLocker, use its
 // method Order.
 func ContextWithOrder(ctx context.Context, order int64) context.Context {
-	return context.WithValue(ctx, orderKey{}, order)
+	return context.WithValue(ctx, orderKey{}, &order)
 }
 
 // OrderFromContext answers the order that ContextWithOrder put there. A provider
 // of your own can use it in Notify to turn away what comes too late.
 func OrderFromContext(ctx context.Context) (order int64, ok bool) {
-	order, ok = ctx.Value(orderKey{}).(int64)
-	return order, ok
+	if p := orderFromContext(ctx); p != nil {
+		return *p, true
+	}
+	return 0, false
+}
+
+func orderFromContext(ctx context.Context) *int64 {
+	p, _ := ctx.Value(orderKey{}).(*int64)
+	return p
 }
 
 type timeoutError struct{}

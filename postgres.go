@@ -17,8 +17,9 @@ import (
 // NewLockProvider; the zero value answers errors. All methods may be called
 // concurrently.
 type PostgresLockProvider struct {
-	conf    LockProviderConfig
-	session *session
+	conf      LockProviderConfig
+	session   *session
+	operating chan struct{} // capacity 1: one operator's call at a time has a connection
 }
 
 // PostgresLock is the lock that PostgresLockProvider.New and NewPostgresLock
@@ -61,7 +62,7 @@ func newPostgresLockProvider(conf LockProviderConfig) (*PostgresLockProvider, er
 	if err != nil {
 		return nil, err
 	}
-	return &PostgresLockProvider{conf: conf, session: newSession(dsn, conf)}, nil
+	return &PostgresLockProvider{conf: conf, session: newSession(dsn, conf), operating: make(chan struct{}, 1)}, nil
 }
 
 // New makes a lock for key; event says why it is wanted, to whomever it

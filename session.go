@@ -705,7 +705,7 @@ func (s *session) announceClaims(l *link, batch []*op) ([]result, error) {
 	}
 	results := make([]result, len(batch))
 	announced := map[int64]bool{}
-	err := each(batch[0].ctx, l.announce, []any{keys, ids, events, ordered, orders, l.number}, func(scan func(...any) error) error {
+	err := each(batch[0].ctx, l.announce, []any{keys, ids, events, ordered, orders, l.number, hostName, os.Getpid()}, func(scan func(...any) error) error {
 		var key, number int64
 		if err := scan(&key, &number, discard, discard); err != nil {
 			return err
