@@ -124,10 +124,14 @@ SELECT lock_key, false, false, true, true, claim, claim_id, NULL, token, age FRO
 INSERT INTO env_lock_state (lock_key) SELECT unnest($1::bigint[]) ON CONFLICT DO NOTHING`
 
 	// Asks for a "released" where the row itself does not tell that somebody
-	// waits. Answers the rows that did not know.
+	// waits. Answers the rows that did not know. A holder that the row does not
+	// know is one of the original library: it listens on a channel that is named
+	// by the key.
 	sqlWait = `
 UPDATE env_lock_state SET waiting = true WHERE lock_key = ANY ($1::bigint[]) AND NOT waiting
-RETURNING lock_key, set_config('synchronous_commit', 'off', true)`
+RETURNING lock_key, set_config('synchronous_commit', 'off', true),
+    CASE WHEN holder_id IS NULL AND claim_open THEN pg_notify(lock_key::text,
+        '{"id":"' || claim_id || '","event":' || to_json(claim_event) || ',"lockKey":' || lock_key || '}')::text END`
 
 	// The advisory lock is freed inside the transaction that clears the holder:
 	// a successor that gets it at once still waits for the row, and so never

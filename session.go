@@ -826,7 +826,7 @@ func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
 		// Try once more after asking to be told: the release may have been just before.
 		err := each(batch[0].ctx, l.wait, []any{unheard}, func(scan func(...any) error) error {
 			var key int64
-			if err := scan(&key, discard); err != nil {
+			if err := scan(&key, discard, discard); err != nil {
 				return err
 			}
 			results[find(batch, key)].answer.outcome = again
