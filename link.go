@@ -364,6 +364,18 @@ func (l *link) makeSchema(ctx context.Context, user string) error {
 	return errors.Wrap(err, "locker: make schema")
 }
 
+// cancelBackend cancels what the backend is doing, over a connection of its own.
+func cancelBackend(ctx context.Context, dsn string, pid int) error {
+	connector, err := pq.NewConnector(dsn)
+	if err != nil {
+		return errors.New("postgres URI is invalid")
+	}
+	db := sql.OpenDB(connector)
+	defer func() { _ = db.Close() }() // nothing is left to be lost
+	_, err = db.ExecContext(ctx, `SELECT pg_cancel_backend($1)`, pid)
+	return err
+}
+
 // Dial, DialTimeout and DialContext make the link lib/pq's dialer.
 func (l *link) Dial(network, address string) (net.Conn, error) {
 	return l.DialContext(context.Background(), network, address)

@@ -25,6 +25,7 @@ const (
 	reopenMax = time.Second
 
 	checkTimeout = 3 * time.Second // for a NOTIFY to ourselves to arrive
+	stallTimeout = 4 * time.Second // for a statement to end, above the server's own timeouts
 )
 
 // session is a provider's connection to its database: one link, which holds the
@@ -499,10 +500,16 @@ func (s *session) take() (batch []*op, closing bool) {
 // one at fault gets the error.
 func (s *session) execute(l *link, batch []*op) error {
 	if err := s.beatIfDue(l); err != nil {
-		s.finish(l, batch, allFailed(batch, err))
+		s.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err}))
 		return err
 	}
+	stalled := s.watchStall(l)
 	results, err := s.statement(l, batch)
+	if stalled() && err == nil && batch[0].kind == opAcquire {
+		for i := range results { // committed, but by the primary alone
+			results[i].err = errStalled
+		}
+	}
 	if err == nil {
 		s.finish(l, batch, results)
 		return nil
@@ -531,6 +538,33 @@ func (s *session) execute(l *link, batch []*op) error {
 		}
 	}
 	return nil
+}
+
+var errStalled = errors.New("locker: the commit waits for a synchronous standby that does not answer")
+
+// watchStall cancels the statement that is now sent if it does not end. The
+// server's own timeouts bound all of a statement but its commit, which may wait
+// for a synchronous standby for ever, and then returns as if nothing had been. It
+// answers how to stop watching, which says whether the statement was cancelled.
+func (s *session) watchStall(l *link) (stop func() bool) {
+	var mu sync.Mutex // guards cancelled
+	cancelled := false
+	timer := time.AfterFunc(stallTimeout, func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if err := cancelBackend(s.ctx, s.dsn, l.pid); err != nil {
+			s.log.Warn("locker: stalled statement could not be cancelled", slog.String("error", err.Error()))
+		}
+		cancelled = true
+	})
+	return func() bool {
+		if timer.Stop() {
+			return false
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		return cancelled
+	}
 }
 
 // undo frees the advisory locks that a failed statement may have taken, or
@@ -600,12 +634,12 @@ func (s *session) finish(l *link, batch []*op, results []result) {
 			if errors.Is(r.err, errUnavailable) {
 				r.err = errReleaseLost
 			}
-		case o.kind != opAcquire || r.err != nil || r.answer.outcome != granted:
+		case o.kind != opAcquire || r.answer.outcome != granted:
 		case s.link != l:
 			*r = result{err: &joinedError{errUnavailable, errReleaseLost}}
 		default:
 			s.held[o.req.key] = r.answer.newest.id
-			if o.state == opAbandoned {
+			if o.state == opAbandoned || r.err != nil {
 				s.enqueueLocked(&op{kind: opRelease, ctx: o.ctx, req: o.req, freed: make(chan error, 1)})
 			}
 		}
@@ -819,6 +853,9 @@ func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
 	}
 	if len(missing) > 0 {
 		if _, err := l.ensure.ExecContext(batch[0].ctx, missing); err != nil {
+			if l.broken(err) {
+				return nil, err
+			}
 			s.fail(batch, results, missing, err)
 		}
 	}
@@ -833,6 +870,9 @@ func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
 			return nil
 		})
 		if err != nil {
+			if l.broken(err) {
+				return nil, err
+			}
 			s.fail(batch, results, unheard, err)
 		}
 	}
