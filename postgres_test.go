@@ -1,13 +1,27 @@
 package locker
 
 import (
+	"bytes"
 	"context"
+	"database/sql"
+	"errors"
 	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+	"unicode/utf8"
 
+	"github.com/jmoiron/sqlx"
 	"github.com/preemptable/locker/internal/pgserver"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 )
@@ -47,3 +61,1892 @@ func newDatabase(t testing.TB) string {
 // soon bounds every wait of a test for something that should happen; it is far
 // above what it takes.
 const soon = 30 * time.Second
+
+// What is here needs a real server; what both providers share is in the
+// conformance suite.
+
+var pgBackground = context.Background()
+
+// pgProvider makes a provider that is closed at the end of the test.
+func pgProvider(t testing.TB, uri string, options ...LockProviderOption) *PostgresLockProvider {
+	t.Helper()
+	p, err := NewLockProvider(PostgresLockProviderKind, append([]LockProviderOption{WithPostgresBackend(uri, "")}, options...)...)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = p.(*PostgresLockProvider).Close() })
+	return p.(*PostgresLockProvider)
+}
+
+// pgLocker makes PreemptiveLockers on a provider.
+func pgLocker(t testing.TB, p LockProvider, options ...PreemptiveLockerOption) PreemptiveLockerFactory {
+	t.Helper()
+	f, err := NewPreemptiveLockerFactory(p, options...)
+	require.NoError(t, err)
+	return f
+}
+
+// pgDB is the test's own view of a database.
+func pgDB(t testing.TB, uri string) *sql.DB {
+	t.Helper()
+	u, err := url.Parse(uri)
+	require.NoError(t, err)
+	q := u.Query()
+	q.Set("application_name", "test")
+	u.RawQuery = q.Encode()
+	db, err := sql.Open("postgres", u.String())
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = db.Close() })
+	return db
+}
+
+func pgExec(t testing.TB, db interface {
+	ExecContext(context.Context, string, ...any) (sql.Result, error)
+}, query string, args ...any) {
+	t.Helper()
+	_, err := db.ExecContext(pgBackground, query, args...)
+	require.NoError(t, err)
+}
+
+// pgGet answers a query's only value.
+func pgGet[T any](t testing.TB, db *sql.DB, query string, args ...any) (v T) {
+	t.Helper()
+	require.NoError(t, db.QueryRowContext(pgBackground, query, args...).Scan(&v))
+	return v
+}
+
+// pgUntil asks until the answer is true.
+func pgUntil(t testing.TB, what string, cond func() bool) {
+	t.Helper()
+	deadline := time.After(soon)
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for !cond() {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			require.FailNow(t, "not in time: "+what)
+		}
+	}
+}
+
+// pgReceive waits for a value.
+func pgReceive[T any](t testing.TB, what string, ch <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-ch:
+		return v
+	case <-time.After(soon):
+		require.FailNow(t, "not in time: "+what)
+		panic("unreachable")
+	}
+}
+
+// pgQuiet requires that a holder has not been told anything.
+func pgQuiet(t testing.TB, ch <-chan NotificationPayload) {
+	t.Helper()
+	select {
+	case n, ok := <-ch:
+		require.FailNow(t, "holder was disturbed", "%v %v", n, ok)
+	default:
+	}
+}
+
+// pgNew makes a lock that is unlocked at the end of the test, at the latest.
+func pgNew(t testing.TB, p LockProvider, key int64, event string) *PostgresLock {
+	t.Helper()
+	l, err := p.New(pgBackground, key, event)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = l.Unlock(pgBackground) })
+	return l.(*PostgresLock)
+}
+
+// pgHold locks a key without a claim.
+func pgHold(t testing.TB, p LockProvider, key int64, event string) (*PostgresLock, <-chan NotificationPayload) {
+	t.Helper()
+	l := pgNew(t, p, key, event)
+	ch, err := l.Lock(pgBackground)
+	require.NoError(t, err)
+	return l, ch
+}
+
+// pgWait begins to lock a key without a claim and answers when it waits.
+func pgWait(t testing.TB, p *PostgresLockProvider, key int64, event string) (*PostgresLock, <-chan error) {
+	t.Helper()
+	l := pgNew(t, p, key, event)
+	return l, pgWaits(t, l)
+}
+
+// pgWaits begins to lock and answers when the lock waits.
+func pgWaits(t testing.TB, l *PostgresLock) <-chan error {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() {
+		_, err := l.Lock(pgBackground)
+		done <- err
+	}()
+	pgUntil(t, "the lock waits", func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.phase >= waiting && l.placed
+	})
+	return done
+}
+
+// pgBackend is the process ID of the server's end of a provider's session.
+func pgBackend(t testing.TB, s *session) (pid int) {
+	t.Helper()
+	pgUntil(t, "the session is open", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.link != nil {
+			pid = s.link.pid
+		}
+		return s.link != nil
+	})
+	return pid
+}
+
+// pgListener is the same for the connection that listens. The provider must be
+// the only one of its database with this application name.
+func pgListener(t testing.TB, db *sql.DB, p *PostgresLockProvider, application string) (pid int) {
+	t.Helper()
+	link := pgBackend(t, p.session)
+	pgUntil(t, "the listener is connected", func() bool {
+		err := db.QueryRowContext(pgBackground, `SELECT pid FROM pg_stat_activity
+			WHERE datname = current_database() AND application_name = $1 AND pid <> $2 AND state = 'idle'`, application, link).Scan(&pid)
+		return err == nil
+	})
+	return pid
+}
+
+// pgNamed is a URI with an application name.
+func pgNamed(t testing.TB, uri, application string) string {
+	t.Helper()
+	u, err := url.Parse(uri)
+	require.NoError(t, err)
+	q := u.Query()
+	q.Set("application_name", application)
+	u.RawQuery = q.Encode()
+	return u.String()
+}
+
+// pgConnections counts everybody's connections to the database but the test's.
+func pgConnections(t testing.TB, db *sql.DB) int {
+	t.Helper()
+	return pgGet[int](t, db, `SELECT count(*) FROM pg_stat_activity
+		WHERE datname = current_database() AND backend_type = 'client backend' AND application_name <> 'test'`)
+}
+
+// pgAdvisory lists which sessions hold or await which key.
+func pgAdvisory(t testing.TB, db *sql.DB) map[int64]int {
+	t.Helper()
+	rows, err := db.QueryContext(pgBackground, `SELECT (classid::bigint << 32) | objid::bigint, pid FROM pg_locks
+		WHERE locktype = 'advisory' AND objsubid = 1 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`)
+	require.NoError(t, err)
+	defer func() { _ = rows.Close() }()
+	locks := map[int64]int{}
+	for rows.Next() {
+		var key int64
+		var pid int
+		require.NoError(t, rows.Scan(&key, &pid))
+		locks[key] = pid
+	}
+	require.NoError(t, rows.Err())
+	return locks
+}
+
+// pgTerminate ends a server session.
+func pgTerminate(t testing.TB, db *sql.DB, pid int) {
+	t.Helper()
+	require.True(t, pgGet[bool](t, db, `SELECT pg_terminate_backend($1)`, pid))
+}
+
+// pgCluster starts a server of the test's own. It skips the test where the
+// programs for that are missing and a foreign server is used.
+func pgCluster(t testing.TB, options pgserver.Options) *pgserver.Server {
+	t.Helper()
+	s, err := pgserver.Start(pgBackground, options)
+	if errors.Is(err, pgserver.ErrNoBinaries) && !shared.Own() {
+		t.Skip(err)
+	}
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	return s
+}
+
+// pgLog collects what a provider logs.
+type pgLog struct {
+	mu   sync.Mutex // guards text
+	text bytes.Buffer
+}
+
+func (l *pgLog) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(b)
+}
+
+func (l *pgLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+func (l *pgLog) option() LockProviderOption {
+	return WithLogger(slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{Level: slog.LevelDebug})))
+}
+
+// C1: one key for each pair, whoever asks; and the second time nothing is
+// written.
+func TestPostgresKeys(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	providers := []*PostgresLockProvider{pgProvider(t, uri), pgProvider(t, uri), pgProvider(t, uri), pgProvider(t, uri)}
+
+	const pairs = 100
+	type found struct {
+		pr  uint
+		key int64
+		err error
+	}
+	answers := make(chan found)
+	for _, p := range providers {
+		for pr := range uint(pairs) {
+			go func() {
+				key, err := p.LockKey(pgBackground, "repo", pr)
+				answers <- found{pr, key, err}
+			}()
+		}
+	}
+	keys := map[uint]int64{}
+	of := map[int64]uint{}
+	for range pairs * len(providers) {
+		a := pgReceive(t, "LockKey answers", answers)
+		require.NoError(t, a.err)
+		require.NotZero(t, a.key)
+		if key, ok := keys[a.pr]; ok {
+			require.Equal(t, key, a.key, "two keys for one pair")
+		}
+		keys[a.pr], of[a.key] = a.key, a.pr
+	}
+	require.Len(t, of, pairs, "two pairs share a key")
+
+	// A trigger of the statement fires even if no row is added.
+	pgExec(t, db, `CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'a write'; END $$;
+		CREATE TRIGGER refuse BEFORE INSERT OR UPDATE OR DELETE ON env_locks FOR EACH STATEMENT EXECUTE FUNCTION refuse()`)
+	for _, p := range append(providers, pgProvider(t, uri)) {
+		key, err := p.LockKey(pgBackground, "repo", 7)
+		require.NoError(t, err)
+		require.Equal(t, keys[7], key)
+	}
+	_, err := providers[0].LockKey(pgBackground, "repo", pairs)
+	require.ErrorContains(t, err, "a write", "the trigger does not see writes")
+}
+
+// C3: the statement that acquires refuses an older claim, though nobody ever
+// notified its lock and nobody holds the key.
+func TestPostgresOrder(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	a, b := pgProvider(t, uri), pgProvider(t, uri)
+	older := pgNew(t, a, 1, "older")
+	require.NoError(t, older.Notify(pgBackground))
+	newer := pgNew(t, b, 1, "newer")
+	require.NoError(t, newer.Notify(pgBackground))
+	_, err := older.Lock(pgBackground)
+	require.ErrorIs(t, err, ErrLockPreempted)
+	require.ErrorContains(t, err, "newer")
+	_, err = newer.Lock(pgBackground)
+	require.NoError(t, err)
+
+	// A newer claim that is committed while the statement is on its way: it has
+	// checked the claim, has the advisory lock and waits for the row.
+	db := pgDB(t, uri)
+	for key := int64(2); ; key++ {
+		older, ctx := pgNew(t, a, key, "older"), pgBackground
+		require.NoError(t, older.Notify(ctx))
+		tx, err := db.BeginTx(ctx, nil)
+		require.NoError(t, err)
+		pgExec(t, tx, `UPDATE env_lock_state SET claim = claim + 1, claim_id = gen_random_uuid(), claim_event = 'in between' WHERE lock_key = $1`, key)
+		done := make(chan error, 1)
+		go func() {
+			_, err := older.Lock(ctx)
+			done <- err
+		}()
+		pgUntil(t, "the statement waits for the row, with the advisory lock", func() bool {
+			return pgAdvisory(t, db)[key] != 0
+		})
+		require.NoError(t, tx.Commit())
+		err = pgReceive(t, "Lock answers", done)
+		if err != nil && strings.Contains(err.Error(), "another transaction") && key < 10 {
+			continue // too slow: the statement's own timeout was first
+		}
+		require.ErrorIs(t, err, ErrLockPreempted)
+		require.ErrorContains(t, err, "in between")
+		require.NotContains(t, pgAdvisory(t, db), key, "C20")
+		return
+	}
+}
+
+// C7: 24 claimants from four providers on each of 12 keys: exactly one of each
+// key ends undisturbed, it is the newest claim and it has the highest token.
+func TestPostgresStorm(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	const keys, claimants = 12, 24
+	var factories []PreemptiveLockerFactory
+	for range 4 {
+		factories = append(factories, pgLocker(t, pgProvider(t, uri, WithLockTimeout(time.Minute))))
+	}
+	type ended struct {
+		pr        uint
+		preempted bool // while it waited or while it held
+		locker    *PreemptiveLocker
+		err       error
+	}
+	ends := make(chan ended, keys*claimants)
+	stop := make(chan struct{})
+	start := make(chan struct{})
+	var running sync.WaitGroup
+	for pr := range uint(keys) {
+		for i := range claimants {
+			running.Add(1)
+			go func() {
+				defer running.Done()
+				<-start
+				p := factories[i%len(factories)]("repo", pr, fmt.Sprintf("claim %d", i))
+				ch, err := p.Lock(pgBackground)
+				if err != nil {
+					if errors.Is(err, ErrLockPreempted) {
+						err = nil
+					}
+					ends <- ended{pr, true, p, err}
+					return
+				}
+				select {
+				case <-ch:
+					ends <- ended{pr, true, p, p.Release(pgBackground)}
+				case <-stop:
+					ends <- ended{pr, false, p, nil}
+				}
+			}()
+		}
+	}
+	close(start)
+	highest := map[uint]int64{}
+	take := func() ended {
+		e := pgReceive(t, "a claimant ends", ends)
+		require.NoError(t, e.err)
+		highest[e.pr] = max(highest[e.pr], e.locker.Token())
+		return e
+	}
+	disturbed := map[uint]int{}
+	for range keys * (claimants - 1) {
+		e := take()
+		require.True(t, e.preempted)
+		disturbed[e.pr]++
+	}
+	for pr := range uint(keys) {
+		require.Equal(t, claimants-1, disturbed[pr])
+	}
+	winners := map[uint]*PreemptiveLocker{}
+	pgUntil(t, "the last claimant of every key holds it", func() bool {
+		return pgGet[int](t, db, `SELECT count(*) FROM env_lock_state WHERE holder_id = claim_id`) == keys
+	})
+	close(stop)
+	for range keys {
+		e := take()
+		require.False(t, e.preempted)
+		winners[e.pr] = e.locker
+	}
+	running.Wait()
+	require.Len(t, winners, keys)
+	for pr, w := range winners {
+		require.Equal(t, highest[pr], w.Token(), "the winner's token is not the highest")
+		require.Equal(t, w.lock.(*PostgresLock).claim.id.String(),
+			pgGet[string](t, db, `SELECT claim_id FROM env_lock_state WHERE lock_key = $1`, w.key), "the winner is not the newest")
+		require.NoError(t, w.Release(pgBackground))
+	}
+}
+
+// C8: claims reach holders and waiters though no notification does.
+func TestPostgresDeaf(t *testing.T) {
+	t.Parallel()
+	const slack = 3 * time.Second // for a busy machine
+
+	t.Run("C8 listener killed just before the claim", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		db := pgDB(t, uri)
+		deaf := pgProvider(t, pgNamed(t, uri, "deaf"))
+		l, ch := pgHold(t, deaf, 1, "holder")
+		claimant := pgNew(t, pgProvider(t, uri), 1, "claim")
+		pgTerminate(t, db, pgListener(t, db, deaf, "deaf"))
+		start := time.Now()
+		require.NoError(t, claimant.Notify(pgBackground))
+		n := pgReceive(t, "the holder is told", ch)
+		require.Less(t, time.Since(start), heartbeatInterval+slack)
+		require.Equal(t, NotificationPayload{claimant.claim.id, "claim", 1}, n)
+		require.ErrorIs(t, l.Cause(), ErrLockPreempted)
+	})
+
+	t.Run("C8 listener can never come back", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		db := pgDB(t, uri)
+		var blocked atomic.Bool
+		cuts := make(chan struct{}, 1000)
+		px := newProxy(t, "", uri, func(to direction, kind byte, body []byte) verdict {
+			if to == toServer && kind == 'Q' && blocked.Load() && bytes.Contains(body, []byte("LISTEN")) {
+				cuts <- struct{}{}
+				return cut
+			}
+			return pass
+		})
+		deaf := pgProvider(t, pgNamed(t, px.uri(t, uri), "deaf"), WithLockTimeout(2*soon))
+		_, ch := pgHold(t, deaf, 1, "holder")
+		occupied := pgProvider(t, uri)
+		pgHold(t, occupied, 2, "occupies the other key")
+		waiter := pgNew(t, deaf, 2, "waiter")
+		require.NoError(t, waiter.Notify(pgBackground))
+		left := pgWaits(t, waiter)
+
+		blocked.Store(true)
+		pgTerminate(t, db, pgListener(t, db, deaf, "deaf"))
+		pgReceive(t, "the listener tries to listen again", cuts)
+		other := pgProvider(t, uri)
+		start := time.Now()
+		require.NoError(t, pgNew(t, other, 2, "newer waiter").Notify(pgBackground))
+		require.NoError(t, pgNew(t, other, 1, "claim").Notify(pgBackground))
+		err := pgReceive(t, "the waiter leaves", left)
+		require.ErrorIs(t, err, ErrLockPreempted)
+		require.ErrorContains(t, err, "newer waiter")
+		require.Less(t, time.Since(start), heartbeatInterval+slack)
+		require.Equal(t, "claim", pgReceive(t, "the holder is told", ch).Message)
+		require.Less(t, time.Since(start), heartbeatInterval+slack)
+
+		// It can still take a key, and go without.
+		l, _ := pgHold(t, deaf, 3, "deaf")
+		require.NoError(t, l.Unlock(pgBackground))
+	})
+
+	t.Run("C8 listener is silent", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		db := pgDB(t, uri)
+		px := newProxy(t, "", uri, nil)
+		deaf := pgProvider(t, pgNamed(t, px.uri(t, uri), "deaf"))
+		_, ch := pgHold(t, deaf, 1, "holder")
+		claimant := pgNew(t, pgProvider(t, uri), 1, "claim")
+		require.True(t, px.silenceBackend(pgListener(t, db, deaf, "deaf")))
+		start := time.Now()
+		require.NoError(t, claimant.Notify(pgBackground))
+		require.Equal(t, "claim", pgReceive(t, "the holder is told", ch).Message)
+		require.Less(t, time.Since(start), heartbeatInterval+slack)
+	})
+}
+
+// C15: tokens only ever grow, whatever happens to holders, server and rows; and
+// C26: after a restart holders have been told, waiters get through and the
+// provider works.
+func TestPostgresRestart(t *testing.T) {
+	var uri string
+	var restart func(mode string) error
+	if shared.Own() {
+		t.Parallel()
+		server := pgCluster(t, pgserver.Options{})
+		var err error
+		uri, err = server.CreateDatabase(pgBackground, "restart")
+		require.NoError(t, err)
+		restart = func(mode string) error { return server.Restart(pgBackground, mode) }
+	} else { // alone: nobody else may use the server meanwhile
+		uri = newDatabase(t)
+		restart = func(mode string) error { return shared.Restart(pgBackground, mode) }
+	}
+	db := pgDB(t, uri)
+	db.SetMaxIdleConns(0) // the server's restarts end them
+	a := pgProvider(t, uri, WithLockTimeout(2*soon))
+	b := pgProvider(t, uri, WithLockTimeout(2*soon))
+	// A delay that is set replaces the one after a death, which is not the matter
+	// here.
+	lockers := []PreemptiveLockerFactory{pgLocker(t, a, WithLockDelay(time.Millisecond)), pgLocker(t, b, WithLockDelay(time.Millisecond))}
+
+	var last int64
+	turn := 0
+	next := func() (*PreemptiveLocker, <-chan NotificationPayload) {
+		turn++
+		p := lockers[turn%2]("repo", 1, "token")
+		require.Zero(t, p.Token())
+		ch, err := p.Lock(pgBackground)
+		require.NoError(t, err)
+		require.Greater(t, p.Token(), last, "a token did not grow")
+		last = p.Token()
+		return p, ch
+	}
+	clean := func() {
+		p, _ := next()
+		require.NoError(t, p.Release(pgBackground))
+		require.Equal(t, last, p.Token())
+	}
+	lost := func(p *PreemptiveLocker, ch <-chan NotificationPayload) {
+		pgReceive(t, "the holder is told", ch)
+		require.ErrorIs(t, p.Release(pgBackground), ErrLockLost)
+		require.NoError(t, p.Release(pgBackground))
+	}
+
+	clean()
+	clean()
+
+	// A session is killed.
+	p, ch := next()
+	pgTerminate(t, db, pgAdvisory(t, db)[p.key])
+	lost(p, ch)
+	clean()
+
+	// An operator deletes rows, of a free key and of one that is held.
+	pgExec(t, db, `DELETE FROM env_lock_state`)
+	clean()
+	p, _ = next()
+	pgExec(t, db, `TRUNCATE env_lock_state`)
+	require.NoError(t, p.Release(pgBackground))
+	clean()
+
+	for _, mode := range []string{pgserver.Fast, pgserver.Immediate, pgserver.Immediate} {
+		holder, told := next()
+		first, firstDone := pgWait(t, a, holder.key, "waiter of the same provider")
+		second, secondDone := pgWait(t, b, holder.key, "waiter of the other provider")
+		if err := restart(mode); errors.Is(err, pgserver.ErrCannotRestart) {
+			t.Skip(err)
+		} else {
+			require.NoError(t, err)
+		}
+		lost(holder, told)
+		for range 2 { // both hold the key, one after the other
+			var l *PostgresLock
+			var err error
+			select {
+			case err = <-firstDone:
+				l = first
+			case err = <-secondDone:
+				l = second
+			case <-time.After(soon):
+				require.FailNow(t, "waiters do not get through after a restart", mode)
+			}
+			require.NoError(t, err)
+			require.Greater(t, l.Token(), last)
+			last = l.Token()
+			require.NoError(t, l.Unlock(pgBackground))
+		}
+		pgExec(t, db, `DELETE FROM env_lock_state`)
+		clean()
+		clean()
+	}
+}
+
+// C23: connections are counted while 200 locks are held and 200 wait, and while
+// they come and go.
+func TestPostgresConnections(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri, WithLockTimeout(2*soon))
+	const n = 200
+	most := 0
+	count := func() {
+		most = max(most, pgConnections(t, db))
+	}
+	all := func(what string, locks []*PostgresLock) {
+		t.Helper()
+		errs := make(chan error, len(locks))
+		for _, l := range locks {
+			go func() {
+				_, err := l.Lock(pgBackground)
+				errs <- err
+			}()
+		}
+		for range locks {
+			require.NoError(t, pgReceive(t, what, errs))
+			count()
+		}
+	}
+	var holders []*PostgresLock
+	for key := range int64(n) {
+		holders = append(holders, pgNew(t, p, key, "holder"))
+	}
+	all("holders lock", holders)
+	var waiters []*PostgresLock
+	done := make(chan error, n)
+	for key := range int64(n) {
+		l := pgNew(t, p, key, "waiter")
+		waiters = append(waiters, l)
+		go func() {
+			_, err := l.Lock(pgBackground)
+			done <- err
+		}()
+	}
+	pgUntil(t, "all of them wait", func() bool {
+		count()
+		for _, l := range waiters {
+			l.mu.Lock()
+			placed := l.placed
+			l.mu.Unlock()
+			if !placed {
+				return false
+			}
+		}
+		return true
+	})
+	require.Len(t, pgAdvisory(t, db), n)
+	for _, l := range holders {
+		require.NoError(t, l.Unlock(pgBackground))
+		count()
+	}
+	for range n {
+		require.NoError(t, pgReceive(t, "waiters lock", done))
+		count()
+	}
+	for _, l := range waiters {
+		require.NoError(t, l.Unlock(pgBackground))
+	}
+	t.Logf("%d connections at the most", most)
+	require.LessOrEqual(t, most, 2)
+	require.NoError(t, p.Close())
+	pgUntil(t, "no connection remains after Close", func() bool { return pgConnections(t, db) == 0 })
+}
+
+// C24: a session that the server ends.
+func TestPostgresSessionKilled(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	mine := pgProvider(t, uri)
+	p := pgLocker(t, mine)("repo", 1, "holder")
+	ch, err := p.Lock(pgBackground)
+	require.NoError(t, err)
+	pid := pgAdvisory(t, db)[p.key]
+	require.NotZero(t, pid)
+	successor := pgProvider(t, uri, WithLockTimeout(2*soon))
+
+	// The next heartbeat is 3 s away, so it cannot be what tells.
+	beat := func() string {
+		return pgGet[string](t, db, `SELECT query_start::text FROM pg_stat_activity WHERE pid = $1`, pid)
+	}
+	before := beat()
+	pgUntil(t, "a heartbeat", func() bool { return beat() != before })
+	start := time.Now()
+	pgTerminate(t, db, pid)
+	n := pgReceive(t, "C24 the holder is told", ch)
+	require.Less(t, time.Since(start), heartbeatInterval*2/3)
+	require.Equal(t, p.lock.(*PostgresLock).claim.id, n.ID, "C13 a loss carries the holder's own ID")
+	_, open := <-ch
+	require.False(t, open)
+
+	q := pgLocker(t, successor)("repo", 1, "successor")
+	_, err = q.Lock(pgBackground)
+	require.NoError(t, err)
+	require.GreaterOrEqual(t, time.Since(start), uncleanDelay, "C11 the successor waits after a death")
+	require.Greater(t, q.Token(), p.Token(), "C15")
+
+	require.ErrorIs(t, p.Release(pgBackground), ErrLockLost, "C18")
+	require.NoError(t, p.Release(pgBackground), "C18 it is said once")
+	pgQuiet(t, q.lock.(*PostgresLock).ch)
+	require.NoError(t, q.Release(pgBackground))
+
+	l, _ := pgHold(t, mine, 5, "C26 the provider works again")
+	require.NoError(t, l.Unlock(pgBackground))
+	require.NoError(t, mine.Close())
+	require.NoError(t, successor.Close())
+	pgUntil(t, "no connection remains", func() bool { return pgConnections(t, db) == 0 })
+}
+
+// C26: a session that ends under whatever statement a waiter is at: the waiter
+// goes on in the next session.
+func TestPostgresSessionKilledWhileWaiting(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri, WithLockTimeout(2*soon))
+	other := pgProvider(t, uri)
+	l, _ := pgHold(t, p, 1, "makes the row")
+	require.NoError(t, l.Unlock(pgBackground))
+	busy, _ := pgHold(t, other, 2, "holder")
+	for _, c := range []struct {
+		name, block string
+		key         int64
+	}{
+		{"C26 taking the row", `SELECT FROM env_lock_state WHERE lock_key = 1 FOR UPDATE`, 1},
+		{"C26 asking to be told of a release", `SELECT FROM env_lock_state WHERE lock_key = 2 FOR UPDATE`, 2},
+		{"C26 making the row", `INSERT INTO env_lock_state (lock_key) VALUES (3)`, 3},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l, _ := pgHold(t, p, 4, "opens the session")
+			require.NoError(t, l.Unlock(pgBackground))
+			pid := pgBackend(t, p.session)
+			tx, err := db.BeginTx(pgBackground, nil)
+			require.NoError(t, err)
+			defer func() { _ = tx.Rollback() }()
+			pgExec(t, tx, c.block)
+			l = pgNew(t, p, c.key, "waiter")
+			done := make(chan error, 1)
+			go func() {
+				_, err := l.Lock(pgBackground)
+				done <- err
+			}()
+			pgUntil(t, "the statement waits", func() bool {
+				return pgGet[bool](t, db, `SELECT wait_event_type IS NOT DISTINCT FROM 'Lock' FROM pg_stat_activity WHERE pid = $1`, pid)
+			})
+			pgTerminate(t, db, pid)
+			pgUntil(t, "the session has ended", func() bool {
+				return pgGet[int](t, db, `SELECT count(*) FROM pg_stat_activity WHERE pid = $1`, pid) == 0
+			})
+			require.NoError(t, tx.Rollback())
+			if c.key == 2 {
+				require.NoError(t, busy.Unlock(pgBackground))
+			}
+			require.NoError(t, pgReceive(t, "the waiter gets the key", done))
+			require.NoError(t, l.Unlock(pgBackground))
+		})
+	}
+}
+
+// C24, C25: a network that goes silent: nothing arrives, and no end of a
+// connection either.
+func TestPostgresSilentNetwork(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name string
+		ways []direction
+	}{
+		{"both ways", []direction{toServer, toClient}},
+		{"only the answers are lost", []direction{toClient}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			uri := newDatabase(t)
+			db := pgDB(t, uri)
+			px := newProxy(t, "", uri, nil)
+			mine := pgProvider(t, px.uri(t, uri), WithLockTimeout(2*soon))
+			p := pgLocker(t, mine)("repo", 1, "holder")
+			ch, err := p.Lock(pgBackground)
+			require.NoError(t, err)
+			released, _ := pgHold(t, mine, 1, "released during the silence")
+			direct := pgProvider(t, uri, WithLockTimeout(2*soon))
+			pgHold(t, direct, 2, "connects")
+			pid := pgBackend(t, mine.session)
+
+			// What happened, in order.
+			var mu sync.Mutex
+			var order []string
+			record := func(what string) {
+				mu.Lock()
+				defer mu.Unlock()
+				order = append(order, what)
+			}
+			px.silence(c.ways...)
+			start := time.Now()
+			told := make(chan time.Duration, 1)
+			go func() {
+				<-ch
+				record("told")
+				told <- time.Since(start)
+			}()
+			q := pgLocker(t, direct)("repo", 1, "successor")
+			started := make(chan error, 1)
+			go func() {
+				_, err := q.Lock(pgBackground)
+				record("started")
+				started <- err
+			}()
+			begin := time.Now()
+			require.Error(t, released.Unlock(pgBackground))
+			require.Less(t, time.Since(begin), releaseTimeout+time.Second, "C18 a release into the silence is bounded")
+			require.NoError(t, released.Unlock(pgBackground), "C18 a second one says nothing")
+
+			// The last heartbeat was before the silence.
+			require.Less(t, pgReceive(t, "C24 the holder is told", told), 9*time.Second+time.Second)
+			pgUntil(t, "C25 the server ends the silent session", func() bool {
+				return pgGet[int](t, db, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = $1`, pid) == 0
+			})
+			require.Less(t, time.Since(start), leaseTimeout+5*time.Second, "C25")
+			require.NoError(t, pgReceive(t, "the successor starts", started))
+			mu.Lock()
+			require.Equal(t, []string{"told", "started"}, order)
+			mu.Unlock()
+			require.Greater(t, q.Token(), p.Token())
+			begin = time.Now()
+			require.ErrorIs(t, p.Release(pgBackground), ErrLockLost)
+			require.Less(t, time.Since(begin), releaseTimeout)
+			require.NoError(t, q.Release(pgBackground))
+
+			px.silence() // healed
+			l, _ := pgHold(t, mine, 3, "C26 the provider works again")
+			require.NoError(t, l.Unlock(pgBackground))
+		})
+	}
+}
+
+// C22: a Close into a silent network returns.
+func TestPostgresCloseSilent(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	px := newProxy(t, "", uri, nil)
+	p := pgProvider(t, px.uri(t, uri), WithPreemptionTimeout(100*time.Millisecond))
+	l, ch := pgHold(t, p, 1, "holder")
+	px.silence(toServer, toClient)
+	closed := make(chan error, 1)
+	go func() { closed <- p.Close() }()
+	pgReceive(t, "the holder is told", ch)
+	require.NoError(t, pgReceive(t, "Close returns", closed))
+	require.ErrorIs(t, l.Cause(), ErrProviderClosed)
+	_, err := p.New(pgBackground, 1, "late")
+	require.ErrorIs(t, err, ErrProviderClosed)
+}
+
+// C26: no server is there at first.
+func TestPostgresServerComesLater(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	px := newProxy(t, "", uri, nil)
+	address := px.listener.Addr().String()
+	px.close() // nobody listens there now
+	p := pgProvider(t, throughAddress(t, uri, address), WithLockTimeout(2*time.Second))
+	l := pgNew(t, p, 1, "early")
+	start := time.Now()
+	_, err := l.Lock(pgBackground)
+	require.ErrorIs(t, err, ErrLockTimeout)
+	require.ErrorContains(t, err, "connect", "the error does not say what is wrong")
+	require.NotErrorIs(t, err, ErrLockPreempted)
+	require.Less(t, time.Since(start), patience+2*time.Second)
+
+	_, err = p.LockKey(pgBackground, "repo", 1) // no timeout of its own: the session's patience bounds it
+	require.ErrorContains(t, err, "connect")
+	require.Less(t, time.Since(start), 3*patience)
+
+	newProxy(t, address, uri, nil)
+	l, _ = pgHold(t, p, 1, "later")
+	require.NoError(t, l.Unlock(pgBackground))
+}
+
+// C27: servers and proxies that cannot carry a session are refused.
+func TestPostgresRefused(t *testing.T) {
+	t.Parallel()
+	refusal := func(t *testing.T, uri string, texts ...string) {
+		t.Helper()
+		p := pgProvider(t, uri)
+		start := time.Now()
+		for _, f := range []func() error{
+			func() error { _, err := p.LockKey(pgBackground, "repo", 1); return err },
+			func() error { return pgNew(t, p, 1, "claim").Notify(pgBackground) },
+			func() error { _, err := pgNew(t, p, 1, "lock").Lock(pgBackground); return err },
+		} {
+			err := f()
+			for _, text := range texts {
+				require.ErrorContains(t, err, text)
+			}
+			require.NotErrorIs(t, err, ErrLockTimeout, "the error came by waiting only")
+		}
+		require.Less(t, time.Since(start), soon)
+	}
+
+	t.Run("C27 read-only by default_transaction_read_only", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		db := pgDB(t, uri)
+		pgExec(t, db, `ALTER DATABASE `+pgGet[string](t, db, `SELECT current_database()`)+` SET default_transaction_read_only = on`)
+		refusal(t, uri, "read-only", "primary")
+	})
+
+	t.Run("C27 standby, and the primary beside it", func(t *testing.T) {
+		t.Parallel()
+		primary := pgCluster(t, pgserver.Options{})
+		standby, err := primary.Standby(pgBackground, pgserver.StandbyOptions{})
+		require.NoError(t, err)
+		t.Cleanup(func() { assert.NoError(t, standby.Close()) })
+		refusal(t, standby.URI("postgres"), "read-only", "primary")
+
+		for _, both := range []string{
+			fmt.Sprintf("host=127.0.0.1,127.0.0.1 port=%d,%d user=postgres dbname=postgres sslmode=disable", standby.Port(), primary.Port()),
+			fmt.Sprintf("postgres://postgres@/postgres?host=127.0.0.1,127.0.0.1&port=%d,%d&sslmode=disable", standby.Port(), primary.Port()),
+		} {
+			l, _ := pgHold(t, pgProvider(t, both), 1, "finds the primary")
+			require.NoError(t, l.Unlock(pgBackground))
+		}
+	})
+
+	t.Run("C27 pool in transaction mode", func(t *testing.T) {
+		t.Parallel()
+		server := shared.Server()
+		if server == nil { // the pool cannot log in with a password
+			server = pgCluster(t, pgserver.Options{})
+		}
+		uri, err := server.CreateDatabase(pgBackground, "pool")
+		require.NoError(t, err)
+		for _, lenient := range []bool{false, true} {
+			refusal(t, throughAddress(t, uri, newPooler(t, uri, lenient)), "transaction-pooling", "connect to PostgreSQL directly", "session mode")
+		}
+	})
+
+	t.Run("C27 pool that happens to have one server session", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		deaf := newProxy(t, "", uri, func(to direction, kind byte, _ []byte) verdict {
+			if to == toClient && kind == 'A' { // NotificationResponse
+				return drop
+			}
+			return pass
+		})
+		refusal(t, deaf.uri(t, uri), "NOTIFY", "transaction-pooling", "connect to PostgreSQL directly", "session mode")
+	})
+
+	t.Run("C27 PgBouncer in transaction mode", func(t *testing.T) {
+		t.Parallel()
+		program, err := exec.LookPath("pgbouncer")
+		if err != nil {
+			t.Log("pgbouncer is not in PATH; the pool of our own has to do")
+			return
+		}
+		server := shared.Server()
+		if server == nil {
+			server = pgCluster(t, pgserver.Options{})
+		}
+		uri, err := server.CreateDatabase(pgBackground, "pgbouncer")
+		require.NoError(t, err)
+		refusal(t, throughAddress(t, uri, pgBouncer(t, program, uri)), "transaction-pooling", "connect to PostgreSQL directly", "session mode")
+	})
+
+	t.Run("C27 tables of somebody else", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		db := pgDB(t, uri)
+		pgExec(t, db, `CREATE TABLE env_locks (lock_key bigint unique); CREATE TABLE env_lock_state (other int)`)
+		refusal(t, uri, "SchemaSQL")
+	})
+}
+
+// pgBouncer starts PgBouncer in transaction mode and answers its address.
+func pgBouncer(t testing.TB, program, uri string) string {
+	t.Helper()
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	address := free.Addr().(*net.TCPAddr)
+	require.NoError(t, free.Close())
+	target, err := url.Parse(uri)
+	require.NoError(t, err)
+	dir := t.TempDir()
+	users, config := filepath.Join(dir, "users"), filepath.Join(dir, "config")
+	require.NoError(t, os.WriteFile(users, []byte(`"postgres" ""`), 0o644))
+	require.NoError(t, os.WriteFile(config, fmt.Appendf(nil, `[databases]
+* = host=%s port=%s
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = %d
+unix_socket_dir =
+auth_type = trust
+auth_file = %s
+pool_mode = transaction
+ignore_startup_parameters = extra_float_digits
+`, target.Hostname(), target.Port(), address.Port, users), 0o644))
+	args := []string{config}
+	if os.Geteuid() == 0 { // it refuses to be root
+		args = append([]string{"-u", "nobody"}, args...)
+	}
+	cmd := exec.Command(program, args...)
+	require.NoError(t, cmd.Start())
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	pgUntil(t, "PgBouncer listens", func() bool {
+		conn, err := net.Dial("tcp", address.String())
+		if err == nil {
+			_ = conn.Close()
+		}
+		return err == nil
+	})
+	return address.String()
+}
+
+// C28: the schema.
+func TestPostgresSchema(t *testing.T) {
+	t.Parallel()
+
+	t.Run("C28 sixteen first uses at once", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		keys := make(chan int64, 16)
+		errs := make(chan error, 16)
+		for range 16 {
+			p := pgProvider(t, uri)
+			go func() {
+				key, err := p.LockKey(pgBackground, "repo", 1)
+				errs <- err
+				keys <- key
+			}()
+		}
+		all := map[int64]bool{}
+		for range 16 {
+			require.NoError(t, pgReceive(t, "LockKey answers", errs))
+			all[<-keys] = true
+		}
+		require.Len(t, all, 1)
+	})
+
+	t.Run("C28 without the privilege", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		db := pgDB(t, uri)
+		pgExec(t, db, `REVOKE CREATE ON SCHEMA public FROM PUBLIC`)
+		role := pgRole(t, db)
+		user, err := url.Parse(uri)
+		require.NoError(t, err)
+		user.User = url.UserPassword(role, role)
+		p := pgProvider(t, user.String())
+		_, err = p.LockKey(pgBackground, "repo", 1)
+		require.ErrorContains(t, err, "SchemaSQL")
+		require.ErrorContains(t, err, role, "the error does not say who lacks the privilege")
+
+		pgExec(t, db, SchemaSQL)
+		_, err = p.LockKey(pgBackground, "repo", 1)
+		require.ErrorContains(t, err, "SELECT, INSERT and UPDATE on env_lock_state")
+
+		pgExec(t, db, `GRANT SELECT, INSERT ON env_locks TO `+role+`; GRANT SELECT, INSERT, UPDATE ON env_lock_state TO `+role)
+		_, err = p.LockKey(pgBackground, "repo", 1)
+		require.NoError(t, err)
+		l, _ := pgHold(t, p, 1, "unprivileged")
+		require.NoError(t, pgNew(t, p, 1, "claim").Notify(pgBackground))
+		require.NoError(t, l.Unlock(pgBackground))
+
+		pgExec(t, db, SchemaSQL) // again, on tables in use
+		require.NoError(t, p.Close())
+	})
+
+	t.Run("C28 an env_locks table that was there before", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		db := pgDB(t, uri)
+		pgExec(t, db, `CREATE TABLE env_locks (lock_key bigint unique, repo text, pull_request integer, primary key (repo, pull_request));
+			INSERT INTO env_locks VALUES (77, 'old/repo', 1), (-5, 'old/repo', 2), (9223372036854775807, 'old/repo', 3)`)
+		p := pgProvider(t, uri)
+		for pr, want := range map[uint]int64{1: 77, 2: -5, 3: 9223372036854775807} {
+			key, err := p.LockKey(pgBackground, "old/repo", pr)
+			require.NoError(t, err)
+			require.Equal(t, want, key)
+		}
+		key, err := p.LockKey(pgBackground, "new/repo", 1)
+		require.NoError(t, err)
+
+		el := PostgresEnvLock{}
+		into := el.ScanValues()
+		require.NoError(t, db.QueryRowContext(pgBackground, `SELECT `+el.Columns()+` FROM env_locks WHERE repo = 'new/repo'`).Scan(into...))
+		require.Equal(t, key, *into[0].(*int64))
+		require.Equal(t, "new/repo", *into[1].(*string))
+		require.Equal(t, uint(1), *into[2].(*uint))
+		require.Equal(t, 4, pgGet[int](t, db, `SELECT count(*) FROM env_locks`))
+		require.Equal(t, 3, pgGet[int](t, db, `SELECT count(*) FROM information_schema.columns WHERE table_name = 'env_locks'`))
+
+		locker := pgLocker(t, p)("old/repo", 2, "negative key")
+		_, err = locker.Lock(pgBackground)
+		require.NoError(t, err)
+		require.NoError(t, locker.Release(pgBackground))
+	})
+}
+
+// pgRole makes a user who may log in, with its name as password.
+func pgRole(t testing.TB, db *sql.DB) string {
+	t.Helper()
+	role := pgGet[string](t, db, `SELECT current_database() || '_user'`)
+	pgExec(t, db, `CREATE ROLE `+role+` LOGIN PASSWORD '`+role+`'`)
+	t.Cleanup(func() {
+		_, _ = db.ExecContext(pgBackground, `DROP OWNED BY `+role+`; DROP ROLE `+role)
+	})
+	return role
+}
+
+// One bad key must not sink the ship: somebody else's transaction keeps rows
+// locked.
+func TestPostgresForeignTransaction(t *testing.T) {
+	t.Parallel()
+
+	t.Run("row of one key for longer than a session may be silent", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		db := pgDB(t, uri)
+		p := pgProvider(t, uri)
+		const bad = 100
+		var holds []<-chan NotificationPayload
+		for key := range int64(3) {
+			_, ch := pgHold(t, p, key, "holder")
+			holds = append(holds, ch)
+		}
+		l, _ := pgHold(t, p, bad, "makes the row")
+		require.NoError(t, l.Unlock(pgBackground))
+		tx, err := db.BeginTx(pgBackground, nil)
+		require.NoError(t, err)
+		defer func() { _ = tx.Rollback() }()
+		pgExec(t, tx, `SELECT FROM env_lock_state WHERE lock_key = $1 FOR UPDATE`, bad)
+
+		until := time.Now().Add(lossBound + heartbeatInterval)
+		type outcome struct {
+			good bool
+			err  error
+		}
+		ends := make(chan outcome)
+		var running sync.WaitGroup
+		for i := range 4 {
+			running.Add(2)
+			go func() { // claims and locks the bad key
+				defer running.Done()
+				for time.Now().Before(until) {
+					l, err := p.New(pgBackground, bad, "bad")
+					if err == nil && i%2 == 0 {
+						err = l.Notify(pgBackground)
+					} else if err == nil {
+						_, err = l.Lock(pgBackground)
+					}
+					ends <- outcome{false, err}
+				}
+			}()
+			go func() { // works on good keys meanwhile
+				defer running.Done()
+				for time.Now().Before(until) {
+					l, err := p.New(pgBackground, int64(10+i), "good")
+					if err == nil {
+						err = l.Notify(pgBackground)
+					}
+					if err == nil {
+						_, err = l.Lock(pgBackground)
+					}
+					if err == nil {
+						err = l.Unlock(pgBackground)
+					}
+					ends <- outcome{true, err}
+				}
+			}()
+		}
+		go func() {
+			running.Wait()
+			close(ends)
+		}()
+		good, failed := 0, 0
+		for o := range ends {
+			if o.good {
+				assert.NoError(t, o.err)
+				good++
+				continue
+			}
+			assert.ErrorContains(t, o.err, "another transaction keeps the key's row locked")
+			assert.NotErrorIs(t, o.err, ErrLockPreempted)
+			failed++
+		}
+		t.Logf("%d cycles on good keys, %d errors on the bad one", good, failed)
+		require.NotZero(t, good)
+		require.NotZero(t, failed)
+		for _, ch := range holds {
+			pgQuiet(t, ch)
+		}
+		require.NotContains(t, pgAdvisory(t, db), int64(bad), "a failed statement has kept the advisory lock")
+		require.NoError(t, tx.Rollback())
+		l, _ = pgHold(t, pgProvider(t, uri), bad, "free again")
+		require.NoError(t, l.Unlock(pgBackground))
+	})
+
+	t.Run("whole table for 5 s", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		db := pgDB(t, uri)
+		p := pgProvider(t, uri)
+		var holds []<-chan NotificationPayload
+		for key := range int64(50) {
+			_, ch := pgHold(t, p, key, "holder")
+			holds = append(holds, ch)
+		}
+		released, _ := pgHold(t, p, 60, "released meanwhile")
+		tx, err := db.BeginTx(pgBackground, nil)
+		require.NoError(t, err)
+		defer func() { _ = tx.Rollback() }()
+		pgExec(t, tx, `LOCK TABLE env_lock_state IN ACCESS EXCLUSIVE MODE`)
+		errs := make(chan error, 20)
+		for key := range int64(cap(errs)) {
+			l := pgNew(t, p, 100+key, "meanwhile")
+			go func() {
+				_, err := l.Lock(pgBackground)
+				errs <- err
+			}()
+		}
+		require.NoError(t, released.Unlock(pgBackground), "C18 a release gives the key back all the same")
+		pgExec(t, tx, `SELECT pg_sleep(5)`)
+		require.NotContains(t, pgAdvisory(t, db), int64(60))
+		require.NoError(t, tx.Rollback())
+		for range cap(errs) {
+			if err := pgReceive(t, "a lock ends", errs); err != nil {
+				require.ErrorContains(t, err, "another transaction")
+			}
+		}
+		for _, ch := range holds {
+			pgQuiet(t, ch)
+		}
+		l, _ := pgHold(t, p, 200, "works as before")
+		require.NoError(t, l.Unlock(pgBackground))
+		for _, ch := range holds {
+			pgQuiet(t, ch)
+		}
+	})
+}
+
+// A server whose lock table is full.
+func TestPostgresLockTableFull(t *testing.T) {
+	t.Parallel()
+	server := pgCluster(t, pgserver.Options{Config: map[string]string{
+		"max_connections": "15", "max_locks_per_transaction": "10",
+		"max_wal_senders": "0", "max_worker_processes": "1", "autovacuum_max_workers": "1",
+	}})
+	uri := server.URI("postgres")
+	db := pgDB(t, uri)
+	db.SetMaxOpenConns(1)
+	held := func() int { // asked once before there is no room for the question itself
+		t.Helper()
+		return pgGet[int](t, db, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1`)
+	}
+	require.Zero(t, held())
+	p := pgProvider(t, uri, WithLockTimeout(2*soon))
+	type hold struct {
+		l  *PostgresLock
+		ch <-chan NotificationPayload
+	}
+	var locks []hold
+	var failed []error
+	const atOnce = 100
+	for first := int64(0); len(failed) == 0 && first < 20000; first += atOnce {
+		type end struct {
+			hold
+			err error
+		}
+		ends := make(chan end, atOnce)
+		for i := range int64(atOnce) {
+			go func() {
+				l, err := p.New(pgBackground, first+i, "fills the table")
+				if err != nil {
+					ends <- end{err: err}
+					return
+				}
+				ch, err := l.Lock(pgBackground)
+				ends <- end{hold{l.(*PostgresLock), ch}, err}
+			}()
+		}
+		for range atOnce {
+			if e := pgReceive(t, "Lock answers", ends); e.err != nil {
+				failed = append(failed, e.err)
+			} else {
+				locks = append(locks, e.hold)
+			}
+		}
+	}
+	t.Logf("%d locks fit, %d of the next did not", len(locks), len(failed))
+	require.NotEmpty(t, failed)
+	for _, err := range failed {
+		require.ErrorContains(t, err, "max_locks_per_transaction")
+		require.NotErrorIs(t, err, ErrLockPreempted)
+		require.NotErrorIs(t, err, ErrLockTimeout)
+	}
+	for _, h := range locks {
+		pgQuiet(t, h.ch)
+	}
+	require.Equal(t, len(locks), held(), "a lock that failed holds its key all the same")
+	for _, h := range locks[:2*atOnce] {
+		require.NoError(t, h.l.Unlock(pgBackground))
+	}
+	for i := range int64(atOnce) {
+		l, ch := pgHold(t, p, 1<<40+i, "there is room again")
+		locks = append(locks, hold{l, ch})
+	}
+	for _, h := range locks[2*atOnce:] {
+		pgQuiet(t, h.ch)
+		require.NoError(t, h.l.Unlock(pgBackground))
+	}
+	require.Zero(t, held())
+}
+
+// C20: locks that failed leave nothing behind, C22: nor does Close. Not parallel,
+// because it counts goroutines.
+func TestPostgresLeftovers(t *testing.T) {
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	require.NoError(t, db.Ping())
+	atStart := goleak.IgnoreCurrent()
+	occupied := pgProvider(t, uri, WithPreemptionTimeout(4*soon))
+	p := pgProvider(t, uri, WithLockTimeout(300*time.Millisecond), WithPreemptionTimeout(300*time.Millisecond))
+	patient := pgProvider(t, uri)
+	occupier, _ := pgHold(t, occupied, 1, "occupies the key")
+	holder, _ := pgHold(t, p, 2, "warms the session up")
+	require.NoError(t, holder.Unlock(pgBackground))
+	holder, _ = pgHold(t, patient, 2, "warms the session up")
+	require.NoError(t, holder.Unlock(pgBackground))
+	pgUntil(t, "all are connected", func() bool { return pgConnections(t, db) == 6 })
+	warm := goleak.IgnoreCurrent()
+
+	const each = 15
+	errs := make(chan error, 4*each)
+	for range each { // timeouts
+		l, err := p.New(pgBackground, 1, "too late")
+		require.NoError(t, err)
+		go func() {
+			_, err := l.Lock(pgBackground)
+			if !errors.Is(err, ErrLockTimeout) {
+				err = fmt.Errorf("not a timeout: %v", err)
+			} else {
+				err = nil
+			}
+			errs <- err
+		}()
+	}
+	var waits []*PostgresLock
+	wait := func(want error, after func(l *PostgresLock, cancel context.CancelFunc)) {
+		l, err := patient.New(pgBackground, 1, "waiter")
+		require.NoError(t, err)
+		ctx, cancel := context.WithCancel(pgBackground)
+		go func() {
+			defer cancel()
+			_, err := l.Lock(ctx)
+			if !errors.Is(err, want) {
+				err = fmt.Errorf("want %v: %v", want, err)
+			} else {
+				err = nil
+			}
+			errs <- err
+		}()
+		pl := l.(*PostgresLock)
+		pgUntil(t, "the lock waits", func() bool {
+			pl.mu.Lock()
+			defer pl.mu.Unlock()
+			return pl.placed
+		})
+		waits = append(waits, pl)
+		if after != nil {
+			after(pl, cancel)
+		}
+	}
+	for range each {
+		wait(context.Canceled, func(_ *PostgresLock, cancel context.CancelFunc) { cancel() })
+		wait(errReleasedWait, func(l *PostgresLock, _ context.CancelFunc) { require.NoError(t, l.Unlock(pgBackground)) })
+	}
+	for range each {
+		wait(ErrLockPreempted, nil)
+	}
+	require.NoError(t, pgNew(t, patient, 1, "displaces them").Notify(pgBackground))
+	for range 4 * each {
+		require.NoError(t, pgReceive(t, "Lock fails", errs))
+	}
+	leaks := func(known goleak.Option) {
+		t.Helper()
+		require.NoError(t, goleak.Find(known))
+	}
+	leaks(warm)
+	require.Equal(t, 6, pgConnections(t, db), "C20 connections")
+	require.Len(t, pgAdvisory(t, db), 1)
+	require.Equal(t, 1, pgGet[int](t, db, `SELECT count(*) FROM env_lock_state WHERE holder_id IS NOT NULL`))
+	for _, s := range []*session{p.session, patient.session} {
+		s.mu.Lock()
+		require.Empty(t, s.held)
+		s.mu.Unlock()
+		s.hub.mu.Lock()
+		require.Zero(t, s.hub.count)
+		require.Empty(t, s.hub.locks)
+		s.hub.mu.Unlock()
+	}
+	for _, l := range waits {
+		require.NoError(t, l.Unlock(pgBackground), "C20 Release afterwards is harmless")
+	}
+
+	_, told := pgHold(t, p, 2, "told by Close, takes no notice")
+	closed := make(chan error, 1)
+	go func() { closed <- p.Close() }()
+	require.Contains(t, pgReceive(t, "the holder is told", told).Message, ErrProviderClosed.Error())
+	require.NoError(t, pgReceive(t, "Close returns", closed), "C22")
+	require.NoError(t, patient.Close())
+	require.Len(t, pgAdvisory(t, db), 1)
+	require.NoError(t, occupier.Unlock(pgBackground))
+	require.NoError(t, occupied.Close())
+	pgUntil(t, "C22 no connection remains", func() bool { return pgConnections(t, db) == 0 })
+	leaks(atStart)
+}
+
+// C20: a try that is given up while the server works on it leaves no advisory
+// lock, whether it is granted afterwards or fails.
+func TestPostgresAbandoned(t *testing.T) {
+	t.Parallel()
+	for _, granted := range []bool{true, false} {
+		t.Run(fmt.Sprintf("C20 granted afterwards %v", granted), func(t *testing.T) {
+			t.Parallel()
+			uri := newDatabase(t)
+			db := pgDB(t, uri)
+			p := pgProvider(t, uri)
+			l, _ := pgHold(t, p, 1, "makes the row")
+			require.NoError(t, l.Unlock(pgBackground))
+			tx, err := db.BeginTx(pgBackground, nil)
+			require.NoError(t, err)
+			defer func() { _ = tx.Rollback() }()
+			pgExec(t, tx, `SELECT FROM env_lock_state WHERE lock_key = 1 FOR UPDATE`)
+			given := pgNew(t, p, 1, "given up")
+			ctx, cancel := context.WithCancel(pgBackground)
+			defer cancel()
+			done := make(chan error, 1)
+			go func() {
+				_, err := given.Lock(ctx)
+				done <- err
+			}()
+			pgUntil(t, "the statement waits for the row", func() bool {
+				return pgGet[bool](t, db, `SELECT wait_event_type IS NOT DISTINCT FROM 'Lock' FROM pg_stat_activity WHERE pid = $1`, pgBackend(t, p.session))
+			})
+			cancel()
+			require.ErrorIs(t, pgReceive(t, "Lock gives up", done), context.Canceled)
+			if granted {
+				require.NoError(t, tx.Rollback())
+			} else {
+				pgUntil(t, "the statement has failed", func() bool {
+					return pgGet[bool](t, db, `SELECT state = 'idle' FROM pg_stat_activity WHERE pid = $1`, pgBackend(t, p.session))
+				})
+				require.NoError(t, tx.Rollback())
+			}
+			pgUntil(t, "no advisory lock is left", func() bool { return len(pgAdvisory(t, db)) == 0 })
+			other, _ := pgHold(t, pgProvider(t, uri), 1, "another provider")
+			require.Zero(t, other.Drain(), "what was given up counts as a death")
+			require.NoError(t, other.Unlock(pgBackground))
+			l, _ = pgHold(t, p, 1, "the same provider")
+			require.NoError(t, l.Unlock(pgBackground))
+		})
+	}
+}
+
+// C13: an operator's NOTIFY, and what others may send on the channel.
+func TestPostgresNotifyByHand(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	var log pgLog
+	p := pgProvider(t, uri, log.option())
+	l, ch := pgHold(t, p, -7, "asked to stop")
+	_, other := pgHold(t, p, 8, "never asked")
+	_, waiting := pgWait(t, p, 8, "waiter")
+
+	for _, payload := range []string{
+		``, `garbage`, `null`, `[]`, `8`, `"8"`, `{}`, `{"event":"no key"}`, `{"lockKey":null,"event":"x"}`, `{"lockKey":"8","event":"x"}`,
+		`{"lockKey":8.5}`, `{"lockKey":99999999999999999999}`, `{"kind":"foreign","lockKey":8,"event":"x"}`, `{"kind":5,"lockKey":8}`,
+		`{"kind":"check","id":"00000000-0000-0000-0000-000000000000"}`, `{"kind":"released","lockKey":8}`, `{"kind":"released","lockKey":-7}`,
+		`{"kind":"claim","lockKey":8,"id":"nonsense","claim":99999}`, `{"lockKey":9,"event":"nobody has this key"}`,
+		`{"some":{"other":["program"]}}`, strings.Repeat("x", 7999),
+	} {
+		pgExec(t, db, `SELECT pg_notify($1, $2)`, notifyChannel, payload)
+	}
+	pgExec(t, db, `SELECT pg_notify($1, 'flood ' || i) FROM generate_series(1, 10000) i`, notifyChannel)
+
+	// Notifications arrive in order, so the others have been read before this one.
+	pgExec(t, db, `NOTIFY env_lock_events, '{"lockKey": -7, "event": "maintenance at noon"}'`)
+	n := pgReceive(t, "the holder is asked to stop", ch)
+	require.Equal(t, NotificationPayload{l.claim.id, "maintenance at noon", -7}, n)
+	require.ErrorIs(t, l.Cause(), ErrStopRequested)
+	require.NotErrorIs(t, l.Cause(), ErrLockPreempted)
+	pgQuiet(t, other)
+	select {
+	case err := <-waiting:
+		require.FailNow(t, "the waiter left", "%v", err)
+	default:
+	}
+	require.NoError(t, l.Unlock(pgBackground))
+
+	// Do sees the sentinel too.
+	f := pgLocker(t, p)
+	key, err := p.LockKey(pgBackground, "repo", 1)
+	require.NoError(t, err)
+	err = f("repo", 1, "do").Do(pgBackground, func(ctx context.Context) error {
+		pgExec(t, db, `SELECT pg_notify($1, $2)`, notifyChannel, fmt.Sprintf(`{"lockKey":%d,"event":"stop, please"}`, key))
+		pgReceive(t, "the context ends", ctx.Done())
+		return context.Cause(ctx)
+	})
+	require.ErrorIs(t, err, ErrStopRequested)
+	require.ErrorContains(t, err, "stop, please")
+}
+
+// C30: events of any length and content arrive, cut where they have to be.
+func TestPostgresEvents(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	holders, claimants := pgProvider(t, uri), pgProvider(t, uri)
+	var controls strings.Builder
+	for r := rune(1); r < 0x20; r++ {
+		controls.WriteRune(r)
+	}
+	events := map[string]struct {
+		event string
+		want  string // "": a part of the event
+	}{
+		"plain":              {"opened by a@b", "opened by a@b"},
+		"empty":              {"", ""},
+		"100 kB":             {strings.Repeat("x", 100_000), ""},
+		"100 kB of quotes":   {strings.Repeat(`"`, 100_000), ""},
+		"100 kB of slashes":  {strings.Repeat(`\`, 100_000), ""},
+		"100 kB of controls": {strings.Repeat("\x01", 100_000), ""},
+		"100 kB of deletes":  {strings.Repeat("\x7f", 100_000), ""},
+		"100 kB of newlines": {strings.Repeat("\n", 100_000), ""},
+		"100 kB of markup":   {strings.Repeat("<&>\u2028\u2029", 10_000), ""},
+		"controls":           {controls.String() + "\x7f\u0085", controls.String() + "\x7f\u0085"},
+		"invalid UTF-8":      {"a\xff\xfeb\xc3", "a\uFFFDb\uFFFD"},
+		"much invalid UTF-8": {strings.Repeat("\xff-", 50_000), strings.Repeat("\uFFFD-", 50_000)},
+		"NUL":                {"a\x00b\x00", "a\uFFFDb\uFFFD"},
+		"quotes":             {`"quoted" \back\ 'single' $1 %s {"lockKey":1}`, `"quoted" \back\ 'single' $1 %s {"lockKey":1}`},
+	}
+	for shift := range 4 { // the cut falls on every byte of a character
+		prefix := strings.Repeat("x", shift)
+		for name, s := range map[string]string{"two": "é", "three": "界", "four": "🔒"} {
+			events[fmt.Sprintf("%s bytes each, shifted by %d", name, shift)] = struct{ event, want string }{prefix + strings.Repeat(s, 30_000), ""}
+		}
+	}
+	key := int64(0)
+	for name, c := range events {
+		key++
+		t.Run("C30 "+name, func(t *testing.T) {
+			want := c.want
+			if want == "" {
+				want = c.event
+			}
+			holder, ch := pgHold(t, holders, key, "holder")
+			claimant := pgNew(t, claimants, key, c.event)
+			require.NoError(t, claimant.Notify(pgBackground))
+			n := pgReceive(t, "the holder is told", ch)
+			require.True(t, utf8.ValidString(n.Message))
+			if len(want) < 1000 {
+				require.Equal(t, want, n.Message)
+			} else {
+				require.True(t, strings.HasPrefix(want, n.Message), "not a part of the event")
+				require.Greater(t, len(n.Message), 1000)
+			}
+			require.NoError(t, holder.Unlock(pgBackground))
+			ch, err := claimant.Lock(pgBackground)
+			require.NoError(t, err)
+			pgQuiet(t, ch)
+			require.NoError(t, claimant.Unlock(pgBackground))
+		})
+	}
+}
+
+// C31: no password in any error or log line, whatever is wrong.
+func TestPostgresPassword(t *testing.T) {
+	t.Parallel()
+	const password = "hunter2-\u00e9-secret"
+	const right = "correct horse"
+	server := pgCluster(t, pgserver.Options{Password: right})
+	nobody, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	require.NoError(t, nobody.Close())
+	secret := func(uri string) string { // uri with the wrong password
+		u, err := url.Parse(uri)
+		require.NoError(t, err)
+		u.User = url.UserPassword("postgres", password)
+		return u.String()
+	}
+	clean := func(t *testing.T, log *pgLog, err error) {
+		t.Helper()
+		require.Error(t, err)
+		for _, text := range []string{err.Error(), fmt.Sprintf("%+v", err), fmt.Sprintf("%#v", err), log.String()} {
+			for _, forbidden := range []string{"hunter2", "secret", right, url.QueryEscape(right), url.PathEscape(right)} {
+				require.NotContains(t, text, forbidden)
+			}
+		}
+	}
+
+	good := pgProvider(t, server.URI("postgres"))
+	l, _ := pgHold(t, good, 1, "the right password")
+	require.NoError(t, l.Unlock(pgBackground))
+
+	for name, uri := range map[string]string{
+		"wrong password":        secret(server.URI("postgres")),
+		"no such database":      server.URI("missing"),
+		"wrong, key=value":      fmt.Sprintf("host=127.0.0.1 port=%d user=postgres dbname=postgres sslmode=disable password='%s'", server.Port(), password),
+		"connection refused":    secret(throughAddress(t, server.URI("postgres"), nobody.Addr().String())),
+		"unreachable host":      secret(throughAddress(t, server.URI("postgres"), "192.0.2.1:5432")),
+		"unknown host":          secret(throughAddress(t, server.URI("postgres"), "nowhere.invalid:5432")),
+		"TLS that is not there": secret(strings.Replace(server.URI("postgres"), "sslmode=disable", "sslmode=require", 1)),
+	} {
+		t.Run("C31 "+name, func(t *testing.T) {
+			t.Parallel()
+			var log pgLog
+			p := pgProvider(t, uri, log.option(), WithLockTimeout(2*time.Second))
+			ctx, cancel := context.WithTimeout(pgBackground, 2*time.Second)
+			defer cancel()
+			_, err := pgNew(t, p, 1, "event").Lock(pgBackground)
+			clean(t, &log, err)
+			_, err = p.LockKey(ctx, "repo", 1)
+			clean(t, &log, err)
+			_, err = pgLocker(t, p)("repo", 1, "event").Lock(ctx)
+			clean(t, &log, err)
+			if strings.HasPrefix(name, "wrong") {
+				require.ErrorContains(t, err, "password authentication failed", "the error does not say what is wrong")
+			}
+
+			db, err := sqlx.Open("postgres", uri)
+			require.NoError(t, err)
+			defer func() { _ = db.Close() }()
+			pings, cancel := context.WithTimeout(pgBackground, 2*time.Second)
+			defer cancel()
+			var conf LockProviderConfig
+			log.option()(&conf)
+			_, err = NewPostgresLock(pings, db, 1, uri, "event", conf)
+			clean(t, &log, err)
+			require.NotContains(t, fmt.Sprintf("%v %+v", conf, conf), "hunter2")
+		})
+	}
+	for _, uri := range []string{
+		"postgres://postgres:" + password + "@host:port/db",
+		"postgres://postgres:" + password + "@[::1/db",
+		"postgres://postgres:" + password + "%zz@host/db",
+		"postgres://postgres:hunter2 secret@host/db?sslmode=nonsense",
+		"postgres://postgres:" + password + "@host/db?connect_timeout=" + password,
+		"postgres://postgres@host/db?password=" + password + "&connect_timeout=x",
+		"postgresql://postgres:" + password + "@host/db?target_session_attrs=" + password,
+		"mysql://postgres:" + password + "@host/db",
+		"password=" + password + " port=x",
+		"password='" + password,
+		"password=" + password + " nonsense",
+		password,
+	} {
+		var log pgLog
+		_, err := NewLockProvider(PostgresLockProviderKind, WithPostgresBackend(uri, ""), log.option())
+		clean(t, &log, err)
+		_, err = NewPostgresPreemptiveLockerFactory(uri, "", nil)
+		clean(t, &log, err)
+		db := sqlx.NewDb(pgDB(t, newDatabase(t)), "postgres")
+		_, err = NewPostgresLock(pgBackground, db, 1, uri, "event", LockProviderConfig{})
+		clean(t, &log, err)
+	}
+}
+
+// NewPostgresLock: a lock with a session of its own, which goes when the lock
+// does.
+func TestPostgresSingleLock(t *testing.T) {
+	t.Parallel()
+	conf := func(t *testing.T, options ...LockProviderOption) LockProviderConfig {
+		t.Helper()
+		var c LockProviderConfig
+		for _, o := range options {
+			o(&c)
+		}
+		return c
+	}
+	setup := func(t *testing.T, options ...LockProviderOption) (*sql.DB, string, *PostgresLock) {
+		t.Helper()
+		uri := newDatabase(t)
+		db := pgDB(t, uri)
+		l, err := NewPostgresLock(pgBackground, sqlx.NewDb(db, "postgres"), 1, uri, "single", conf(t, options...))
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = l.Unlock(pgBackground) })
+		return db, uri, l
+	}
+	gone := func(t *testing.T, db *sql.DB, others int) {
+		t.Helper()
+		pgUntil(t, "its connections are gone", func() bool { return pgConnections(t, db) == others })
+	}
+
+	t.Run("Unlock", func(t *testing.T) {
+		t.Parallel()
+		db, _, l := setup(t)
+		require.Zero(t, pgConnections(t, db))
+		require.NoError(t, l.Notify(pgBackground))
+		ch, err := l.Lock(pgBackground)
+		require.NoError(t, err)
+		require.Positive(t, l.Token())
+		require.LessOrEqual(t, pgConnections(t, db), 4)
+		require.Contains(t, pgAdvisory(t, db), int64(1))
+		require.NoError(t, l.Unlock(pgBackground))
+		_, open := <-ch
+		require.False(t, open)
+		gone(t, db, 0)
+		require.NoError(t, l.Unlock(pgBackground))
+		require.Error(t, l.Notify(pgBackground))
+		_, err = l.Lock(pgBackground)
+		require.Error(t, err)
+		gone(t, db, 0)
+	})
+
+	t.Run("Unlock before Lock", func(t *testing.T) {
+		t.Parallel()
+		db, _, l := setup(t)
+		require.NoError(t, l.Notify(pgBackground))
+		require.Error(t, l.Unlock(pgBackground), "C17")
+		gone(t, db, 0)
+	})
+
+	t.Run("with a provider on the same key", func(t *testing.T) {
+		t.Parallel()
+		db, uri, l := setup(t, WithLockTimeout(2*soon))
+		p := pgProvider(t, uri)
+		_, _ = pgHold(t, p, 2, "keeps the session busy")
+		holder := pgNew(t, p, 1, "holder")
+		held, err := holder.Lock(pgBackground)
+		require.NoError(t, err)
+		require.NoError(t, l.Notify(pgBackground))
+		require.Equal(t, NotificationPayload{l.claim.id, "single", 1}, pgReceive(t, "the provider's lock is told", held))
+		done := pgWaits(t, l)
+		require.NoError(t, holder.Unlock(pgBackground))
+		require.NoError(t, pgReceive(t, "the single lock gets the key", done))
+		require.Greater(t, l.Token(), holder.Token())
+		require.Zero(t, l.Drain())
+		next := pgNew(t, p, 1, "next")
+		require.NoError(t, next.Notify(pgBackground))
+		require.Equal(t, "next", pgReceive(t, "the single lock is told", l.ch).Message)
+		require.NoError(t, l.Unlock(pgBackground))
+		_, err = next.Lock(pgBackground)
+		require.NoError(t, err)
+		require.Greater(t, next.Token(), l.Token())
+		require.Zero(t, next.Drain())
+		gone(t, db, 2)
+	})
+
+	t.Run("Lock that fails", func(t *testing.T) {
+		t.Parallel()
+		db, uri, l := setup(t, WithLockTimeout(500*time.Millisecond))
+		p := pgProvider(t, uri)
+		pgHold(t, p, 1, "holder")
+		_, err := l.Lock(pgBackground)
+		require.ErrorIs(t, err, ErrLockTimeout)
+		gone(t, db, 2)
+		require.NoError(t, l.Unlock(pgBackground))
+	})
+
+	t.Run("Unlock during Lock", func(t *testing.T) {
+		t.Parallel()
+		db, uri, l := setup(t)
+		pgHold(t, pgProvider(t, uri), 1, "holder")
+		done := pgWaits(t, l)
+		require.NoError(t, l.Unlock(pgBackground))
+		require.Error(t, pgReceive(t, "Lock ends", done))
+		gone(t, db, 2)
+	})
+
+	t.Run("revocation", func(t *testing.T) {
+		t.Parallel()
+		db, _, l := setup(t, WithPreemptionTimeout(200*time.Millisecond), WithMaxLockDuration(200*time.Millisecond))
+		ch, err := l.Lock(pgBackground)
+		require.NoError(t, err)
+		pgReceive(t, "the holder is told", ch)
+		require.ErrorIs(t, l.Cause(), ErrMaxLockDuration)
+		gone(t, db, 0)
+		require.Empty(t, pgAdvisory(t, db))
+		require.ErrorIs(t, l.Unlock(pgBackground), ErrLockLost)
+		require.NoError(t, l.Unlock(pgBackground))
+	})
+
+	t.Run("loss", func(t *testing.T) {
+		t.Parallel()
+		db, _, l := setup(t)
+		ch, err := l.Lock(pgBackground)
+		require.NoError(t, err)
+		pgTerminate(t, db, pgAdvisory(t, db)[1])
+		pgReceive(t, "the holder is told", ch)
+		gone(t, db, 0)
+		require.ErrorIs(t, l.Unlock(pgBackground), ErrLockLost)
+		require.NoError(t, l.Unlock(pgBackground))
+	})
+
+	t.Run("C29 bad arguments", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		db := sqlx.NewDb(pgDB(t, uri), "postgres")
+		for name, f := range map[string]func() (*PostgresLock, error){
+			"nil db": func() (*PostgresLock, error) {
+				return NewPostgresLock(pgBackground, nil, 1, uri, "event", LockProviderConfig{})
+			},
+			"empty db": func() (*PostgresLock, error) {
+				return NewPostgresLock(pgBackground, &sqlx.DB{}, 1, uri, "event", LockProviderConfig{})
+			},
+			"closed db": func() (*PostgresLock, error) {
+				closed, err := sqlx.Open("postgres", uri)
+				require.NoError(t, err)
+				require.NoError(t, closed.Close())
+				return NewPostgresLock(pgBackground, closed, 1, uri, "event", LockProviderConfig{})
+			},
+			"no URI": func() (*PostgresLock, error) {
+				return NewPostgresLock(pgBackground, db, 1, "", "event", LockProviderConfig{})
+			},
+			"negative duration": func() (*PostgresLock, error) {
+				return NewPostgresLock(pgBackground, db, 1, uri, "event", conf(t, WithLockTimeout(-1)))
+			},
+			"done context": func() (*PostgresLock, error) {
+				ctx, cancel := context.WithCancel(pgBackground)
+				cancel()
+				return NewPostgresLock(ctx, db, 1, uri, "event", LockProviderConfig{})
+			},
+		} {
+			l, err := f()
+			require.Error(t, err, name)
+			require.Nil(t, l, name)
+		}
+	})
+}
+
+// What the design takes for granted about PostgreSQL.
+func TestPostgresFacts(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	conn := func() *sql.Conn {
+		c, err := db.Conn(pgBackground)
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = c.Close() })
+		return c
+	}
+	yes := func(c *sql.Conn, query string) (b bool) {
+		t.Helper()
+		require.NoError(t, c.QueryRowContext(pgBackground, query).Scan(&b))
+		return b
+	}
+	a, b := conn(), conn()
+
+	// The same session gets its own lock once more, and has to free it as often:
+	// a session must never try what it holds.
+	require.True(t, yes(a, `SELECT pg_try_advisory_lock(1)`))
+	require.True(t, yes(a, `SELECT pg_try_advisory_lock(1)`))
+	require.False(t, yes(b, `SELECT pg_try_advisory_lock(1)`))
+	require.True(t, yes(a, `SELECT pg_advisory_unlock(1)`))
+	require.False(t, yes(b, `SELECT pg_try_advisory_lock(1)`))
+	require.True(t, yes(a, `SELECT pg_advisory_unlock(1)`))
+	require.False(t, yes(a, `SELECT pg_advisory_unlock(1)`))
+
+	// A rollback does not free it: what a failed statement took must be given back.
+	pgExec(t, a, `BEGIN`)
+	require.True(t, yes(a, `SELECT pg_try_advisory_lock(2)`))
+	pgExec(t, a, `ROLLBACK`)
+	require.False(t, yes(b, `SELECT pg_try_advisory_lock(2)`))
+
+	// It ends with the session.
+	pid := pgGet[int](t, db, `SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`)
+	pgTerminate(t, db, pid)
+	pgUntil(t, "the lock is free", func() bool { return yes(b, `SELECT pg_try_advisory_lock(2)`) })
+
+	// An UPDATE that waited for a row looks at what the row has become: its WHERE
+	// and its SET see the other's commit, the tables that it joined do not.
+	pgExec(t, db, `CREATE TABLE fact (id int PRIMARY KEY, claim int, seen int); INSERT INTO fact VALUES (1, 1, 0), (2, 1, 0)`)
+	tx, err := db.BeginTx(pgBackground, nil)
+	require.NoError(t, err)
+	defer func() { _ = tx.Rollback() }()
+	pgExec(t, tx, `UPDATE fact SET claim = 2`)
+	waits := make(chan error, 1)
+	c := conn()
+	var waiter int
+	require.NoError(t, c.QueryRowContext(pgBackground, `SELECT pg_backend_pid()`).Scan(&waiter))
+	var rows int64
+	go func() {
+		r, err := c.ExecContext(pgBackground, `WITH old AS MATERIALIZED (SELECT * FROM fact)
+			UPDATE fact f SET seen = f.claim * 10 + old.claim FROM old WHERE old.id = f.id AND (f.id = 1 OR f.claim < 2)`)
+		if err == nil {
+			rows, err = r.RowsAffected()
+		}
+		waits <- err
+	}()
+	pgUntil(t, "the statement waits", func() bool {
+		return pgGet[bool](t, db, `SELECT wait_event_type IS NOT DISTINCT FROM 'Lock' FROM pg_stat_activity WHERE pid = $1`, waiter)
+	})
+	require.NoError(t, tx.Commit())
+	require.NoError(t, pgReceive(t, "the statement ends", waits))
+	require.EqualValues(t, 1, rows, "the WHERE was not looked at again")
+	require.Equal(t, 21, pgGet[int](t, db, `SELECT seen FROM fact WHERE id = 1`))
+}
