@@ -27,19 +27,23 @@ import (
 )
 
 // shared is the PostgreSQL server that all tests use, each with a database of
-// its own. TestMain starts and ends it.
-var shared *pgserver.Instance
+// its own. The first test that needs it starts it, TestMain ends it.
+var (
+	shared = sync.OnceValues(func() (*pgserver.Instance, error) {
+		server, err := pgserver.Shared(context.Background())
+		started.Store(server)
+		return server, err
+	})
+	started atomic.Pointer[pgserver.Instance]
+)
 
 func TestMain(m *testing.M) {
-	var err error
-	if shared, err = pgserver.Shared(context.Background()); err != nil {
-		fmt.Fprintln(os.Stderr, "no PostgreSQL to test with:", err)
-		os.Exit(1)
-	}
 	code := m.Run()
-	if err := shared.Close(); err != nil && code == 0 {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
+	if server := started.Load(); server != nil {
+		if err := server.Close(); err != nil && code == 0 {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
 	}
 	if err := goleak.Find(); err != nil && code == 0 {
 		fmt.Fprintln(os.Stderr, err)
@@ -48,11 +52,19 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// sharedServer answers the shared server.
+func sharedServer(t testing.TB) *pgserver.Instance {
+	t.Helper()
+	server, err := shared()
+	require.NoError(t, err, "no PostgreSQL to test with")
+	return server
+}
+
 // newDatabase makes an empty database on the shared server for one test and
 // answers its URI.
 func newDatabase(t testing.TB) string {
 	t.Helper()
-	uri, drop, err := shared.NewDatabase(context.Background())
+	uri, drop, err := sharedServer(t).NewDatabase(context.Background())
 	require.NoError(t, err)
 	t.Cleanup(drop)
 	return uri
@@ -265,7 +277,7 @@ func pgTerminate(t testing.TB, db *sql.DB, pid int) {
 func pgCluster(t testing.TB, options pgserver.Options) *pgserver.Server {
 	t.Helper()
 	s, err := pgserver.Start(pgBackground, options)
-	if errors.Is(err, pgserver.ErrNoBinaries) && !shared.Own() {
+	if errors.Is(err, pgserver.ErrNoBinaries) && !sharedServer(t).Own() {
 		t.Skip(err)
 	}
 	require.NoError(t, err)
@@ -553,7 +565,7 @@ func TestPostgresDeaf(t *testing.T) {
 func TestPostgresRestart(t *testing.T) {
 	var uri string
 	var restart func(mode string) error
-	if shared.Own() {
+	if sharedServer(t).Own() {
 		t.Parallel()
 		server := pgCluster(t, pgserver.Options{})
 		var err error
@@ -562,7 +574,7 @@ func TestPostgresRestart(t *testing.T) {
 		restart = func(mode string) error { return server.Restart(pgBackground, mode) }
 	} else { // alone: nobody else may use the server meanwhile
 		uri = newDatabase(t)
-		restart = func(mode string) error { return shared.Restart(pgBackground, mode) }
+		restart = func(mode string) error { return sharedServer(t).Restart(pgBackground, mode) }
 	}
 	db := pgDB(t, uri)
 	db.SetMaxIdleConns(0) // the server's restarts end them
@@ -976,7 +988,7 @@ func TestPostgresRefused(t *testing.T) {
 
 	t.Run("C27 pool in transaction mode", func(t *testing.T) {
 		t.Parallel()
-		server := shared.Server()
+		server := sharedServer(t).Server()
 		if server == nil { // the pool cannot log in with a password
 			server = pgCluster(t, pgserver.Options{})
 		}
@@ -1006,7 +1018,7 @@ func TestPostgresRefused(t *testing.T) {
 			t.Log("pgbouncer is not in PATH; the pool of our own has to do")
 			return
 		}
-		server := shared.Server()
+		server := sharedServer(t).Server()
 		if server == nil {
 			server = pgCluster(t, pgserver.Options{})
 		}
