@@ -95,7 +95,7 @@ WITH want AS MATERIALIZED (
         AS w(key, id, claim, claim_id, first, tryable, event)
 ), seen AS MATERIALIZED (
     SELECT w.*, s.lock_key IS NULL AS missing, s.holder_id IS NULL AS hidden, s.claim AS newest, s.claim_id AS newest_id,
-        s.claim_event AS newest_event, w.first OR s.claim < w.claim OR s.claim_id = w.claim_id AS valid
+        s.claim_event AS newest_event, w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id AS valid
     FROM want w LEFT JOIN env_lock_state s ON s.lock_key = w.key
 ), tried AS MATERIALIZED (
     SELECT seen.*, CASE WHEN NOT missing AND valid AND tryable THEN pg_try_advisory_lock(key) ELSE false END AS got
@@ -109,7 +109,7 @@ WITH want AS MATERIALIZED (
         unclean_at = CASE WHEN s.holder_id IS NULL THEN s.unclean_at ELSE clock_timestamp() END,
         holder_id = t.id, holder_event = t.event, holder_host = $8, holder_pid = $9, held_since = clock_timestamp()
     FROM tried t
-    WHERE t.got AND s.lock_key = t.key AND (t.first OR s.claim < t.claim OR s.claim_id = t.claim_id)
+    WHERE t.got AND s.lock_key = t.key AND (t.first OR s.claim < t.claim OR s.claim_id = t.id OR s.claim = t.claim AND s.claim_id = t.claim_id)
     RETURNING s.lock_key, s.claim, s.claim_id, s.token,
         extract(epoch FROM clock_timestamp() - s.unclean_at)::float8 AS age
 )

@@ -47,7 +47,7 @@ type session struct {
 	link       *link
 	generation uint64              // of the last link; 0 before the first
 	trouble    error               // why the last attempt to open a link failed; nil after one that succeeded
-	held       map[int64]uuid.UUID // what the link holds: key → the ID by which the newest claim is known to the holder
+	held       map[int64]uuid.UUID // what the link holds: key → the ID of the holder's claim
 	started    bool
 	closing    bool
 	idling     *link         // the worker reads ahead on it; a deadline in the past ends that
@@ -253,22 +253,26 @@ func (s *session) run() {
 	backoff := reopenMin
 	for s.awaitWork() {
 		l, err := s.open()
-		if err != nil {
-			s.mu.Lock()
-			s.trouble = err
-			s.mu.Unlock()
-			s.refuseQueued(err)
-			select {
-			case <-time.After(backoff):
-			case <-s.ctx.Done():
+		if err == nil {
+			opened := time.Now()
+			err = s.serve(l)
+			s.lose(l, err)
+			l.close()
+			if err == nil || time.Since(opened) > heartbeatInterval {
+				backoff = reopenMin
+				continue
 			}
-			backoff = min(2*backoff, reopenMax)
-			continue
 		}
-		backoff = reopenMin
-		err = s.serve(l)
-		s.lose(l, err)
-		l.close()
+		// It could not be opened, or did not live to see its second heartbeat.
+		s.mu.Lock()
+		s.trouble = err
+		s.mu.Unlock()
+		s.refuseQueued(err)
+		select {
+		case <-time.After(backoff):
+		case <-s.ctx.Done():
+		}
+		backoff = min(2*backoff, reopenMax)
 	}
 }
 
@@ -638,7 +642,7 @@ func (s *session) finish(l *link, batch []*op, results []result) {
 		case s.link != l:
 			*r = result{err: &joinedError{errUnavailable, errReleaseLost}}
 		default:
-			s.held[o.req.key] = r.answer.newest.id
+			s.held[o.req.key] = o.req.id
 			if o.state == opAbandoned || r.err != nil {
 				s.enqueueLocked(&op{kind: opRelease, ctx: o.ctx, req: o.req, freed: make(chan error, 1)})
 			}
