@@ -168,7 +168,7 @@ func BenchmarkHeld(b *testing.B) {
 			for b.Loop() {
 				cycle(b, f, other)
 			}
-			if n >= 100 { // fewer are lost in the rest of the heap
+			if n >= 1000 { // fewer are lost in the rest of the heap
 				b.ReportMetric(bytes, "B/lock")
 			}
 			b.ReportMetric(float64(more), "goroutines")

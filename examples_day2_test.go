@@ -7,9 +7,16 @@ import (
 	"io"
 	"log"
 	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
 	"sync"
+	"testing"
+	"testing/synctest"
 	"text/tabwriter"
 	"time"
+
+	"github.com/stretchr/testify/require"
 
 	"github.com/preemptable/locker"
 )
@@ -168,4 +175,108 @@ func ExamplePostgresLockProvider_Stop() {
 	default:
 		fmt.Println("nobody holds the lock")
 	}
+}
+
+// The test of docs/testing.md.
+func TestNewerWorkWins(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		provider, err := locker.NewLockProvider(locker.FakeLockProviderKind)
+		require.NoError(t, err)
+		defer provider.(io.Closer).Close()
+		newLocker, err := locker.NewPreemptiveLockerFactory(provider)
+		require.NoError(t, err)
+
+		older := make(chan error, 1)
+		go func() {
+			older <- newLocker("o/r", 1, "older").Do(t.Context(), func(ctx context.Context) error {
+				<-ctx.Done()                // told to stop
+				time.Sleep(9 * time.Second) // winding down, within the preemption timeout
+				return nil
+			})
+		}()
+		synctest.Wait() // the older one works
+
+		start := time.Now()
+		err = newLocker("o/r", 1, "newer").Do(t.Context(), func(context.Context) error { return nil })
+		require.NoError(t, err)
+		require.Equal(t, 9*time.Second, time.Since(start))
+		require.ErrorIs(t, <-older, locker.ErrLockPreempted)
+	})
+}
+
+// The ends that docs/testing.md says how to bring about.
+func TestEndsInTests(t *testing.T) {
+	for name, tc := range map[string]struct {
+		hold  func(ctx context.Context, l *locker.PreemptiveLocker) error
+		other bool // somebody else claims meanwhile
+		want  error
+		whose string // of the two gets that error
+	}{
+		"ignores its notification": {func(context.Context, *locker.PreemptiveLocker) error {
+			time.Sleep(11 * time.Second)
+			return nil
+		}, true, locker.ErrLockLost, "holder"},
+		"stuck": {func(ctx context.Context, _ *locker.PreemptiveLocker) error {
+			<-ctx.Done()
+			return nil
+		}, false, locker.ErrMaxLockDuration, "holder"},
+		"shielded for too long": {func(ctx context.Context, l *locker.PreemptiveLocker) error {
+			return l.Shield(ctx, time.Minute, func(context.Context) error {
+				time.Sleep(30 * time.Second)
+				return nil
+			})
+		}, true, locker.ErrLockTimeout, "other"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
+				require.NoError(t, err)
+				errs := map[string]chan error{"holder": make(chan error, 1), "other": make(chan error, 1)}
+				go func() {
+					l := newLocker("o/r", 1, "holder")
+					errs["holder"] <- l.Do(t.Context(), func(ctx context.Context) error { return tc.hold(ctx, l) })
+				}()
+				synctest.Wait()
+				if tc.other {
+					errs["other"] <- newLocker("o/r", 1, "other").Do(t.Context(), func(context.Context) error { return nil })
+				}
+				require.ErrorIs(t, <-errs[tc.whose], tc.want)
+				time.Sleep(time.Minute) // until both are gone
+			})
+		})
+	}
+}
+
+// Every line that the library logs stands in docs/operations.md, with its level
+// and its keys.
+func TestLogLines(t *testing.T) {
+	page, err := os.ReadFile("docs/operations.md")
+	require.NoError(t, err)
+	rows := map[string]string{}
+	for line := range strings.Lines(string(page)) {
+		if f := strings.SplitN(line, "|", 5); len(f) == 5 && strings.Contains(f[2], "`locker: ") {
+			rows[strings.Trim(f[2], " `")] = strings.TrimSpace(f[1]) + " " + strings.NewReplacer("`", "", ",", "").Replace(strings.TrimSpace(f[3]))
+		}
+	}
+	call := regexp.MustCompile(`(?s)log(?:ger)?\.(Debug|Info|Warn|Error)\("(locker: [^"]*)"(.*?)\)\n`)
+	key := regexp.MustCompile(`slog\.\w+\("(\w+)"`)
+	sources, err := filepath.Glob("*.go")
+	require.NoError(t, err)
+	found := map[string]string{}
+	for _, source := range sources {
+		if strings.HasSuffix(source, "_test.go") {
+			continue
+		}
+		text, err := os.ReadFile(source)
+		require.NoError(t, err)
+		for _, m := range call.FindAllStringSubmatch(string(text), -1) {
+			line := strings.ToLower(m[1])
+			for _, k := range key.FindAllStringSubmatch(m[3], -1) {
+				line += " " + k[1]
+			}
+			found[m[2]] = line
+		}
+	}
+	require.NotEmpty(t, found)
+	require.Equal(t, found, rows)
 }

@@ -105,7 +105,7 @@ func FuzzCleanEvent(f *testing.F) {
 				plain = plain && r >= 0x20 && r < 0x7f && r != '"' && r != '\\'
 			}
 			switch {
-			case len(event) <= maxEvent/6:
+			case len(event)*6+2 <= maxEvent:
 				require.Equal(t, event, got)
 			case plain:
 				require.Len(t, got, min(len(event), maxEvent-2))

@@ -174,14 +174,14 @@ func TestInputURI(t *testing.T) {
 // What is accepted means what lib/pq takes it to mean.
 func TestInputURIMeaning(t *testing.T) {
 	for _, uri := range []string{
-		"postgres://", "postgresql://", "postgres:///", "postgres://?host=/tmp&dbname=db", "postgres://?sslmode=disable",
+		"postgres://", "postgresql://", "postgres:///", "postgres://?host=/sockets&dbname=db", "postgres://?sslmode=disable",
 		"postgres://host", "postgres://host/", "postgres://host/db", "postgresql://user@host:1/db",
 		"postgres://user:" + secret + "@host:5433/db?sslmode=disable&application_name=me&connect_timeout=9",
 		"postgres://user:a@" + secret + "@host/db", "postgres://us%40er:%20%2F%3A%25" + secret + "@host/d%20b", "postgres://user:@host/db",
 		"postgres://user@[::1]:5433/db", "postgres://a,b,c/db", "postgres://a,b/db?port=1,2&target_session_attrs=standby",
 		"postgres://host/db?search_path=a%2Cb&options=-c%20geqo%3Doff&work_mem=64MB",
 		"host=h", "host=h port=7 user=u password=" + secret + " dbname=d", `user='a b' password='\'\\` + secret + `' dbname=d`,
-		"host=a,b target_session_attrs=any", "host=/tmp dbname=d", "password=postgres://x host=h", "password='mysql://x' host=h",
+		"host=a,b target_session_attrs=any", "host=/sockets dbname=d", "password=postgres://x host=h", "password='mysql://x' host=h",
 	} {
 		want, err := pq.NewConfig(uri)
 		require.NoError(t, err, uri)

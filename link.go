@@ -13,6 +13,7 @@ import (
 	"github.com/lib/pq"
 	"github.com/pkg/errors"
 	sqltrace "gopkg.in/DataDog/dd-trace-go.v1/contrib/database/sql"
+	"gopkg.in/DataDog/dd-trace-go.v1/ddtrace/ext"
 )
 
 // SchemaSQL creates what the postgres provider needs in its database: the tables
@@ -203,7 +204,8 @@ const openTimeout = 8 * time.Second // longest that opening a session may take
 type link struct {
 	generation uint64
 	pid        int
-	number     int32 // by which others see whether the session lives
+	commit     string // synchronous_commit, as it was set
+	number     int32  // by which others see whether the session lives
 	db         *sql.DB
 	conn       *sql.Conn
 	socket     *watchedConn // set by DialContext
@@ -235,7 +237,8 @@ func openLink(ctx context.Context, dsn, serviceName string, generation uint64) (
 	if serviceName == "" {
 		l.db = sql.OpenDB(connector)
 	} else {
-		l.db = sqltrace.OpenDB(connector, sqltrace.WithServiceName(serviceName), sqltrace.WithChildSpansOnly())
+		l.db = sqltrace.OpenDB(connector, sqltrace.WithServiceName(serviceName), sqltrace.WithChildSpansOnly(),
+			sqltrace.WithCustomTag(ext.DBSystem, ext.DBSystemPostgreSQL))
 	}
 	defer func() {
 		if err != nil {
@@ -278,9 +281,11 @@ func connectError(err error) error {
 	if e := pq.As(err); e != nil {
 		switch {
 		case e.Code.Class() == "28", // authentication
-			e.Code == "3D000", // no such database
-			e.Code == "42501", // no privilege to connect
-			e.Code == "08P01": // a proxy that refuses the startup packet
+			e.Code == "3D000",      // no such database
+			e.Code == "42501",      // no privilege to connect
+			e.Code == "08P01",      // a proxy that refuses the startup packet
+			e.Code == "42704",      // a parameter in the URI that the server does not know
+			e.Code.Class() == "22": // or whose value it does not take
 			return refusedError{err}
 		}
 	}
@@ -292,9 +297,9 @@ func connectError(err error) error {
 func (l *link) check(ctx context.Context) error {
 	var pid, version int
 	var readOnly, schema bool
-	var commit, user string
+	var user string
 	server := func() error {
-		err := l.conn.QueryRowContext(ctx, sqlServer).Scan(&pid, &readOnly, &version, &commit, &user, &schema)
+		err := l.conn.QueryRowContext(ctx, sqlServer).Scan(&pid, &readOnly, &version, &l.commit, &user, &schema)
 		return errors.Wrap(err, "locker: check server")
 	}
 	if err := server(); err != nil {
@@ -318,17 +323,6 @@ func (l *link) check(ctx context.Context) error {
 	if !allowed {
 		return refused("user %q needs SELECT and INSERT on env_locks and SELECT, INSERT and UPDATE on env_lock_state", user)
 	}
-	settings := sqlSettings
-	if commit == "off" { // a token must be durable before it is given out
-		settings += "; SET synchronous_commit = on"
-	}
-	if _, err := l.conn.ExecContext(ctx, settings); err != nil {
-		return errors.Wrap(err, "locker: set up session")
-	}
-	l.number = int32(randomKey()>>32) | 1
-	if _, err := l.conn.ExecContext(ctx, sessionLock, l.number); err != nil {
-		return errors.Wrap(err, "locker: set up session")
-	}
 	if l.pid = pid; server() != nil || pid != l.pid {
 		return errPooler
 	}
@@ -344,6 +338,24 @@ func poolerError(err error) error {
 		return refusedError{errors.WithMessage(err, errPooler.Error())}
 	}
 	return err
+}
+
+// setUp prepares a session that has proved that it can work; before, a pooling
+// proxy could hand the settings to somebody else.
+func (l *link) setUp() error {
+	limit := time.AfterFunc(openTimeout, l.kill)
+	defer limit.Stop()
+	ctx := context.Background()
+	settings := sqlSettings
+	if l.commit == "off" { // a token must be durable before it is given out
+		settings += "; SET synchronous_commit = on"
+	}
+	if _, err := l.conn.ExecContext(ctx, settings); err != nil {
+		return errors.Wrap(err, "locker: set up session")
+	}
+	l.number = int32(randomKey()>>32) | 1
+	_, err := l.conn.ExecContext(ctx, sessionLock, l.number)
+	return errors.Wrap(err, "locker: set up session")
 }
 
 func (l *link) makeSchema(ctx context.Context, user string) error {

@@ -152,6 +152,7 @@ var (
 	errNotLocked    = errors.New("locker: Unlock before Lock")
 	errReleasedWait = errors.New("released while waiting")
 	errUnavailable  = errors.New("locker: database session is not available")
+	errRowLocked    = errors.New("locker: another transaction keeps the key's row locked")
 	errStopped      = errors.New("locker: stopped") // by the channel given to acquire
 )
 
@@ -394,7 +395,7 @@ func (l *lock) acquire(ctx context.Context) (_ <-chan NotificationPayload, waite
 		switch {
 		case errors.Is(err, errStopped):
 			continue
-		case errors.Is(err, errUnavailable):
+		case errors.Is(err, errUnavailable), errors.Is(err, errRowLocked):
 			unavailable = err
 		case err != nil:
 			return nil, 0, err

@@ -4,6 +4,7 @@ import (
 	"context"
 	stderrors "errors"
 	"reflect"
+	"strconv"
 	"sync"
 	"time"
 
@@ -229,7 +230,7 @@ func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayl
 			_ = unlockDetached(ctx, lock)
 		}
 		p.leave()
-		return nil, errors.WithMessagef(err, "locker: lock %s#%d for %q", p.repo, p.pr, p.event)
+		return nil, errors.WithMessagef(err, "locker: lock %q#%d for %q", p.repo, p.pr, p.event)
 	}
 	return ch, nil
 }
@@ -279,7 +280,7 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 		err = unlockBounded(ctx, lock)
 		p.cancel()
 	}
-	return errors.WithMessagef(err, "locker: release %s#%d", p.repo, p.pr)
+	return errors.WithMessagef(err, "locker: release %q#%d", p.repo, p.pr)
 }
 
 // Do locks, runs f and releases (C16). The context given to f is derived from
@@ -603,7 +604,8 @@ func (p *PreemptiveLocker) finishSpan(span ddtrace.Span, err error) {
 		return
 	}
 	p.mu.Lock()
-	span.SetTag("lock_key", p.key)
+	span.SetTag("lock_key", strconv.FormatInt(p.key, 10)) // a number would be rounded
+
 	span.SetTag("token", p.token)
 	p.mu.Unlock()
 	span.Finish(tracer.WithError(err))

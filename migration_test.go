@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -434,8 +435,13 @@ func migrationNotTold(m *migration) {
 	migrationUndisturbed(m, ch)
 	theirs.not("locked", "newer")
 
-	// An operator, or a script, can pass it on (C13).
-	_, err := m.db.Exec(`SELECT pg_notify('env_lock_events', $1)`, fmt.Sprintf(`{"lockKey":%d,"event":"an old replica waits"}`, key))
+	// The guide's query passes it on (C13).
+	guide, err := os.ReadFile("docs/migration.md")
+	require.NoError(m, err)
+	_, rest, found := strings.Cut(string(guide), "```sql\n-- bridge")
+	require.True(m, found)
+	bridge, _, _ := strings.Cut(rest, "```")
+	_, err = m.db.Exec("-- " + bridge)
 	require.NoError(m, err)
 	require.Equal(m, "an old replica waits", migrationReceive(m, "our notification", ch).Message)
 	require.ErrorIs(m, l.Cause(), ErrStopRequested)

@@ -84,7 +84,7 @@ func decodeMessage(payload string) (message, error) {
 func cleanEvent(event string) string {
 	event = strings.ToValidUTF8(event, "\uFFFD")
 	event = strings.ReplaceAll(event, "\x00", "\uFFFD")
-	if len(event)*6 <= maxEvent { // no byte takes more than six when quoted
+	if len(event)*6+2 <= maxEvent { // no byte takes more than six when quoted
 		return event
 	}
 	size := 2

@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"encoding/json"
+	"strings"
 	"time"
 
 	"github.com/lib/pq"
@@ -89,15 +90,17 @@ func (plp *PostgresLockProvider) Stop(ctx context.Context, repo string, pr uint,
 		if err != nil {
 			return err
 		}
-		payload, err := json.Marshal(message{LockKey: key, Event: cleanEvent(reason)})
-		if err != nil {
+		var payload strings.Builder
+		encoder := json.NewEncoder(&payload)
+		encoder.SetEscapeHTML(false) // cleanEvent reckons with < as one byte
+		if err := encoder.Encode(message{LockKey: key, Event: cleanEvent(reason)}); err != nil {
 			return err
 		}
 		asked = true
-		_, err = db.ExecContext(ctx, `SELECT pg_notify($1, $2)`, notifyChannel, string(payload))
+		_, err = db.ExecContext(ctx, `SELECT pg_notify($1, $2)`, notifyChannel, payload.String())
 		return err
 	})
-	return asked && err == nil, errors.Wrapf(err, "locker: stop the holder of %s#%d", repo, pr)
+	return asked && err == nil, errors.Wrapf(err, "locker: stop the holder of %q#%d", repo, pr)
 }
 
 // operate lends an operator's call a connection.

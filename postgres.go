@@ -90,7 +90,7 @@ func (plp *PostgresLockProvider) LockKey(ctx context.Context, repo string, pr ui
 		return 0, err
 	}
 	key, err := plp.session.lookup(ctx, repo, pr)
-	return key, errors.Wrapf(err, "locker: lock key of %s#%d", repo, pr)
+	return key, errors.Wrapf(err, "locker: lock key of %q#%d", repo, pr)
 }
 
 // Close notifies every holder with ErrProviderClosed, ends every wait, and

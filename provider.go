@@ -106,7 +106,7 @@ func checkLockKey(ctx context.Context, h *hub, repo string, pr uint) error {
 		return err
 	}
 	if err := checkUse(ctx, h); err != nil {
-		return errors.Wrapf(err, "locker: lock key of %s#%d", repo, pr)
+		return errors.Wrapf(err, "locker: lock key of %q#%d", repo, pr)
 	}
 	return nil
 }

@@ -26,6 +26,7 @@ const (
 
 	checkTimeout = 3 * time.Second // for a NOTIFY to ourselves to arrive
 	stallTimeout = 4 * time.Second // for a statement to end, above the server's own timeouts
+	stuckPause   = 3 * time.Second // before a key whose row was locked by somebody else is tried again
 )
 
 // session is a provider's connection to its database: one link, which holds the
@@ -63,6 +64,7 @@ type session struct {
 	proven   bool      // a NOTIFY has arrived
 	beat     time.Time // when the next heartbeat is due
 	trusted  *time.Timer
+	stuck    map[int64]stuckKey
 }
 
 // op is one operation of a caller. The caller waits on its channel; the worker
@@ -338,13 +340,18 @@ func (s *session) open() (*link, error) {
 		}
 		s.proven = true
 	}
-	s.mu.Lock()
-	s.link, s.trouble = l, nil
-	s.mu.Unlock()
+	if err := l.setUp(); err != nil {
+		l.close()
+		return nil, err
+	}
+	s.stuck = map[int64]stuckKey{}
 	s.beat = time.Now()
+	s.mu.Lock()
 	s.trusted = time.AfterFunc(lossBound, func() {
 		s.lose(l, errors.Errorf("no heartbeat succeeded for %v", lossBound))
 	})
+	s.link, s.trouble = l, nil
+	s.mu.Unlock()
 	if generation > 1 {
 		s.log.Info("locker: session is open again", slog.Int("backend_pid", l.pid))
 	}
@@ -362,7 +369,7 @@ func (s *session) proveNotify(l *link) error {
 	deadline := time.After(checkTimeout)
 	for {
 		if _, err := l.conn.ExecContext(context.Background(), `SELECT pg_notify($1, $2)`, notifyChannel, payload); err != nil {
-			return errors.Wrap(err, "locker: check that NOTIFY arrives")
+			return errors.Wrap(poolerError(err), "locker: check that NOTIFY arrives")
 		}
 		select {
 		case <-arrived:
@@ -507,6 +514,9 @@ func (s *session) execute(l *link, batch []*op) error {
 		s.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err}))
 		return err
 	}
+	if batch = s.refuseStuck(l, batch); len(batch) == 0 {
+		return nil
+	}
 	stalled := s.watchStall(l)
 	results, err := s.statement(l, batch)
 	if stalled() && err == nil && batch[0].kind == opAcquire {
@@ -519,7 +529,13 @@ func (s *session) execute(l *link, batch []*op) error {
 		return nil
 	}
 	if l.broken(err) {
-		s.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err}))
+		if batch[0].kind == opLookup { // harmless to repeat in the next session
+			s.mu.Lock()
+			s.queues[opLookup] = append(batch, s.queues[opLookup]...)
+			s.mu.Unlock()
+		} else {
+			s.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err}))
+		}
 		return err
 	}
 	alone := len(batch) == 1
@@ -532,7 +548,11 @@ func (s *session) execute(l *link, batch []*op) error {
 			s.log.Warn("locker: released without clearing the holder", slog.Int64("key", batch[0].req.key), slog.String("error", err.Error()))
 			err = nil
 		}
-		s.finish(l, batch, []result{{err: statementError(err)}})
+		err = statementError(err)
+		if errors.Is(err, errRowLocked) {
+			s.stuck[batch[0].req.key] = stuckKey{time.Now().Add(stuckPause), err}
+		}
+		s.finish(l, batch, []result{{err: err}})
 		return nil
 	}
 	for i, o := range batch {
@@ -542,6 +562,34 @@ func (s *session) execute(l *link, batch []*op) error {
 		}
 	}
 	return nil
+}
+
+// stuckKey is a key whose row somebody else keeps locked. Every try costs all
+// callers the lock_timeout, so it is not tried again for a while.
+type stuckKey struct {
+	until time.Time
+	err   error
+}
+
+// refuseStuck fails what would only wait for a locked row, and answers the rest
+// of the batch.
+func (s *session) refuseStuck(l *link, batch []*op) []*op {
+	if len(s.stuck) == 0 || batch[0].kind != opAnnounce && batch[0].kind != opAcquire {
+		return batch
+	}
+	var rest []*op
+	for _, o := range batch {
+		stuck, ok := s.stuck[o.req.key]
+		switch {
+		case ok && time.Now().Before(stuck.until):
+			s.finish(l, []*op{o}, []result{{err: stuck.err}})
+			continue
+		case ok:
+			delete(s.stuck, o.req.key)
+		}
+		rest = append(rest, o)
+	}
+	return rest
 }
 
 var errStalled = errors.New("locker: the commit waits for a synchronous standby that does not answer")
@@ -615,7 +663,7 @@ func statementError(err error) error {
 	case e.Code == "53200":
 		return errors.WithMessage(err, "locker: the server's lock table is full: raise max_locks_per_transaction (the table has room for about max_locks_per_transaction × max_connections locks)")
 	case e.Code == "55P03", e.Code == "57014":
-		return errors.WithMessage(err, "locker: another transaction keeps the key's row locked")
+		return &joinedError{errRowLocked, err}
 	}
 	return err
 }
