@@ -125,14 +125,18 @@ SELECT lock_key, false, false, true, true, claim, claim_id, NULL, token, age FRO
 INSERT INTO env_lock_state (lock_key) SELECT unnest($1::bigint[]) ON CONFLICT DO NOTHING`
 
 	// Asks for a "released" where the row itself does not tell that somebody
-	// waits. Answers the rows that did not know. A holder that the row does not
-	// know is one of the original library: it listens on a channel that is named
-	// by the key.
+	// waits, and answers whether the row did not know. A holder that the row does
+	// not know is one of the original library: it listens on a channel that is
+	// named by the key, but only some time after it has the key, so it is told
+	// again with every try.
 	sqlWait = `
-UPDATE env_lock_state SET waiting = true WHERE lock_key = ANY ($1::bigint[]) AND NOT waiting
-RETURNING lock_key, set_config('synchronous_commit', 'off', true),
-    CASE WHEN holder_id IS NULL AND claim_open THEN pg_notify(lock_key::text,
-        '{"id":"' || claim_id || '","event":' || to_json(claim_event) || ',"lockKey":' || lock_key || '}')::text END`
+WITH asked AS (
+    UPDATE env_lock_state SET waiting = true WHERE lock_key = ANY ($1::bigint[]) AND NOT waiting RETURNING lock_key
+)
+SELECT s.lock_key, a.lock_key IS NOT NULL, set_config('synchronous_commit', 'off', true),
+    CASE WHEN s.holder_id IS NULL AND s.claim_open THEN pg_notify(s.lock_key::text,
+        '{"id":"' || s.claim_id || '","event":' || to_json(s.claim_event) || ',"lockKey":' || s.lock_key || '}')::text END
+FROM env_lock_state s LEFT JOIN asked a ON a.lock_key = s.lock_key WHERE s.lock_key = ANY ($1::bigint[])`
 
 	// The advisory lock is freed inside the transaction that clears the holder:
 	// a successor that gets it at once still waits for the row, and so never

@@ -86,12 +86,12 @@ type event struct {
 type eventKind int
 
 const (
-	evClaimed  eventKind = iota // hint: a claim was announced
-	evNewest                    // from the row: the newest claim is not the holder's
-	evReleased                  // hint: trying again may succeed
-	evManual                    // an operator asks the holder to stop
-	evLost                      // the session is gone, and what it held
-	evClosed                    // the provider is closing
+	evClaimed  eventKind = iota + 1 // hint: a claim was announced
+	evNewest                        // from the row: the newest claim is not the holder's
+	evReleased                      // hint: trying again may succeed
+	evManual                        // an operator asks the holder to stop
+	evLost                          // the session is gone, and what it held
+	evClosed                        // the provider is closing
 )
 
 // phase is where a lock is in its life; it only ever moves forward.
@@ -141,6 +141,7 @@ type lock struct {
 	unwatch   func() bool   // held: stops watching the caller's context
 	ended     error         // waiting: the wait is over, and why
 	stop      chan struct{} // waiting: closed when ended is set
+	missed    event         // waiting: the newest claim that was heard of; it may have come after the grant
 	wake      chan struct{} // waiting: capacity 1, a reason to try again
 	left      chan struct{} // waiting: closed when Lock has left; made by the Unlock that waits for it
 }
@@ -463,6 +464,12 @@ func (l *lock) adopt(newest standing) {
 // session that was granted the key is lost already, and an error when the wait
 // was ended by Unlock or Close: then the key has to be given back.
 func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload, waited time.Duration, _ error) {
+	var news func()
+	defer func() {
+		if news != nil {
+			news()
+		}
+	}()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
@@ -485,6 +492,9 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 	l.armLocked(l.conf.maxLockDuration)
 	if ctx.Done() != nil {
 		l.unwatch = context.AfterFunc(ctx, func() { l.tell(contextError(ctx)) })
+	}
+	if l.missed.kind == evClaimed {
+		_, news = l.handleHeldLocked(l.missed)
 	}
 	return l.ch, waited, nil
 }
@@ -630,6 +640,10 @@ func (l *lock) handleWaitingLocked(ev event) {
 		return
 	case evLost:
 		l.lostUpTo = ev.session
+	case evClaimed:
+		if ev.from.number > l.missed.from.number {
+			l.missed = ev
+		}
 	}
 	select {
 	case l.wake <- struct{}{}:

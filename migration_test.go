@@ -36,6 +36,7 @@ func TestMigration(t *testing.T) {
 		{"same keys", migrationKeys},
 		{"exclusion", migrationExclusion},
 		{"stand-in is told to stop", migrationTold},
+		{"stand-in that gets the key before us is told to stop", migrationToldLater},
 		{"stand-in is killed", migrationKilled},
 		{"we die", migrationWeDie},
 		{"stand-in claims what we hold", migrationNotTold},
@@ -380,6 +381,35 @@ func migrationTold(m *migration) {
 	theirs.unlock("alone")
 	require.NoError(m, migrationReceive(m, "our quiet lock", waits).err)
 	m.unlock(quiet.(*PostgresLock))
+}
+
+// A stand-in that waits inside the server gets the key before any of ours, also
+// before a newer claim, and may not listen yet when that claim finds the key
+// taken. It is told to stop all the same; so is one that holds after somebody of
+// ours has given up waiting.
+func migrationToldLater(m *migration) {
+	const key = 13
+	p, theirs := m.provider(), m.standin()
+	l, ch := m.hold(p, key, "holder")
+	theirs.send("lock queued %d", key)
+	m.until(isAwaited, key)
+
+	newer := m.claim(p, key, "newest")
+	done := m.locks(newer)
+	require.Equal(m, "newest", migrationReceive(m, "our notification", ch).Message)
+	m.unlock(l)
+	theirs.await("locked", "queued")
+	require.Equal(m, "newest", theirs.await("told", "queued").Event)
+
+	m.unlock(newer) // gives up
+	require.Error(m, migrationReceive(m, "the end of our wait", done).err)
+	theirs.unlock("queued")
+	theirs.hold("another", key)
+	last := m.claim(p, key, "last")
+	done = m.locks(last)
+	require.Equal(m, "last", theirs.await("told", "another").Event)
+	theirs.unlock("another")
+	require.NoError(m, migrationReceive(m, "our lock", done).err)
 }
 
 // The key of a stand-in that crashed is free as soon as the server knows. There

@@ -146,9 +146,5 @@ func (plp *PostgresLockProvider) Stats() Stats {
 	s := plp.session
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	stats := Stats{Held: len(s.held), Connected: s.link != nil}
-	for _, q := range s.queues {
-		stats.Queued += len(q)
-	}
-	return stats
+	return Stats{Queued: s.queuedLocked(), Held: len(s.held), Connected: s.link != nil}
 }

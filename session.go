@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"log/slog"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -399,6 +400,7 @@ func (s *session) serve(l *link) error {
 			if err := s.execute(l, batch); err != nil {
 				return err
 			}
+			s.gather()
 		case closing:
 			return nil
 		default:
@@ -407,6 +409,29 @@ func (s *session) serve(l *link) error {
 			}
 		}
 	}
+}
+
+// gather lets the callers that were just answered come back with their next
+// operation, so that it goes into the next batch: it yields for as long as the
+// queues grow.
+func (s *session) gather() {
+	for before := -1; ; {
+		s.mu.Lock()
+		n := s.queuedLocked()
+		s.mu.Unlock()
+		if n == before || n >= maxBatch {
+			return
+		}
+		before = n
+		runtime.Gosched()
+	}
+}
+
+func (s *session) queuedLocked() (n int) {
+	for _, q := range s.queues {
+		n += len(q)
+	}
+	return n
 }
 
 // idle waits until there is work or the next heartbeat is due; it answers an
@@ -915,10 +940,13 @@ func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
 		// Try once more after asking to be told: the release may have been just before.
 		err := each(batch[0].ctx, l.wait, []any{unheard}, func(scan func(...any) error) error {
 			var key int64
-			if err := scan(&key, discard, discard); err != nil {
+			var asked bool
+			if err := scan(&key, &asked, discard, discard); err != nil {
 				return err
 			}
-			results[find(batch, key)].answer.outcome = again
+			if asked {
+				results[find(batch, key)].answer.outcome = again
+			}
 			return nil
 		})
 		if err != nil {

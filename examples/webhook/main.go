@@ -8,8 +8,9 @@
 //
 //	WEBHOOK_SECRET=… go run ./examples/webhook -addr :8080 -name one
 //
-// What it does is written to stdout, one JSON object per line: received, started, told to stop, stopped,
-// finished, left, failed. What the lock library and the HTTP server have to say goes to stderr.
+// What it does is written to stdout, one JSON object per line: received, turned away, started, told to stop,
+// stopped, finished, left, failed. What the lock library and the HTTP server have to say goes to stderr. With -ops
+// an address of its own, for operators, answers GET /locks.
 package main
 
 import (
@@ -51,6 +52,7 @@ func main() {
 
 type config struct {
 	addr     string
+	ops      string
 	postgres string // may hold a password: never printed
 	secret   string
 	name     string
@@ -63,6 +65,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	flags := flag.NewFlagSet("webhook", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.StringVar(&c.addr, "addr", "127.0.0.1:8080", "address to listen on")
+	flags.StringVar(&c.ops, "ops", "", "address for operators to GET /locks from; keep it private (default: none; needs PostgreSQL)")
 	// No default from the environment here: -help prints defaults.
 	flags.StringVar(&c.postgres, "postgres", "", "PostgreSQL `URI` (default: $WEBHOOK_POSTGRES_URI; if that is empty too, locks live in memory)")
 	flags.StringVar(&c.name, "name", "webhook", "this replica's name in its events")
@@ -80,6 +83,8 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 		return config{}, fmt.Errorf("unexpected argument %q", flags.Arg(0))
 	case c.secret == "":
 		return config{}, errors.New("WEBHOOK_SECRET is not set: anybody could deploy")
+	case c.ops != "" && c.postgres == "":
+		return config{}, errors.New("-ops needs PostgreSQL: locks in memory are nobody else's business")
 	case c.work < 0 || c.windDown < 0:
 		return config{}, errors.New("-work and -wind-down must not be negative")
 	case c.windDown >= preemptionTimeout:
@@ -120,18 +125,22 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	if err != nil {
 		return errors.Join(err, closeProvider(provider))
 	}
-	server := &http.Server{
-		Handler:           newHandler([]byte(c.secret), worker),
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,
-		WriteTimeout:      15 * time.Second,
-		IdleTimeout:       time.Minute,
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-	}
-	served := make(chan error, 1)
+	server := newServer(newHandler([]byte(c.secret), worker), log)
+	served := make(chan error, 2)
 	go func() { served <- server.Serve(listener) }()
-	events.Info("listening", "addr", listener.Addr().String())
+	about := []any{"addr", listener.Addr().String()}
+
+	ops := newServer(nil, log) // serves nothing unless it is given a handler and a listener
+	if postgres, ok := provider.(*locker.PostgresLockProvider); ok && c.ops != "" {
+		opsListener, err := net.Listen("tcp", c.ops)
+		if err != nil {
+			return errors.Join(err, server.Close(), closeProvider(provider))
+		}
+		ops.Handler = newOpsHandler(postgres.Holders)
+		go func() { served <- ops.Serve(opsListener) }()
+		about = append(about, "ops", opsListener.Addr().String())
+	}
+	events.Info("listening", about...)
 
 	select {
 	case err = <-served: // it never returns nil, and here nobody has asked it to end
@@ -144,7 +153,19 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	deadline, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
 	worker.stop()
-	return errors.Join(err, server.Shutdown(deadline), worker.wait(deadline), closeProvider(provider))
+	return errors.Join(err, server.Shutdown(deadline), ops.Shutdown(deadline), worker.wait(deadline), closeProvider(provider))
+}
+
+func newServer(handler http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      15 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
 }
 
 func closeProvider(p locker.LockProvider) error {

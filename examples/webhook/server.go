@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
@@ -11,6 +12,11 @@ import (
 	"mime"
 	"net/http"
 	"strings"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/preemptable/locker"
 )
 
 // maxBody bounds what is read of one request before anything about its sender is known. GitHub itself never
@@ -24,12 +30,38 @@ type delivery struct {
 	pr     uint
 	action string
 	head   string
+	// updated is when GitHub last changed the pull request, as the payload says, to the second.
+	updated time.Time
+	// arrived is when this replica accepted the delivery. Set by worker.accept.
+	arrived time.Time
 }
 
 // event names the delivery to other replicas and to whoever reads their logs: it is the text that a run is told
 // when this delivery takes its place.
 func (d delivery) event() string {
 	return fmt.Sprintf("%s %.7s delivery %.8s", d.action, d.head, d.id)
+}
+
+// spread is the room in an order for the deliveries of one second: 16 minutes in microseconds.
+const spread = 1_000_000_000
+
+// order is the delivery's place among those of its pull request, whenever and at whichever replica it arrives.
+//
+// The second in which GitHub changed the pull request counts first. It is not enough: two pushes can fall into
+// one second, and a claim with the same order as one that is not over is turned away, so the newer push would
+// never be deployed. Within a second it is therefore the time at which GitHub made the delivery. A redelivery
+// keeps its id and hence its order: it is turned away while the first one is at work, and runs once that is over.
+//
+// That time comes out of the delivery's id, which is a time-based UUID in the examples of GitHub's
+// documentation, though all that it promises is that the id is unique. An id of another kind costs little: then the arrival counts, so that of two
+// pushes within one second the later to arrive wins, and a redelivery takes the place of its original.
+func (d delivery) order() int64 {
+	made := d.arrived
+	if id, err := uuid.Parse(d.id); err == nil && id.Version() == 1 {
+		made = time.Unix(id.Time().UnixTime())
+	}
+	age := made.Sub(d.updated).Microseconds()
+	return d.updated.Unix()*spread + min(max(age, 0), spread-1)
 }
 
 // job says what the delivery asks for, or "" when it asks for nothing.
@@ -99,6 +131,7 @@ func readDelivery(rw http.ResponseWriter, r *http.Request, secret []byte) (deliv
 			Head struct {
 				SHA string `json:"sha"`
 			} `json:"head"`
+			UpdatedAt time.Time `json:"updated_at"`
 		} `json:"pull_request"`
 		Repository struct {
 			FullName string `json:"full_name"`
@@ -108,16 +141,33 @@ func readDelivery(rw http.ResponseWriter, r *http.Request, secret []byte) (deliv
 		return delivery{}, http.StatusBadRequest, errors.New("body is no pull_request payload")
 	}
 	d := delivery{
-		id:     r.Header.Get("X-GitHub-Delivery"),
-		repo:   payload.Repository.FullName,
-		pr:     payload.Number,
-		action: payload.Action,
-		head:   payload.PullRequest.Head.SHA,
+		id:      r.Header.Get("X-GitHub-Delivery"),
+		repo:    payload.Repository.FullName,
+		pr:      payload.Number,
+		action:  payload.Action,
+		head:    payload.PullRequest.Head.SHA,
+		updated: payload.PullRequest.UpdatedAt,
 	}
-	if d.id == "" || d.repo == "" || d.pr == 0 || d.head == "" {
-		return delivery{}, http.StatusBadRequest, errors.New("delivery id, repository, number or head commit is missing")
+	if d.id == "" || d.repo == "" || d.pr == 0 || d.head == "" || d.updated.Unix() <= 0 {
+		return delivery{}, http.StatusBadRequest, errors.New("delivery id, repository, number, head commit or updated_at is missing")
 	}
 	return d, 0, nil
+}
+
+// newOpsHandler serves GET /locks: who holds and who waits, in the whole database. It is not for the address that
+// GitHub reaches, because it knows no secret.
+func newOpsHandler(list func(context.Context) ([]locker.Holder, error)) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /locks", func(rw http.ResponseWriter, r *http.Request) {
+		holders, err := list(r.Context())
+		if err != nil {
+			http.Error(rw, err.Error(), http.StatusInternalServerError) // errors of the library hold no password
+			return
+		}
+		rw.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(rw).Encode(append([]locker.Holder{}, holders...)) // [] rather than null; a reader that is gone needs no error
+	})
+	return mux
 }
 
 const signaturePrefix = "sha256="

@@ -22,6 +22,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/preemptable/locker"
+	"github.com/preemptable/locker/internal/pgserver"
 )
 
 const testSecret = "It's a Secret to Everybody"
@@ -38,6 +39,7 @@ type event struct {
 	Token    int64     `json:"token"`
 	Reason   string    `json:"reason"`
 	Addr     string    `json:"addr"`
+	Ops      string    `json:"ops"`
 }
 
 // eventLog collects the events that are written to it.
@@ -112,6 +114,15 @@ func recorded(t testing.TB, action string) []byte {
 	return body
 }
 
+// push answers a recorded push as if it had been made just now; in a bubble that is a moment of the bubble's.
+func push(t testing.TB) []byte {
+	t.Helper()
+	const then = `"updated_at": "2019-05-15T15:20:33Z"`
+	body := recorded(t, "synchronize")
+	require.Equal(t, 1, bytes.Count(body, []byte(then)))
+	return bytes.Replace(body, []byte(then), []byte(`"updated_at": "`+time.Now().UTC().Format(time.RFC3339)+`"`), 1)
+}
+
 // signed answers a request as GitHub sends it.
 func signed(id string, body []byte) *http.Request {
 	r := httptest.NewRequest(http.MethodPost, "/webhook", bytes.NewReader(body))
@@ -154,7 +165,7 @@ func TestSignature(t *testing.T) {
 }
 
 func TestHandler(t *testing.T) {
-	const minimal = `{"action":"opened","number":7,"pull_request":{"head":{"sha":"ec26c3e57ca3"}},"repository":{"full_name":"o/r"}}`
+	const minimal = `{"action":"opened","number":7,"pull_request":{"head":{"sha":"ec26c3e57ca3"},"updated_at":"2019-05-15T15:20:33Z"},"repository":{"full_name":"o/r"}}`
 	without := func(header string) func(*http.Request) {
 		return func(r *http.Request) { r.Header.Del(header) }
 	}
@@ -188,6 +199,9 @@ func TestHandler(t *testing.T) {
 		"number missing":           {strings.Replace(minimal, `"number"`, `"other"`, 1), same, 400, false},
 		"repository missing":       {strings.Replace(minimal, `"full_name"`, `"other"`, 1), same, 400, false},
 		"head missing":             {strings.Replace(minimal, `"sha"`, `"other"`, 1), same, 400, false},
+		"updated_at missing":       {strings.Replace(minimal, `"updated_at"`, `"other"`, 1), same, 400, false},
+		"updated_at no time":       {strings.Replace(minimal, "2019-05-15T", "yesterday ", 1), same, 400, false},
+		"updated_at before 1970":   {strings.Replace(minimal, "2019", "1969", 1), same, 400, false},
 		"delivery id missing":      {minimal, without("X-GitHub-Delivery"), 400, false},
 		"method GET":               {"", func(r *http.Request) { r.Method = http.MethodGet }, 405, false},
 		"method PUT":               {minimal, func(r *http.Request) { r.Method = http.MethodPut }, 405, false},
@@ -236,10 +250,10 @@ func TestNewerPushWins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)
 		h := newHandler([]byte(testSecret), w)
-		require.Equal(t, 202, statusOf(h, signed("first000-1", recorded(t, "synchronize"))))
+		require.Equal(t, 202, statusOf(h, signed("first000-1", push(t))))
 		synctest.Wait() // it works
 		time.Sleep(2500 * time.Millisecond)
-		require.Equal(t, 202, statusOf(h, signed("second00-2", recorded(t, "synchronize"))))
+		require.Equal(t, 202, statusOf(h, signed("second00-2", push(t))))
 		require.NoError(t, w.wait(t.Context()))
 
 		require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, events.of("first000-1"))
@@ -257,7 +271,7 @@ func TestWaitingPushLeaves(t *testing.T) {
 		w, events := testWorker(t)
 		h := newHandler([]byte(testSecret), w)
 		for _, id := range []string{"first000", "second00", "third000"} {
-			require.Equal(t, 202, statusOf(h, signed(id, recorded(t, "synchronize"))))
+			require.Equal(t, 202, statusOf(h, signed(id, push(t))))
 			synctest.Wait()
 		}
 		require.Equal(t, []string{"received", "left"}, events.of("second00"))
@@ -274,7 +288,7 @@ func TestOverrun(t *testing.T) {
 		require.NoError(t, err)
 		w, events := testWorkerOn(t, provider)
 		for _, id := range []string{"first000", "second00"} {
-			require.True(t, w.accept(delivery{id: id, repo: "o/r", pr: 1, action: "opened", head: "ec26c3e57ca3"}))
+			require.True(t, w.accept(delivery{id: id, repo: "o/r", pr: 1, action: "opened", head: "ec26c3e57ca3", updated: time.Now()}))
 			synctest.Wait()
 		}
 		require.NoError(t, w.wait(t.Context()))
@@ -303,10 +317,11 @@ func TestBurst(t *testing.T) {
 		require.NoError(t, err)
 		t.Cleanup(func() { require.NoError(t, closeProvider(provider)) })
 		w, events := testWorkerOn(t, &unfairProvider{LockProvider: provider})
+		begin := time.Now().Truncate(time.Second)
 		for push := range pushes {
 			for pr := range pulls {
 				require.True(t, w.accept(delivery{
-					id: fmt.Sprintf("%d-%d", pr, push), repo: "o/r", pr: uint(pr + 1), action: "synchronize", head: "ec26c3e57ca3",
+					id: fmt.Sprintf("%d-%d", pr, push), repo: "o/r", pr: uint(pr + 1), action: "synchronize", head: "ec26c3e57ca3", updated: begin,
 				}))
 			}
 		}
@@ -317,7 +332,6 @@ func TestBurst(t *testing.T) {
 			}
 			require.Equal(t, []string{"received", "started", "finished"}, events.of(fmt.Sprintf("%d-%d", pr, pushes-1)))
 		}
-		require.Empty(t, w.order.last, "turns are forgotten once they have been passed on")
 	})
 }
 
@@ -335,7 +349,7 @@ func (p *failingProvider) LockKey(ctx context.Context, repo string, pr uint) (in
 }
 
 // A delivery whose claim cannot be announced says so, and does not hold up the ones behind it.
-func TestFailedClaimPassesTurn(t *testing.T) {
+func TestFailedClaim(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		provider, err := locker.NewLockProvider(locker.FakeLockProviderKind)
 		require.NoError(t, err)
@@ -344,7 +358,8 @@ func TestFailedClaimPassesTurn(t *testing.T) {
 		failing.failures.Store(2)
 		w, events := testWorkerOn(t, failing)
 		for i := range 3 {
-			require.True(t, w.accept(delivery{id: fmt.Sprint(i), repo: "o/r", pr: 1, action: "opened", head: "ec26c3e57ca3"}))
+			require.True(t, w.accept(delivery{id: fmt.Sprint(i), repo: "o/r", pr: 1, action: "opened", head: "ec26c3e57ca3", updated: time.Now()}))
+			synctest.Wait()
 		}
 		require.NoError(t, w.wait(t.Context()))
 		require.Equal(t, []string{"received", "failed"}, events.of("0"))
@@ -354,58 +369,264 @@ func TestFailedClaimPassesTurn(t *testing.T) {
 	})
 }
 
+// running is the whole service, reached over real connections.
+type running struct {
+	t        *testing.T
+	url, ops string
+	events   *eventLog
+	shutdown context.CancelFunc
+	ended    chan error
+}
+
+func startService(t *testing.T, env map[string]string, args ...string) *running {
+	t.Helper()
+	ctx, shutdown := context.WithCancel(t.Context())
+	t.Cleanup(shutdown)
+	s := &running{t: t, events: &eventLog{seen: make(chan event, 100)}, shutdown: shutdown, ended: make(chan error, 1)}
+	getenv := func(key string) string {
+		if key == "WEBHOOK_SECRET" {
+			return testSecret
+		}
+		return env[key]
+	}
+	go func() {
+		s.ended <- run(ctx, append([]string{"-addr", "127.0.0.1:0"}, args...), getenv, s.events, io.Discard)
+	}()
+	up := s.next()
+	s.url, s.ops = "http://"+up.Addr, "http://"+up.Ops
+	return s
+}
+
+// next answers the next event.
+func (s *running) next() event {
+	s.t.Helper()
+	select {
+	case e := <-s.events.seen:
+		return e
+	case err := <-s.ended:
+		require.FailNow(s.t, "the service ended", "%v", err)
+	case <-time.After(30 * time.Second):
+		require.FailNow(s.t, "nothing happens")
+	}
+	return event{}
+}
+
+// post delivers what is to be accepted.
+func (s *running) post(id string, body []byte) {
+	s.t.Helper()
+	r := signed(id, body)
+	r.RequestURI = ""
+	var err error
+	r.URL, err = r.URL.Parse(s.url + "/webhook")
+	require.NoError(s.t, err)
+	res, err := http.DefaultClient.Do(r)
+	require.NoError(s.t, err)
+	require.NoError(s.t, res.Body.Close())
+	require.Equal(s.t, http.StatusAccepted, res.StatusCode)
+}
+
+func (s *running) get(url string) (status int, body []byte) {
+	s.t.Helper()
+	res, err := http.Get(url)
+	require.NoError(s.t, err)
+	defer res.Body.Close()
+	body, err = io.ReadAll(res.Body)
+	require.NoError(s.t, err)
+	return res.StatusCode, body
+}
+
+// end shuts the service down and waits until it has ended well.
+func (s *running) end() {
+	s.t.Helper()
+	s.shutdown()
+	select {
+	case err := <-s.ended:
+		require.NoError(s.t, err)
+	case <-time.After(30 * time.Second):
+		require.FailNow(s.t, "the service does not end")
+	}
+}
+
 // The whole service over a real connection: it ends what runs and what waits, says why, and returns without an
 // error.
 func TestGracefulShutdown(t *testing.T) {
-	ctx, shutdown := context.WithCancel(t.Context())
-	defer shutdown()
-	events := &eventLog{seen: make(chan event, 100)}
-	getenv := func(key string) string { return map[string]string{"WEBHOOK_SECRET": testSecret}[key] }
-	ended := make(chan error, 1)
-	go func() {
-		ended <- run(ctx, []string{"-addr", "127.0.0.1:0", "-work", "1h", "-wind-down", "1ms"}, getenv, events, io.Discard)
-	}()
-	next := func() event {
-		t.Helper()
-		select {
-		case e := <-events.seen:
-			return e
-		case err := <-ended:
-			require.FailNow(t, "the service ended", "%v", err)
-		case <-time.After(30 * time.Second):
-			require.FailNow(t, "nothing happens")
-		}
-		return event{}
-	}
-
-	url := "http://" + next().Addr
-	res, err := http.Get(url + "/healthz")
-	require.NoError(t, err)
-	require.NoError(t, res.Body.Close())
-	require.Equal(t, http.StatusOK, res.StatusCode)
-
-	r := signed("72d3162e", recorded(t, "opened"))
-	r.RequestURI = ""
-	r.URL, err = r.URL.Parse(url + "/webhook")
-	require.NoError(t, err)
-	res, err = http.DefaultClient.Do(r)
-	require.NoError(t, err)
-	require.NoError(t, res.Body.Close())
-	require.Equal(t, http.StatusAccepted, res.StatusCode)
-	require.Equal(t, "received", next().Kind)
-	require.Equal(t, "started", next().Kind)
-
-	shutdown()
-	select {
-	case err := <-ended:
-		require.NoError(t, err)
-	case <-time.After(30 * time.Second):
-		require.FailNow(t, "the service does not end")
-	}
-	require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, events.of("72d3162e"))
-	require.NotEmpty(t, events.find("72d3162e", "told to stop").Reason)
-	_, err = http.Get(url + "/healthz")
+	s := startService(t, nil, "-work", "1h", "-wind-down", "1ms")
+	status, _ := s.get(s.url + "/healthz")
+	require.Equal(t, http.StatusOK, status)
+	s.post("72d3162e", recorded(t, "opened"))
+	require.Equal(t, "received", s.next().Kind)
+	require.Equal(t, "started", s.next().Kind)
+	s.end()
+	require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, s.events.of("72d3162e"))
+	require.NotEmpty(t, s.events.find("72d3162e", "told to stop").Reason)
+	_, err := http.Get(s.url + "/healthz")
 	require.Error(t, err, "it still listens")
+}
+
+// Recorded deliveries, byte for byte, over real connections: GitHub delivers the push once more after the pull
+// request was closed. It must not bring the environment back.
+func TestLateDelivery(t *testing.T) {
+	const opened, pushed, closed = "72d3162e-cc78-11e3-81ab-4c9367dc0958", "72d31630-cc78-11e3-81ab-4c9367dc0958", "72d31640-cc78-11e3-81ab-4c9367dc0958"
+	s := startService(t, nil, "-work", "1ms")
+	for _, d := range []struct{ id, action string }{{opened, "opened"}, {pushed, "synchronize"}, {closed, "closed"}} {
+		s.post(d.id, recorded(t, d.action))
+		for s.next().Kind != "finished" {
+		}
+	}
+	s.post(pushed, recorded(t, "synchronize"))
+	require.Equal(t, "received", s.next().Kind)
+	away := s.next()
+	require.Equal(t, "turned away", away.Kind)
+	require.Equal(t, pushed, away.Delivery)
+	require.Contains(t, away.Reason, "closed ec26c3e delivery 72d31640", "it says what came before it")
+	s.end()
+	require.Equal(t, []string{"received", "started", "finished", "received", "turned away"}, s.events.of(pushed))
+}
+
+// While one closes the environment a late push arrives: whoever works is not disturbed.
+func TestLateDeliveryDisturbsNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, events := testWorker(t)
+		h := newHandler([]byte(testSecret), w)
+		require.Equal(t, 202, statusOf(h, signed("72d31640-cc78-11e3-81ab-4c9367dc0958", recorded(t, "closed"))))
+		synctest.Wait()
+		require.Equal(t, 202, statusOf(h, signed("72d31630-cc78-11e3-81ab-4c9367dc0958", recorded(t, "synchronize"))))
+		require.NoError(t, w.wait(t.Context()))
+		require.Equal(t, []string{"received", "started", "finished"}, events.of("72d31640-cc78-11e3-81ab-4c9367dc0958"))
+		require.Equal(t, []string{"received", "turned away"}, events.of("72d31630-cc78-11e3-81ab-4c9367dc0958"))
+	})
+}
+
+// A redelivery of what is at work is turned away, at whichever replica it arrives; once the work is over it is
+// how one tries again.
+func TestRedelivery(t *testing.T) {
+	const id = "72d3162e-cc78-11e3-81ab-4c9367dc0958"
+	synctest.Test(t, func(t *testing.T) {
+		provider, err := locker.NewLockProvider(locker.FakeLockProviderKind)
+		require.NoError(t, err)
+		one, events := testWorkerOn(t, provider)
+		two, others := testWorkerOn(t, provider)
+		require.Equal(t, 202, statusOf(newHandler([]byte(testSecret), one), signed(id, recorded(t, "synchronize"))))
+		synctest.Wait()
+		for _, w := range []*worker{one, two} {
+			require.Equal(t, 202, statusOf(newHandler([]byte(testSecret), w), signed(id, recorded(t, "synchronize"))))
+			synctest.Wait()
+		}
+		require.NoError(t, one.wait(t.Context()))
+		require.Equal(t, []string{"received", "started", "received", "turned away", "finished"}, events.of(id))
+		require.Equal(t, []string{"received", "turned away"}, others.of(id))
+
+		require.Equal(t, 202, statusOf(newHandler([]byte(testSecret), two), signed(id, recorded(t, "synchronize"))))
+		require.NoError(t, two.wait(t.Context()))
+		require.Equal(t, []string{"received", "turned away", "received", "started", "finished"}, others.of(id))
+	})
+}
+
+// Two pushes within one second of GitHub's clock: the newer one wins by the time in its id, in whatever order they
+// arrive; with ids that hold no time, the later to arrive wins.
+func TestTwoPushesInOneSecond(t *testing.T) {
+	for name, tc := range map[string]struct{ arriveFirst, arriveLast, wins string }{
+		"in order":     {"72d3162e-cc78-11e3-81ab-4c9367dc0958", "72d3172e-cc78-11e3-81ab-4c9367dc0958", "72d3172e-cc78-11e3-81ab-4c9367dc0958"},
+		"out of order": {"72d3172e-cc78-11e3-81ab-4c9367dc0958", "72d3162e-cc78-11e3-81ab-4c9367dc0958", "72d3172e-cc78-11e3-81ab-4c9367dc0958"},
+		"random ids":   {"be0cd3f7-64c6-4f35-9d9e-1f4d0d2d2a11", "0f7c2b54-1d9f-4c3e-8d6c-7b0f2f2f9c01", "0f7c2b54-1d9f-4c3e-8d6c-7b0f2f2f9c01"},
+		"no UUIDs":     {"second", "first", "first"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				time.Sleep(time.Until(time.Date(2014, 4, 25, 12, 52, 24, 600e6, time.UTC))) // 20 ms after the ids were made
+				w, events := testWorker(t)
+				h := newHandler([]byte(testSecret), w)
+				for _, id := range []string{tc.arriveFirst, tc.arriveLast} {
+					require.Equal(t, 202, statusOf(h, signed(id, push(t))))
+					synctest.Wait()
+				}
+				require.NoError(t, w.wait(t.Context()))
+				loser := tc.arriveFirst
+				if tc.wins == loser {
+					loser = tc.arriveLast
+				}
+				require.Contains(t, events.of(tc.wins), "finished")
+				require.NotContains(t, events.of(loser), "finished")
+			})
+		})
+	}
+}
+
+func TestOrder(t *testing.T) {
+	second := time.Date(2021, 5, 12, 20, 33, 43, 0, time.UTC)
+	order := func(id string, updated, arrived time.Time) int64 {
+		return delivery{id: id, updated: updated, arrived: arrived}.order()
+	}
+	// An example of GitHub's documentation, which says that it was delivered at 20:33:44.
+	const made = "58474f00-b361-11eb-836d-0e4f3503ccbe"
+	base := second.Unix() * 1_000_000_000
+	require.Equal(t, base+920_000, order(made, second, second.Add(time.Hour)), "the arrival does not count")
+	require.Equal(t, order(made, second, second), order(made, second, second.Add(72*time.Hour)), "a redelivery has the same order")
+	require.Equal(t, base+2_000_000, order("x", second, second.Add(2*time.Second)), "without a time in the id the arrival counts")
+	require.Equal(t, base, order("x", second, second.Add(-time.Second)), "a clock that is behind")
+	require.Equal(t, base+999_999_999, order("x", second, second.AddDate(7, 0, 0)), "long after")
+	require.Less(t, order("x", second, second.AddDate(7, 0, 0)), order("x", second.Add(time.Second), second), "the second counts first")
+}
+
+func TestLocks(t *testing.T) {
+	held := []locker.Holder{{Key: 7, Repo: "o/r", PullRequest: 1, Event: "opened", Alive: true, Token: 42}}
+	for name, tc := range map[string]struct {
+		holders []locker.Holder
+		err     error
+		status  int
+		want    string
+	}{
+		"some":    {held, nil, 200, `"Repo":"o/r"`},
+		"nobody":  {nil, nil, 200, "[]"},
+		"failing": {nil, errors.New("no connection"), 500, "no connection"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rec := httptest.NewRecorder()
+			newOpsHandler(func(context.Context) ([]locker.Holder, error) { return tc.holders, tc.err }).
+				ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/locks", nil))
+			require.Equal(t, tc.status, rec.Code)
+			require.Contains(t, rec.Body.String(), tc.want)
+		})
+	}
+}
+
+// On PostgreSQL: the same late delivery, and what operators see while a job runs.
+func TestPostgres(t *testing.T) {
+	instance, err := pgserver.Shared(t.Context())
+	if errors.Is(err, pgserver.ErrNoBinaries) {
+		t.Skip(err)
+	}
+	require.NoError(t, err)
+	defer instance.Close()
+	uri, drop, err := instance.NewDatabase(t.Context())
+	require.NoError(t, err)
+	defer drop()
+
+	const pushed, closed = "72d31630-cc78-11e3-81ab-4c9367dc0958", "72d31640-cc78-11e3-81ab-4c9367dc0958"
+	s := startService(t, map[string]string{"WEBHOOK_POSTGRES_URI": uri}, "-work", "1h", "-wind-down", "1ms", "-ops", "127.0.0.1:0")
+	s.post(closed, recorded(t, "closed"))
+	for s.next().Kind != "started" {
+	}
+	s.post(pushed, recorded(t, "synchronize"))
+	for s.next().Kind != "turned away" {
+	}
+	status, body := s.get(s.ops + "/locks")
+	require.Equal(t, http.StatusOK, status)
+	var holders []locker.Holder
+	require.NoError(t, json.Unmarshal(body, &holders))
+	require.Len(t, holders, 1)
+	require.Equal(t, "Codertocat/Hello-World", holders[0].Repo)
+	require.EqualValues(t, 2, holders[0].PullRequest)
+	require.Equal(t, "closed ec26c3e delivery 72d31640", holders[0].Event)
+	require.Equal(t, os.Getpid(), holders[0].PID)
+	require.True(t, holders[0].Alive)
+	require.False(t, holders[0].Waiting, "who was turned away does not wait")
+	status, _ = s.get(s.url + "/locks")
+	require.Equal(t, http.StatusNotFound, status, "not for GitHub's address")
+	s.end()
+	_, err = http.Get(s.ops + "/locks")
+	require.Error(t, err, "it still listens")
+	require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, s.events.of(closed))
 }
 
 // Once shutdown has begun a delivery is refused, so that GitHub shows it as failed, and what waits leaves.
@@ -415,11 +636,11 @@ func TestStoppedWorker(t *testing.T) {
 		h := newHandler([]byte(testSecret), w)
 		require.Equal(t, 200, statusOf(h, httptest.NewRequest(http.MethodGet, "/healthz", nil)))
 		for _, id := range []string{"first000", "second00"} {
-			require.Equal(t, 202, statusOf(h, signed(id, recorded(t, "opened"))))
+			require.Equal(t, 202, statusOf(h, signed(id, push(t))))
 			synctest.Wait()
 		}
 		w.stop()
-		require.Equal(t, 503, statusOf(h, signed("third000", recorded(t, "opened"))))
+		require.Equal(t, 503, statusOf(h, signed("third000", push(t))))
 		require.Equal(t, 503, statusOf(h, httptest.NewRequest(http.MethodGet, "/healthz", nil)))
 		require.NoError(t, w.wait(t.Context()))
 		require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, events.of("first000"))
@@ -432,7 +653,7 @@ func TestStoppedWorker(t *testing.T) {
 func TestWaitHasDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, _ := testWorker(t)
-		require.True(t, w.accept(delivery{id: "1", repo: "o/r", pr: 1, action: "opened", head: "ec26c3e57ca3"}))
+		require.True(t, w.accept(delivery{id: "1", repo: "o/r", pr: 1, action: "opened", head: "ec26c3e57ca3", updated: time.Now()}))
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		require.ErrorIs(t, w.wait(ctx), context.DeadlineExceeded)
@@ -455,6 +676,9 @@ func TestConfig(t *testing.T) {
 		_, err = parseConfig(args, env, io.Discard)
 		require.Error(t, err, args)
 	}
+	inMemory := func(key string) string { return map[string]string{"WEBHOOK_SECRET": testSecret}[key] }
+	_, err = parseConfig([]string{"-ops", "127.0.0.1:0"}, inMemory, io.Discard)
+	require.ErrorContains(t, err, "-ops needs PostgreSQL")
 
 	var help bytes.Buffer
 	_, err = parseConfig([]string{"-help"}, env, &help)

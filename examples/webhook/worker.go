@@ -31,16 +31,16 @@ type worker struct {
 
 	ctx     context.Context // of all jobs; ends at shutdown
 	cancel  context.CancelCauseFunc
-	order   claimOrder
 	running sync.WaitGroup
 
-	mu     sync.Mutex // guards closed, and makes "received" events follow the order of the claims
-	closed bool
+	mu      sync.Mutex // guards everything below, and makes "received" events follow the order of arrival
+	closed  bool
+	arrival time.Time // of the last delivery
 }
 
 func newWorker(provider locker.LockProvider, duration, windDown time.Duration, events *slog.Logger) (*worker, error) {
 	w := &worker{duration: duration, windDown: windDown, events: events}
-	newLocker, err := locker.NewPreemptiveLockerFactory(turnProvider{provider})
+	newLocker, err := locker.NewPreemptiveLockerFactory(provider)
 	if err != nil {
 		return nil, err
 	}
@@ -58,20 +58,21 @@ func (w *worker) accept(d delivery) bool {
 	if w.closed {
 		return false
 	}
+	d.arrived = time.Now()
+	if next := w.arrival.Add(time.Microsecond); d.arrived.Before(next) { // no two within what an order can tell apart
+		d.arrived = next
+	}
+	w.arrival = d.arrived
 	log.Info("received")
-	turn := w.order.join(d.repo, d.pr)
-	w.running.Go(func() { w.run(d, turn, log) })
+	w.running.Go(func() { w.run(d, log) })
 	return true
 }
 
 // run claims the pull request's lock, works while it is held, and tells how it went.
-func (w *worker) run(d delivery, turn *turn, log *slog.Logger) {
-	defer turn.pass()
-	turn.wait()
-
+func (w *worker) run(d delivery, log *slog.Logger) {
 	started := false
-	lock := w.newLocker(d.repo, d.pr, d.event())
-	err := lock.Do(turn.context(w.ctx), func(ctx context.Context) error {
+	lock := w.newLocker(d.repo, d.pr, d.event()).Order(d.order())
+	err := lock.Do(w.ctx, func(ctx context.Context) error {
 		started = true
 		// A real job hands the token to whatever it changes, so that a write by a holder that was cut off and
 		// does not know it yet can be refused there.
@@ -85,6 +86,9 @@ func (w *worker) run(d delivery, turn *turn, log *slog.Logger) {
 		log.Error("failed", "reason", err.Error())
 	case started && (errors.Is(err, locker.ErrLockPreempted) || w.ctx.Err() != nil):
 		// The work itself has said that it was told to stop, and why.
+	case errors.Is(err, locker.ErrClaimOutdated):
+		// A newer delivery was here before, or this one is a redelivery of what is at work. Nobody was disturbed.
+		log.Info("turned away", "reason", err.Error())
 	case !started && errors.Is(err, locker.ErrLockPreempted):
 		log.Info("left", "reason", err.Error())
 	case !started && w.ctx.Err() != nil:

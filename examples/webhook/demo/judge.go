@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -20,6 +21,9 @@ type Event struct {
 	Token    int64     `json:"token"`
 	Reason   string    `json:"reason"`
 	Addr     string    `json:"addr"`
+	Ops      string    `json:"ops"`
+
+	Table []string `json:"-"` // of locks
 }
 
 // What a service says. It says started, and then stopped or finished, while it holds the lock.
@@ -32,12 +36,15 @@ const (
 	stopped      = "stopped"
 	finished     = "finished"
 	left         = "left"
+	turnedAway   = "turned away"
 	failed       = "failed"
 )
 
 // What the driver adds.
 const (
 	sent   = "sent"   // it sends a delivery
+	resent = "resent" // it sends one once more, with the same id
+	locks  = "locks"  // it has asked a service who holds and who waits
 	killed = "killed" // it ended a service by SIGKILL; the process is gone
 	exited = "exited" // a service has ended otherwise; Reason is empty if it was asked to and ended well
 )
@@ -49,21 +56,23 @@ const lockDelay = 10 * time.Second
 type pull struct {
 	repo     string
 	pr       uint
-	newest   Event            // the newest delivery that was sent
-	place    map[string]int   // of each delivery in the order of sending, from 1
-	open     map[string]Event // deliveries of which nothing final has been heard
-	running  []Event          // jobs that have started and not ended
-	latest   Event            // the job that started last
-	orphaned time.Time        // when the holder was killed, until somebody takes over
+	newest   Event           // the newest delivery that was sent
+	place    map[string]int  // of each delivery in the order of sending for the first time, from 1
+	again    map[string]bool // deliveries that were sent once more
+	open     []Event         // what was sent and has not come to an end
+	running  []Event         // jobs that have started and not ended
+	latest   Event           // the job that started last
+	orphaned time.Time       // when the holder was killed, until somebody takes over
 
-	ran, stopped, left, finished, killed, overlaps int
-	newestFinished                                 bool
+	deliveries, ran, stopped, left, turnedAway, finished, killed, overlaps int
+	newestFinished                                                         bool
 }
 
 // judge says whether the events tell of a service that kept its promises. On each pull request: never two jobs
-// at once, tokens that grow, no older job after a newer one, no successor too early after a death, every
-// delivery accounted for, and the newest finished. And each process ended well. It answers what it saw of each
-// pull request, and one sentence for each broken promise.
+// at once, tokens that grow, no older job after a newer one, nobody turned away but by a newer delivery or because
+// it was sent once more, nobody disturbed by his own redelivery, no successor too early after a death, everything
+// that was sent accounted for, and the newest finished. And each process ended well. It answers what it saw of
+// each pull request, and one sentence for each broken promise.
 func judge(events []Event) (pulls []*pull, faults []string) {
 	events = slices.Clone(events)
 	slices.SortStableFunc(events, func(a, b Event) int { return a.Time.Compare(b.Time) })
@@ -96,7 +105,7 @@ func judge(events []Event) (pulls []*pull, faults []string) {
 			i := slices.IndexFunc(pulls, func(p *pull) bool { return p.repo == e.Repo && p.pr == e.PR })
 			if i < 0 {
 				i = len(pulls)
-				pulls = append(pulls, &pull{repo: e.Repo, pr: e.PR, place: make(map[string]int), open: make(map[string]Event)})
+				pulls = append(pulls, &pull{repo: e.Repo, pr: e.PR, place: make(map[string]int), again: make(map[string]bool)})
 			}
 			for _, broken := range pulls[i].see(e) {
 				fault(e, "#%d: %s", e.PR, broken)
@@ -108,10 +117,10 @@ func judge(events []Event) (pulls []*pull, faults []string) {
 	for _, p := range pulls {
 		for _, e := range p.running {
 			fault(e, "#%d: %s started and never ended", p.pr, e.Event)
-			delete(p.open, e.Delivery)
+			p.settle(e)
 		}
-		for _, id := range slices.Sorted(maps.Keys(p.open)) {
-			fault(p.open[id], "#%d: nothing was heard of %s", p.pr, p.open[id].Event)
+		for _, e := range p.open {
+			fault(e, "#%d: nothing was heard of %s", p.pr, e.Event)
 		}
 		if !p.newestFinished {
 			fault(p.newest, "#%d: the newest delivery, %s, did not finish", p.pr, p.newest.Event)
@@ -130,10 +139,16 @@ func judge(events []Event) (pulls []*pull, faults []string) {
 func (p *pull) see(e Event) (broken []string) {
 	complain := func(format string, args ...any) { broken = append(broken, fmt.Sprintf(format, args...)) }
 
-	if e.Kind == sent {
+	switch e.Kind {
+	case sent:
 		p.place[e.Delivery] = len(p.place) + 1
-		p.open[e.Delivery] = e
 		p.newest, p.newestFinished = e, false
+	case resent:
+		p.again[e.Delivery] = true
+	}
+	if e.Kind == sent || e.Kind == resent {
+		p.deliveries++
+		p.open = append(p.open, e)
 		return nil
 	}
 	if p.place[e.Delivery] == 0 {
@@ -169,7 +184,7 @@ func (p *pull) see(e Event) (broken []string) {
 			complain("%s started with token %d and ended with %d", e.Event, p.running[i].Token, e.Token)
 		}
 		p.running = slices.Delete(p.running, i, i+1)
-		delete(p.open, e.Delivery)
+		p.settle(e)
 		if e.Kind == stopped {
 			p.stopped++
 			break
@@ -179,14 +194,33 @@ func (p *pull) see(e Event) (broken []string) {
 			p.newestFinished = true
 		}
 
-	case left:
-		p.left++
-		delete(p.open, e.Delivery)
+	case toldToStop, left:
+		if strings.Contains(e.Reason, fmt.Sprintf("newer claim %q", e.Event)) {
+			complain("%s was disturbed by its own redelivery", e.Event)
+		}
+		if e.Kind == left {
+			p.left++
+			p.settle(e)
+		}
+	case turnedAway:
+		p.turnedAway++
+		if p.newest.Delivery == e.Delivery && !p.again[e.Delivery] {
+			complain("%s was turned away, though nothing newer had been sent", e.Event)
+		}
+		p.settle(e)
 	case failed:
 		complain("%s failed: %s", e.Event, e.Reason)
-		delete(p.open, e.Delivery)
+		p.settle(e)
 	}
 	return broken
+}
+
+// settle notes the end of something that was sent.
+func (p *pull) settle(e Event) {
+	i := slices.IndexFunc(p.open, func(s Event) bool { return s.Delivery == e.Delivery && s.Replica == e.Replica })
+	if i >= 0 {
+		p.open = slices.Delete(p.open, i, i+1)
+	}
 }
 
 // lose forgets what a killed service ran and what it had accepted.
@@ -199,5 +233,5 @@ func (p *pull) lose(e Event) {
 		p.orphaned = e.Time
 		return true
 	})
-	maps.DeleteFunc(p.open, func(_ string, s Event) bool { return s.Replica == e.Replica })
+	p.open = slices.DeleteFunc(p.open, func(s Event) bool { return s.Replica == e.Replica })
 }

@@ -10,7 +10,7 @@ import (
 )
 
 // tell makes a history of lines such as "1.5 one #7 started b 2": seconds, replica, pull request, kind,
-// delivery, token. In a kind a hyphen stands for a space. "#0" is no pull request.
+// delivery, token, reason. In a kind a hyphen stands for a space. "#0" is no pull request.
 func tell(t *testing.T, lines string) []Event {
 	t.Helper()
 	var events []Event
@@ -32,12 +32,16 @@ func tell(t *testing.T, lines string) []Event {
 		if len(f) > 5 {
 			e.Token = int64(f[5][0] - '0')
 		}
+		if e.PR != 0 && len(f) > 6 {
+			e.Reason = strings.Join(f[6:], " ")
+		}
 		events = append(events, e)
 	}
 	return events
 }
 
-// Two pull requests on two services, with a job stopped, a waiter displaced, a service killed and a takeover.
+// Two pull requests on two services, with a job stopped, a waiter displaced, two redeliveries turned away, one of
+// them of a job that runs, a service killed and a takeover.
 const good = `
 	0    one #0 listening
 	0    two #0 listening
@@ -52,6 +56,10 @@ const good = `
 	2.3  two #7 left b
 	2.5  one #7 stopped a 1
 	2.6  one #7 started c 2
+	2.61 one #7 resent b
+	2.62 one #7 turned-away b
+	2.63 one #7 resent c
+	2.64 one #7 turned-away c
 	2.7  two #0 killed
 	2.8  one #8 sent y
 	4    one #7 finished c 2
@@ -68,10 +76,11 @@ func TestJudgeAcceptsGoodHistory(t *testing.T) {
 	require.Empty(t, faults)
 	require.Len(t, pulls, 2)
 	seven, eight := pulls[0], pulls[1]
-	require.Equal(t, []int{3, 2, 1, 1, 1, 0, 0},
-		[]int{len(seven.place), seven.ran, seven.stopped, seven.left, seven.finished, seven.killed, seven.overlaps})
-	require.Equal(t, []int{2, 2, 0, 0, 1, 1, 0},
-		[]int{len(eight.place), eight.ran, eight.stopped, eight.left, eight.finished, eight.killed, eight.overlaps})
+	counts := func(p *pull) []int {
+		return []int{p.deliveries, p.ran, p.stopped, p.left, p.turnedAway, p.finished, p.killed, p.overlaps}
+	}
+	require.Equal(t, []int{5, 2, 1, 1, 2, 1, 0, 0}, counts(seven))
+	require.Equal(t, []int{2, 2, 0, 0, 0, 1, 1, 0}, counts(eight))
 	require.True(t, seven.newestFinished)
 	require.True(t, eight.newestFinished)
 }
@@ -137,13 +146,44 @@ func TestJudgeIsLoud(t *testing.T) {
 			[]string{"12.8 one", "12.6 one"},
 			[]string{"#8: push y took over 9.9 s after a holder was killed; the lock delay is 10 s"},
 		},
+		"newest turned away": {
+			[]string{"2.2  one #7 sent c\n", "2.2 one #7 sent c\n2.24 one #7 sent d\n2.25 one #7 turned-away d\n"},
+			[]string{"#7: push d was turned away, though nothing newer had been sent", "#7: the newest delivery, push d, did not finish"},
+		},
+		"an older one turned away": {
+			[]string{"2.3  two #7 left b", "2.3  two #7 turned-away b"},
+			nil,
+		},
+		"a late redelivery runs": {
+			[]string{"2.62 one #7 turned-away b", "4.1 one #7 started b 3\n4.2 one #7 finished b 3"},
+			[]string{"#7: push b ran after the newer push c"},
+		},
+		"a redelivery of what runs does so too": {
+			[]string{"2.64 one #7 turned-away c", "2.64 one #7 started c 3\n4.2 one #7 finished c 3"},
+			[]string{"#7: two ran together: push c on one started while push c ran on one"},
+		},
+		"a delivery without an end, whose redelivery had one elsewhere": {
+			[]string{
+				"2    two #7 sent b", "2 one #7 sent b\n2.05 two #7 resent b\n2.06 two #7 turned-away b",
+				"2.3  two #7 left b", "", "2.61 one #7 resent b", "", "2.62 one #7 turned-away b", "",
+			},
+			[]string{"#7: nothing was heard of push b"},
+		},
+		"a redelivery of which nothing is heard": {
+			[]string{"2.64 one #7 turned-away c", ""},
+			[]string{"#7: nothing was heard of push c"},
+		},
+		"a job disturbed by its own redelivery": {
+			[]string{"2.64 one #7 turned-away c", "2.64 one #7 told-to-stop c 2 by the newer claim \"push c\"\n2.65 one #7 turned-away c"},
+			[]string{"#7: push c was disturbed by its own redelivery"},
+		},
 		"a job that failed": {
 			[]string{"2.3  two #7 left b", "2.3  two #7 failed b"},
 			[]string{"#7: push b failed"},
 		},
 		"a job that nobody asked for": {
 			[]string{"2    two #7 sent b", ""},
-			[]string{"#7: push b left, but nobody sent it"},
+			[]string{"#7: push b left, but nobody sent it", "#7: push b turned away, but nobody sent it"},
 		},
 		"a service that crashed": {
 			[]string{"16   one #0 exited", "16   one #0 exited exit status 2"},

@@ -69,6 +69,7 @@ func run(ctx context.Context, postgres bool, out *os.File) (err error) {
 		}
 		defer drop()
 		uri = database
+		fmt.Fprintf(out, "of tokens, which are as large as the clock in microseconds, the last %d digits are shown\n\n", tokenDigits)
 	}
 	return perform(ctx, out, cast{binary: binary, uri: uri, names: names, sender: deliveries}, play, limit)
 }
@@ -120,7 +121,7 @@ func perform(ctx context.Context, out *os.File, c cast, play func(context.Contex
 		faults = append(faults, "the story broke off: "+err.Error())
 	}
 	if len(faults) == 0 {
-		fmt.Fprintln(out, "\nEvery promise was kept: one at a time, the newest wins, tokens only grow, everybody ended well.")
+		fmt.Fprintln(out, "\nEvery promise was kept: one at a time, the newest wins, late ones disturb nobody, tokens only grow, everybody ended well.")
 		return nil
 	}
 	for _, service := range s.services {
@@ -136,13 +137,13 @@ func perform(ctx context.Context, out *os.File, c cast, play func(context.Contex
 }
 
 func printSummary(out io.Writer, pulls []*pull) {
-	fmt.Fprintf(out, "\n%-6s %10s %6s %8s %6s %6s %9s  %-6s %s\n", "PR", "deliveries", "ran", "stopped", "left", "died", "finished", "newest", "overlaps")
+	fmt.Fprintf(out, "\n%-6s %10s %6s %8s %6s %9s %6s %9s  %-6s %s\n", "PR", "deliveries", "ran", "stopped", "left", "too late", "died", "finished", "newest", "overlaps")
 	for _, p := range pulls {
 		newest := "NO"
 		if p.newestFinished {
 			newest = "yes"
 		}
-		fmt.Fprintf(out, "%-6s %10d %6d %8d %6d %6d %9d  %-6s %8d\n",
-			fmt.Sprintf("#%d", p.pr), len(p.place), p.ran, p.stopped, p.left, p.killed, p.finished, newest, p.overlaps)
+		fmt.Fprintf(out, "%-6s %10d %6d %8d %6d %9d %6d %9d  %-6s %8d\n",
+			fmt.Sprintf("#%d", p.pr), p.deliveries, p.ran, p.stopped, p.left, p.turnedAway, p.killed, p.finished, newest, p.overlaps)
 	}
 }

@@ -17,10 +17,12 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+
+	"github.com/preemptable/locker"
 )
 
-// sender sends deliveries as GitHub does: recorded ones, with the number and the head commit of another pull
-// request put in.
+// sender sends deliveries as GitHub does: recorded ones, as they are or with the number, the head commit and the
+// time of another pull request put in.
 type sender struct {
 	secret   string
 	recorded map[string][]byte // by action
@@ -48,9 +50,11 @@ type delivery struct {
 	id   string
 	repo string
 	pr   uint
+	head string
 	body []byte
 }
 
+// prepare makes a delivery about a pull request that GitHub has changed just now.
 func (s *sender) prepare(action string, pr uint, head string) (delivery, error) {
 	// Not a struct: everything else that GitHub sends shall stay in.
 	var payload map[string]any
@@ -61,17 +65,44 @@ func (s *sender) prepare(action string, pr uint, head string) (delivery, error) 
 	}
 	pull, _ := payload["pull_request"].(map[string]any)
 	headOfPull, _ := pull["head"].(map[string]any)
-	repository, _ := payload["repository"].(map[string]any)
-	repo, _ := repository["full_name"].(string)
-	if headOfPull == nil || repo == "" {
-		return delivery{}, fmt.Errorf("recorded delivery %q has no head or no repository", action)
+	if headOfPull == nil {
+		return delivery{}, fmt.Errorf("recorded delivery %q has no head", action)
 	}
 	payload["number"], pull["number"], headOfPull["sha"] = pr, pr, head
+	pull["updated_at"] = time.Now().UTC().Format(time.RFC3339) // no more than a second, as GitHub's
 	if _, ok := payload["after"]; ok {
 		payload["after"] = head
 	}
 	body, err := json.Marshal(payload)
-	return delivery{id: uuid.NewString(), repo: repo, pr: pr, body: body}, err
+	if err != nil {
+		return delivery{}, err
+	}
+	return newDelivery(body)
+}
+
+// asRecorded makes a delivery of a recorded payload, byte for byte.
+func (s *sender) asRecorded(action string) (delivery, error) { return newDelivery(s.recorded[action]) }
+
+// newDelivery gives a payload an id of the kind that GitHub's have: a UUID with the time in it.
+func newDelivery(body []byte) (delivery, error) {
+	var payload struct {
+		Number      uint `json:"number"`
+		PullRequest struct {
+			Head struct {
+				SHA string `json:"sha"`
+			} `json:"head"`
+		} `json:"pull_request"`
+		Repository struct {
+			FullName string `json:"full_name"`
+		} `json:"repository"`
+	}
+	if err := json.Unmarshal(body, &payload); err != nil {
+		return delivery{}, err
+	}
+	id, err := uuid.NewUUID()
+	return delivery{
+		id: id.String(), repo: payload.Repository.FullName, pr: payload.Number, head: payload.PullRequest.Head.SHA, body: body,
+	}, err
 }
 
 // post sends a delivery, signed, and returns once the service has accepted it.
@@ -95,6 +126,24 @@ func (s *sender) post(ctx context.Context, url string, d delivery) error {
 		return fmt.Errorf("delivery %s: %s", d.id, res.Status)
 	}
 	return nil
+}
+
+// holders asks a service's address for operators.
+func (s *sender) holders(ctx context.Context, url string) ([]locker.Holder, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, url+"/locks", nil)
+	if err != nil {
+		return nil, err
+	}
+	res, err := s.client.Do(r)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("GET /locks: %s", res.Status)
+	}
+	var holders []locker.Holder
+	return holders, json.NewDecoder(res.Body).Decode(&holders)
 }
 
 // randomCommit answers what looks like a commit's hash.

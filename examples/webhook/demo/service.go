@@ -25,6 +25,7 @@ const (
 type service struct {
 	name    string
 	url     string
+	ops     string // for operators; empty without PostgreSQL
 	cmd     *exec.Cmd
 	stderr  bytes.Buffer // to be read once the service has ended
 	history *history
@@ -37,7 +38,11 @@ type service struct {
 // startService starts a replica on a free port and returns when it listens.
 func startService(ctx context.Context, binary, name, secret, uri string, h *history) (*service, error) {
 	s := &service{name: name, history: h, ended: make(chan struct{})}
-	s.cmd = exec.Command(binary, "-addr", "127.0.0.1:0", "-name", name, "-work", workTime.String(), "-wind-down", windDown.String())
+	args := []string{"-addr", "127.0.0.1:0", "-name", name, "-work", workTime.String(), "-wind-down", windDown.String()}
+	if uri != "" {
+		args = append(args, "-ops", "127.0.0.1:0")
+	}
+	s.cmd = exec.Command(binary, args...)
 	// Through the environment, where other users cannot read the secret and the password that the URI may hold.
 	s.cmd.Env = append(os.Environ(), "WEBHOOK_SECRET="+secret, "WEBHOOK_POSTGRES_URI="+uri)
 	s.cmd.Stderr = &s.stderr
@@ -55,7 +60,7 @@ func startService(ctx context.Context, binary, name, secret, uri string, h *hist
 		s.terminate()
 		return nil, fmt.Errorf("%w\n%s", err, s.stderr.Bytes())
 	}
-	s.url = "http://" + up.Addr
+	s.url, s.ops = "http://"+up.Addr, "http://"+up.Ops
 	return s, nil
 }
 

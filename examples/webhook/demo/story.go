@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"text/tabwriter"
 	"time"
+
+	"github.com/preemptable/locker"
 )
 
 // beat is the pause between two deliveries that do not come in a burst: shorter than a job, and shorter than a
@@ -38,11 +41,12 @@ type pr struct {
 	stage  *stage
 	number uint
 	head   string
+	sent   map[string]delivery // by id
 	err    error
 }
 
 func (s *stage) pr(ctx context.Context, number uint) *pr {
-	return &pr{ctx: ctx, stage: s, number: number}
+	return &pr{ctx: ctx, stage: s, number: number, sent: make(map[string]delivery)}
 }
 
 // deliver sends a delivery to a service and returns its id once it has been accepted. All but "closed" come
@@ -55,15 +59,41 @@ func (p *pr) deliver(to *service, action string) (id string) {
 		p.head = randomCommit()
 	}
 	d, err := p.stage.sender.prepare(action, p.number, p.head)
+	return p.send(to, action, d, err)
+}
+
+// replay sends a recorded delivery byte for byte; the pull request has to be the recorded one.
+func (p *pr) replay(to *service, action string) (id string) {
+	if p.err != nil {
+		return ""
+	}
+	d, err := p.stage.sender.asRecorded(action)
+	return p.send(to, action, d, err)
+}
+
+func (p *pr) send(to *service, action string, d delivery, err error) (id string) {
 	if err == nil {
+		p.sent[d.id] = d
 		p.stage.history.add(Event{
 			Kind: sent, Replica: to.name, Repo: d.repo, PR: d.pr, Delivery: d.id,
-			Event: fmt.Sprintf("%s %.7s delivery %.8s", action, p.head, d.id),
+			Event: fmt.Sprintf("%s %.7s delivery %.8s", action, d.head, d.id),
 		})
 		err = p.stage.sender.post(p.ctx, to.url, d)
 	}
 	p.err = err
 	return d.id
+}
+
+// again sends a delivery once more, as GitHub does when it is asked to, and waits until it has been turned away.
+func (p *pr) again(to *service, id string) {
+	if p.err != nil {
+		return
+	}
+	d := p.sent[id]
+	p.stage.history.add(Event{Kind: resent, Replica: to.name, Repo: d.repo, PR: d.pr, Delivery: d.id})
+	if p.err = p.stage.sender.post(p.ctx, to.url, d); p.err == nil {
+		p.sees(turnedAway, id)
+	}
 }
 
 // claimed waits until the delivery's claim is in force: until its job runs, or somebody has made way for it.
@@ -84,6 +114,50 @@ func shortID(id string) string { return fmt.Sprintf("delivery %.8s", id) }
 // sees waits until something has happened to a delivery.
 func (p *pr) sees(kind, id string) {
 	p.await(id+" "+kind, func(e Event) bool { return e.Kind == kind && e.Delivery == id })
+}
+
+// locks asks a service who holds and who waits.
+func (p *pr) locks(from *service) {
+	if p.err != nil {
+		return
+	}
+	var holders []locker.Holder
+	holders, p.err = p.stage.sender.holders(p.ctx, from.ops)
+	p.stage.history.add(Event{Kind: locks, Replica: from.name, Table: p.stage.table(holders)})
+}
+
+// table says what Holders answered, for people.
+func (s *stage) table(holders []locker.Holder) []string {
+	name := func(pid int) string {
+		for _, service := range s.services {
+			if service.cmd.Process.Pid == pid {
+				return service.name
+			}
+		}
+		return fmt.Sprint(pid)
+	}
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "PR\tholder\tin\tsession\theld for\ttoken\tnewest claim")
+	for _, h := range holders {
+		holder, in, session, since, token, newest := "nobody", "", "", "", "", "its own"
+		if h.Event != "" {
+			holder, in, session = title(Event{Event: h.Event}), name(h.PID), "DEAD"
+			if h.Alive {
+				session = "alive"
+			}
+			since, token = fmt.Sprintf("%.1f s", time.Since(h.Since).Seconds()), shortToken(h.Token)
+		}
+		if h.NewestEvent != h.Event {
+			newest = title(Event{Event: h.NewestEvent})
+			if h.Waiting {
+				newest += " waits in " + name(h.NewestPID)
+			}
+		}
+		fmt.Fprintf(w, "#%d\t%s\t%s\t%s\t%s\t%s\t%s\n", h.PullRequest, holder, in, session, since, token, newest)
+	}
+	_ = w.Flush() // never fails on a strings.Builder
+	return strings.Split(strings.TrimSuffix(b.String(), "\n"), "\n")
 }
 
 // pause lets a moment pass, so that a person can follow the story. Nothing depends on it.
@@ -134,9 +208,22 @@ func playInMemory(ctx context.Context, s *stage) error {
 		},
 		func(ctx context.Context) error { // nobody disturbs this one
 			p := s.pr(ctx, 9)
-			p.sees(finished, p.deliver(one, "opened"))
+			opened := p.deliver(one, "opened")
+			p.sees(started, opened)
+			p.pause(2 * beat)
+			p.again(one, opened) // not even GitHub, which delivers once more what is at work
+			p.sees(finished, opened)
 			p.sees(finished, p.deliver(one, "synchronize"))
 			p.sees(finished, p.deliver(one, "closed"))
+			return p.err
+		},
+		func(ctx context.Context) error { // recorded deliveries, byte for byte; the push comes once more after the end
+			p := s.pr(ctx, 2)
+			push := p.replay(one, "synchronize")
+			p.sees(finished, push)
+			p.sees(finished, p.replay(one, "closed"))
+			p.pause(beat)
+			p.again(one, push)
 			return p.err
 		},
 	)
@@ -151,6 +238,7 @@ func playOnPostgres(ctx context.Context, s *stage) error {
 			p.sees(started, p.deliver(one, "opened"))
 			p.pause(3 * beat)
 			p.claimed(p.deliver(two, "synchronize"))
+			p.locks(three)
 			p.pause(beat)
 			p.sees(started, p.deliver(three, "synchronize"))
 			p.pause(4 * beat)
@@ -192,6 +280,7 @@ func playOnPostgres(ctx context.Context, s *stage) error {
 				p.err = three.kill()
 			}
 			p.pause(2 * beat)
+			p.locks(one)
 			p.deliver(two, "synchronize")
 			p.pause(2 * beat)
 			p.sees(finished, p.deliver(two, "synchronize"))
@@ -200,8 +289,10 @@ func playOnPostgres(ctx context.Context, s *stage) error {
 		},
 		func(ctx context.Context) error { // meanwhile life goes on elsewhere
 			p := s.pr(ctx, 9)
-			p.sees(finished, p.deliver(two, "synchronize"))
+			push := p.deliver(two, "synchronize")
+			p.sees(finished, push)
 			p.sees(finished, p.deliver(one, "closed"))
+			p.again(two, push) // too late, and at another service than the one that knows
 			return p.err
 		},
 	)

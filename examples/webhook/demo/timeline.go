@@ -73,6 +73,9 @@ func (t *timeline) print(e Event) {
 		number, name = fmt.Sprintf("#%d", e.PR), title(e)
 	}
 	t.line(e, fmt.Sprintf("%7.3f", e.Time.Sub(t.begin).Seconds()), e.Replica, number, what, name, note)
+	for _, row := range e.Table {
+		fmt.Fprintf(t.out, "%22s %s\n", "│", row)
+	}
 }
 
 // describe answers the verb and the note of an event's line; no verb, no line.
@@ -87,9 +90,16 @@ func (t *timeline) describe(e Event) (what, note string) {
 	case killed:
 		return "✗ KILLED", t.killed(e)
 	case received:
+		if slices.ContainsFunc(t.events[:len(t.events)-1], func(s Event) bool { return s.Kind == received && s.Delivery == e.Delivery }) {
+			return "→ arrives again", "the same delivery"
+		}
 		return "→ arrives", ""
+	case turnedAway:
+		return "× turned away", t.cause("too late: after ", e)
+	case locks:
+		return "≡ GET /locks", ""
 	case started:
-		note = fmt.Sprintf("token %d", e.Token)
+		note = "token " + shortToken(e.Token)
 		t.running[e.PR] = e
 		if death, ok := t.deaths[e.PR]; ok {
 			delete(t.deaths, e.PR)
@@ -100,15 +110,15 @@ func (t *timeline) describe(e Event) (what, note string) {
 		return "! told to stop", t.cause("by ", e)
 	case stopped:
 		delete(t.running, e.PR)
-		return "■ stopped", fmt.Sprintf("token %d", e.Token)
+		return "■ stopped", "token " + shortToken(e.Token)
 	case left:
 		return "← leaves", t.cause("displaced by ", e)
 	case finished:
 		delete(t.running, e.PR)
 		if e.Job == "destroy" {
-			return "✓ destroyed", fmt.Sprintf("token %d", e.Token)
+			return "✓ destroyed", "token " + shortToken(e.Token)
 		}
-		return "✓ deployed", fmt.Sprintf("token %d", e.Token)
+		return "✓ deployed", "token " + shortToken(e.Token)
 	case failed:
 		return "✗ FAILED", e.Reason
 	default:
@@ -140,7 +150,22 @@ func (t *timeline) cause(verb string, e Event) string {
 			return verb + title(other)
 		}
 	}
+	if e.Kind == turnedAway && strings.Contains(e.Reason, shortID(e.Delivery)) {
+		return "it is not over yet"
+	}
 	return e.Reason
+}
+
+// tokenDigits is how many of a token's digits are shown. On PostgreSQL tokens are about as large as the clock in
+// microseconds; this many start again every 100 s.
+const tokenDigits = 8
+
+func shortToken(token int64) string {
+	s := fmt.Sprint(token)
+	if len(s) > tokenDigits {
+		s = "…" + s[len(s)-tokenDigits:]
+	}
+	return s
 }
 
 // title is what a person calls a delivery: "synchronize 1f2e3d4".

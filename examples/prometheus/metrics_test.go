@@ -1,0 +1,83 @@
+package metrics_test
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/stretchr/testify/require"
+
+	"github.com/preemptable/locker"
+	metrics "github.com/preemptable/locker/examples/prometheus"
+)
+
+// withStats lends the fake the Stats of a provider on PostgreSQL.
+type withStats struct {
+	locker.LockProvider
+	stats locker.Stats
+}
+
+func (p *withStats) Stats() locker.Stats { return p.stats }
+
+// A holder, a waiter that is displaced by a third one, and a late one: scraped over HTTP as Prometheus does.
+func TestScrape(t *testing.T) {
+	registry := prometheus.NewRegistry()
+	m := metrics.New(registry)
+	fake, err := locker.NewLockProvider(locker.FakeLockProviderKind, locker.WithObserver(m.Observe))
+	require.NoError(t, err)
+	defer func() { require.NoError(t, fake.(io.Closer).Close()) }()
+	m.WatchStats(fake) // it has none
+	provider := &withStats{fake, locker.Stats{Queued: 3, Held: 1, Connected: true}}
+	m.WatchStats(provider)
+
+	newLocker, err := locker.NewPreemptiveLockerFactory(provider)
+	require.NoError(t, err)
+	ctx := context.Background()
+	first := newLocker("o/r", 1, "first").Order(1)
+	told, err := first.Lock(ctx)
+	require.NoError(t, err)
+	second, third := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := newLocker("o/r", 1, "second").Order(2).Lock(ctx)
+		second <- err
+	}()
+	<-told // the second has been announced
+	last := newLocker("o/r", 1, "third").Order(3)
+	go func() {
+		_, err := last.Lock(ctx)
+		third <- err
+	}()
+	require.ErrorIs(t, <-second, locker.ErrLockPreempted)
+	_, err = newLocker("o/r", 1, "late").Order(2).Lock(ctx)
+	require.ErrorIs(t, err, locker.ErrClaimOutdated)
+	require.NoError(t, first.Release(ctx))
+	require.NoError(t, <-third)
+	require.NoError(t, last.Release(ctx))
+
+	server := httptest.NewServer(promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	defer server.Close()
+	res, err := http.Get(server.URL)
+	require.NoError(t, err)
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	require.NoError(t, err)
+	for _, line := range []string{
+		`locker_events_total{cause="none",kind="acquired"} 2`,
+		`locker_events_total{cause="preempted",kind="displaced"} 1`,
+		`locker_events_total{cause="preempted",kind="notified"} 1`,
+		`locker_events_total{cause="preempted",kind="released"} 1`,
+		`locker_events_total{cause="none",kind="released"} 1`,
+		`locker_wait_seconds_count{kind="acquired"} 2`,
+		`locker_hold_seconds_count{kind="released"} 2`,
+		`locker_queue 3`,
+		`locker_held 1`,
+		`locker_connected 1`,
+	} {
+		require.Contains(t, string(body), line+"\n", "%s", body)
+	}
+	t.Logf("%s", body)
+}

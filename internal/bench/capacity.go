@@ -1,0 +1,73 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+)
+
+const (
+	capacityGuide = "docs/capacity.md"
+	figuresBegin  = "<!-- figures:"
+	figuresEnd    = "<!-- /figures -->"
+)
+
+// updateGuide writes the figures that the capacity guide quotes into it, so that it cannot say anything else than the result
+// file. It does nothing where there is no guide.
+func updateGuide(r *result) {
+	text, err := os.ReadFile(capacityGuide)
+	if err != nil {
+		return
+	}
+	before, rest, ok1 := strings.Cut(string(text), figuresBegin)
+	comment, rest, ok2 := strings.Cut(rest, "\n")
+	_, after, ok3 := strings.Cut(rest, figuresEnd)
+	if !ok1 || !ok2 || !ok3 {
+		check(fmt.Errorf("%s: the marks around the figures are missing", capacityGuide))
+	}
+	writeFile(capacityGuide, before+figuresBegin+comment+"\n\n"+capacityTable(r)+"\n"+figuresEnd+after)
+}
+
+func capacityTable(r *result) string {
+	find := func(group, name string) (row, bool) {
+		for _, w := range r.Rows {
+			if strings.Contains(w.Group, group) && strings.Contains(w.Name, name) {
+				return w, true
+			}
+		}
+		return row{}, false
+	}
+	lines := [][]string{{"one stock PostgreSQL carries", "measured", "the floor", "what gives out first", "what moves it"}, {"---", "---", "---", "---", "---"}}
+	add := func(what, group, name, limit, moves string) {
+		w, ok := find(group, name)
+		if !ok {
+			return
+		}
+		floor := "–"
+		if w.Floor != nil {
+			floor = (&figure{Value: w.Floor.Value}).show(w.Unit)
+			if w.What != "" {
+				floor += ", " + w.What
+			}
+		}
+		ours := (&figure{Value: w.Ours.Value}).show(w.Unit)
+		if w.Extra != nil {
+			ours += ", worst " + short(*w.Extra)
+		}
+		lines = append(lines, []string{what, ours, floor, limit, moves})
+	}
+	const single, several, many = "one provider", "several providers", "10,000 locks"
+	add("cycles a second, one caller", single, "1 worker", "4 round trips and a flush, one after the other", "a server nearby, a fast disk for `pg_wal`")
+	add("…, 256 callers in one service", single, "256 workers", "processor", "cores")
+	add("…, 1,024 callers in one service", single, "1,024 workers", "processor", "cores")
+	add("…, 256 callers in 4 services", several, "on 4 providers", "processor, flushes: each service batches for itself", "fewer, larger services; cores; disk")
+	add("…, 256 callers in 16 services", several, "on 16 providers", "the same", "the same")
+	add("claims a second on contended keys", "contended", "claims on", "processor; NOTIFY commits one after the other, server-wide", "another server")
+	add("locks held, all services together", "lock table", "locks held", "the lock table", "`max_locks_per_transaction`, `max_connections`")
+	add("memory of a service for each of 10,000 locks", many, "memory a lock", "–", "–")
+	add("one more cycle in a service that holds 10,000", many, "one more", "each transaction goes through the locks of its connection; the worst one waits for the heartbeat", "more services with fewer locks")
+	add("transactions a second of an idle service", many, "transactions", "–", "–")
+	lines = append(lines, []string{"services", "48", "–", "two connections for each", "`max_connections`"})
+	return fmt.Sprintf("Taken %s on %d CPUs, for the server and the benchmark together, with PostgreSQL %s; a flush of the disk takes %s ms there.\n\n%s",
+		strings.Fields(r.When)[0], r.CPUs, strings.Fields(r.Postgres)[0], short(r.FlushMS), align(lines))
+}

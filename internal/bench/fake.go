@@ -1,0 +1,118 @@
+package main
+
+import (
+	"errors"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/preemptable/locker"
+)
+
+// fake: the in-memory provider, alone and with two who take the key from each other.
+func (b *bench) fake() {
+	p, err := locker.NewLockProvider(locker.FakeLockProviderKind, locker.WithPreemptionTimeout(time.Hour),
+		locker.WithLockTimeout(2*time.Second))
+	check(err)
+	f := newFactory(p)
+	var mu sync.Mutex
+	n := b.count(20_000)
+	c := &series{}
+	for range 10 {
+		c.round(n, func() { check(cycle(b.ctx, f, 1)) }, func() {
+			mu.Lock()
+			mu.Unlock() //lint:ignore SA2001 the pair is what is measured
+		})
+	}
+	const group = "The fake"
+	b.result.add(
+		row{Group: group, Name: "Lock + Release", Unit: "ns", Ours: spread(c.ours), Floor: spread(c.floor), What: "sync.Mutex", Target: atMost(2000)},
+		row{Group: group, Name: "allocations a cycle", Ours: value(c.allocations), Target: atMost(12)},
+	)
+
+	// Contended: each Lock tells the other one, who releases.
+	c = &series{}
+	for range 10 {
+		c.contended(b, f, n/2)
+	}
+	b.result.add(
+		row{Group: group, Name: "contended: Lock, be told, Release", Unit: "ns", Ours: spread(c.ours), Floor: spread(c.floor), What: "two goroutines, two channels"},
+		row{Group: group, Name: "allocations a contended cycle", Ours: value(c.allocations)},
+		row{Group: group, Name: "holders that were not told", Ours: value(float64(c.deaf.Load())), Target: atMost(0)},
+	)
+}
+
+// series are nanoseconds an operation, by rounds.
+type series struct {
+	ours, floor []float64
+	allocations float64
+	deaf        atomic.Int64 // claims that waited in vain, because the holder was not told
+}
+
+func (c *series) measure(n int, f func()) float64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	took := timed(f)
+	runtime.ReadMemStats(&after)
+	c.allocations = float64(after.Mallocs-before.Mallocs) / float64(n)
+	return float64(took) / float64(n)
+}
+
+func (c *series) round(n int, ours, floor func()) {
+	c.floor = append(c.floor, c.measure(n, func() {
+		for range n {
+			floor()
+		}
+	}))
+	c.ours = append(c.ours, c.measure(n, func() {
+		for range n {
+			ours()
+		}
+	}))
+}
+
+func (c *series) contended(b *bench, f locker.PreemptiveLockerFactory, n int) {
+	c.floor = append(c.floor, c.measure(n, func() {
+		ping, pong := make(chan int), make(chan int)
+		go func() {
+			for i := range ping {
+				pong <- i
+			}
+		}()
+		for i := range n {
+			ping <- i
+			<-pong
+		}
+		close(ping)
+	}))
+	c.ours = append(c.ours, c.measure(n, func() {
+		over := make(chan struct{}) // closed by the first to be done; the other may wait for nobody
+		var once sync.Once
+		check(parallel(2, func(int) error {
+			defer once.Do(func() { close(over) })
+			for range n / 2 {
+				l := f("org/repo", 1, "benchmark")
+				ch, err := l.Lock(b.ctx)
+				if errors.Is(err, locker.ErrLockPreempted) {
+					continue
+				}
+				if errors.Is(err, locker.ErrLockTimeout) {
+					c.deaf.Add(1)
+					continue
+				}
+				if err != nil {
+					return err
+				}
+				select {
+				case <-ch:
+				case <-over:
+				}
+				if err := l.Release(b.ctx); err != nil {
+					return err
+				}
+			}
+			return nil
+		}))
+	}))
+}

@@ -1,0 +1,204 @@
+package main
+
+import (
+	"time"
+
+	"github.com/preemptable/locker"
+)
+
+// cycle: one lock, nobody else.
+func (b *bench) cycle() {
+	uri, drop := b.database()
+	defer drop()
+	p := newProvider(uri)
+	defer func() { _ = p.Close() }()
+	f := newFactory(p)
+	raw := newRawPair(uri)
+	defer raw.close()
+	ours := func() { check(cycle(b.ctx, f, 1)) }
+	floor := func() { check(raw.run(42)) }
+	for range 50 {
+		ours()
+		floor()
+	}
+	alternating, blocks := newComparison(), newComparison()
+	for range 15 {
+		alternating.round(b.count(400), 1, ours, floor)
+		blocks.round(b.count(400), b.count(400), ours, floor)
+	}
+	add := func(name string, c *comparison, t *target) {
+		b.result.add(row{
+			Group: "One lock, uncontended", Name: name, Unit: "ms", Ours: c.ours.figure(), Floor: c.floor.figure(),
+			What: "pg_advisory_lock + unlock", Ratio: c.ratio(), Target: t,
+		})
+	}
+	add("Lock + Release, alternating with the floor", alternating, ratioAtMost(4.5))
+	// A backend that does nothing else stays in the processor's caches and answers faster.
+	add("Lock + Release, each many times in a row", blocks, nil)
+}
+
+// pause lets everything come to rest before a sample, ours or the floor's.
+const pause = 5 * time.Millisecond
+
+// attempt is a Lock that runs in a goroutine of its own.
+type attempt struct {
+	lock locker.PreemptableLock
+	done chan arrival
+	held <-chan locker.NotificationPayload
+}
+
+type arrival struct {
+	at  time.Time
+	ch  <-chan locker.NotificationPayload
+	err error
+}
+
+func (b *bench) attempt(p locker.LockProvider, key int64) *attempt {
+	l, err := p.New(b.ctx, key, "benchmark")
+	check(err)
+	return &attempt{lock: l, done: make(chan arrival, 1)}
+}
+
+// claim announces; it answers when it began.
+func (b *bench) claim(a *attempt) time.Time {
+	start := time.Now()
+	check(a.lock.Notify(b.ctx))
+	return start
+}
+
+func (b *bench) wait(a *attempt) {
+	go func() {
+		ch, err := a.lock.Lock(b.ctx)
+		a.done <- arrival{time.Now(), ch, err}
+	}()
+}
+
+// told answers when a goroutine that waits for the holder's channel has the payload.
+func told(ch <-chan locker.NotificationPayload) <-chan time.Time {
+	at := make(chan time.Time, 1)
+	go func() {
+		<-ch
+		at <- time.Now()
+	}()
+	return at
+}
+
+// events: how fast news travels between two providers. The floor's database is another one, because a NOTIFY wakes all who
+// listen in a database.
+func (b *bench) events() {
+	uri, drop := b.database()
+	defer drop()
+	rawURI, dropRaw := b.database()
+	defer dropRaw()
+	raw := newRawNotify(rawURI)
+	defer raw.close()
+	p, q := newProvider(uri), newProvider(uri)
+	defer func() { _ = p.Close(); _ = q.Close() }()
+
+	preemption, displacement, handOver, whole := newComparison(), newComparison(), newComparison(), newComparison()
+	sample := func(c *comparison, ours func() time.Duration) {
+		time.Sleep(pause)
+		c.floor.add(raw.once())
+		time.Sleep(pause)
+		c.ours.add(ours())
+	}
+	const key = 7
+	holder := b.attempt(p, key)
+	b.claim(holder)
+	b.wait(holder)
+	first := <-holder.done
+	check(first.err)
+	holder.held = first.ch
+	// One turn: a holds at p; b claims at q and waits; c claims at p; d claims at q; a releases and d holds.
+	turn := func() {
+		var second, third, fourth *attempt
+		displace := func(old, new *attempt) func() time.Duration {
+			return func() time.Duration {
+				start := b.claim(new)
+				gone := <-old.done
+				if gone.err == nil {
+					check(old.lock.Unlock(b.ctx))
+				}
+				return gone.at.Sub(start)
+			}
+		}
+		second = b.attempt(q, key)
+		at := told(holder.held)
+		sample(preemption, func() time.Duration {
+			start := b.claim(second)
+			return (<-at).Sub(start)
+		})
+		b.wait(second)
+		third = b.attempt(p, key)
+		sample(displacement, displace(second, third))
+		b.wait(third)
+		fourth = b.attempt(q, key)
+		sample(displacement, displace(third, fourth))
+		b.wait(fourth)
+		sample(handOver, func() time.Duration {
+			start := time.Now()
+			check(holder.lock.Unlock(b.ctx))
+			a := <-fourth.done
+			check(a.err)
+			fourth.held = a.ch
+			return a.at.Sub(start)
+		})
+		holder = fourth
+		p, q = q, p
+	}
+	// The same preemption as the user of a PreemptiveLocker sees it, with the key's look-up.
+	f, g := newFactory(p), newFactory(q)
+	old := f("org/repo", 1, "benchmark")
+	oldCh, err := old.Lock(b.ctx)
+	check(err)
+	wholeTurn := func() {
+		next := g("org/repo", 1, "benchmark")
+		at, done := told(oldCh), make(chan arrival, 1)
+		sample(whole, func() time.Duration {
+			start := time.Now()
+			go func() {
+				ch, err := next.Lock(b.ctx)
+				done <- arrival{ch: ch, err: err}
+			}()
+			return (<-at).Sub(start)
+		})
+		check(old.Release(b.ctx))
+		a := <-done
+		check(a.err)
+		old, oldCh = next, a.ch
+		f, g = g, f
+	}
+	all := []*comparison{preemption, displacement, handOver, whole}
+	for i := range 9 {
+		for _, c := range all {
+			c.begin()
+		}
+		n := b.count(25)
+		if i == 0 {
+			n = 5
+		}
+		for range n {
+			turn()
+			wholeTurn()
+		}
+		if i == 0 { // to warm up
+			for _, c := range all {
+				c.ours, c.floor = nil, nil
+			}
+		}
+	}
+	check(holder.lock.Unlock(b.ctx))
+	check(old.Release(b.ctx))
+
+	const group = "News between two providers"
+	add := func(name string, c *comparison, t *target) {
+		b.result.add(row{
+			Group: group, Name: name, Unit: "ms", Ours: c.ours.figure(), Floor: c.floor.figure(),
+			What: "pg_notify → receive", Ratio: c.ratio(), Target: t,
+		})
+	}
+	add("preemption: claim → holder's channel", preemption, ratioAtMost(3))
+	add("the same from PreemptiveLocker.Lock on", whole, nil)
+	add("displacement: claim → older waiter is back", displacement, ratioAtMost(4))
+	add("hand-over: release → waiter is back", handOver, ratioAtMost(5))
+}

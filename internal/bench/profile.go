@@ -1,0 +1,294 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/preemptable/locker"
+	"github.com/preemptable/locker/internal/pgserver"
+)
+
+// profile shows where the time of one cycle goes, as seen from outside of the library:
+//
+//   - the server's own time, from its log of what binding and executing each statement took;
+//   - a round trip: a prepared SELECT 1, less what the server says that it worked on it;
+//   - a commit: a one-row UPDATE that does not wait for the disk, less the round trip and the server's work on it;
+//   - a flush: a one-row UPDATE that waits, less one that does not; how many there are, from pg_stat_wal;
+//   - the rest is the library's and the scheduler's.
+//
+// The times are taken first; the server writes the log in a second pass, since that costs time.
+func (b *bench) profile(out string) {
+	server, err := pgserver.Start(b.ctx, pgserver.Options{})
+	check(err)
+	defer func() { _ = server.Close() }()
+	uri := must(server.CreateDatabase(b.ctx, "profile"))
+
+	p := newProvider(uri, locker.WithPreemptionTimeout(time.Millisecond))
+	defer func() { _ = p.Close() }()
+	f := newFactory(p)
+	raw := newRawPair(uri)
+	one := prepare(uri, "SELECT 1")
+	on, off := newUpdate(uri, "on"), newUpdate(uri, "off")
+	defer func() { raw.close(); one.close(); on.close(); off.close() }()
+	sides := []func() error{
+		func() error { return cycle(b.ctx, f, 1) },
+		func() error { return raw.run(42) },
+		func() error { return one.run() },
+		func() error { return on.run() },
+		func() error { return off.run() },
+	}
+	var times [5]rounds
+	n := b.count(200)
+	for i := range 11 {
+		for s := range sides {
+			if i == 1 { // the first round warms up
+				times[s] = nil
+			}
+			times[s] = append(times[s], nil)
+		}
+		for range n {
+			for s, side := range sides {
+				times[s].add(timed(func() { check(side()) }))
+			}
+		}
+	}
+	// How often the disk is waited for. The server's WAL writer adds a few a second.
+	syncs := b.flushes(uri, func() int {
+		const many = 1000
+		for range many {
+			check(cycle(b.ctx, f, 1))
+		}
+		return many
+	})
+
+	log := func(run func()) []logged {
+		before := len(server.Logs())
+		run()
+		return parseLog(server.Logs()[before:])
+	}
+	check(server.Set(b.ctx, "log_parameter_max_length", "0"))
+	check(server.Set(b.ctx, "log_min_duration_statement", "0"))
+	time.Sleep(500 * time.Millisecond)
+	for _, side := range sides { // each backend reads the settings before its next statement
+		check(side())
+	}
+	all := make([][]logged, len(sides))
+	for s, side := range sides {
+		all[s] = log(func() {
+			for range n {
+				check(side())
+			}
+		})
+	}
+	us := func(d time.Duration) float64 { return float64(d) / 1e3 }
+	total := func(statements []logged) (sum float64) {
+		for _, l := range statements {
+			sum += l.perRun(n) * l.median
+		}
+		return sum
+	}
+	selectWork, updateWork := total(all[2]), total(all[4])
+	trip := us(times[2].median()) - selectWork
+	commit := max(0, us(times[4].median())-updateWork-trip)
+	flush := max(0, us(times[3].median())-us(times[4].median()))
+
+	var b2 strings.Builder
+	lines := [][]string{{"", "Lock + Release", "share", "raw pair", "share"}, {"---", "---", "---", "---", "---"}}
+	columns := [][]part{
+		parts(us(times[0].median()), all[0], n, trip, commit, flush, syncs),
+		parts(us(times[1].median()), all[1], n, trip, commit, flush, 0),
+	}
+	for i := range max(len(columns[0]), len(columns[1])) {
+		a, r := columns[0][i], part{}
+		line := []string{a.name, short(a.us) + " µs", percent(a.us, us(times[0].median())), "–", "–"}
+		for _, c := range columns[1] {
+			if c.key == a.key && a.key != "" {
+				r = c
+			}
+		}
+		if r.key != "" {
+			line[3], line[4] = short(r.us)+" µs", percent(r.us, us(times[1].median()))
+		}
+		lines = append(lines, line)
+	}
+	version := server.Version()
+	fmt.Fprintf(&b2, "# Where the time of one cycle goes\n\n%s, PostgreSQL %s, stock settings. Medians of %d rounds of %d.\n\n%s\n",
+		time.Now().UTC().Format("2006-01-02 15:04 UTC"), version, len(times[0]), n, align(lines))
+
+	// What a heartbeat costs with many locks held.
+	locks := make([]*locker.PreemptiveLocker, 10_000)
+	check(each(len(locks), func(i int) error {
+		locks[i-1] = f("org/repo", uint(i), "benchmark")
+		_, err := locks[i-1].Lock(b.ctx)
+		return err
+	}))
+	check(server.Exec(b.ctx, "SELECT 1"))
+	beats := log(func() { time.Sleep(10 * time.Second) })
+	var beat logged
+	for _, l := range beats {
+		if l.median > beat.median {
+			beat = l
+		}
+	}
+	check(server.Set(b.ctx, "log_min_duration_statement", "-1"))
+	fmt.Fprintf(&b2, "A heartbeat with 10,000 locks held takes the server %s ms, every 3 s.\n", short(beat.median/1e3))
+	_ = p.Close() // makes room in the lock table
+	b2.WriteString("\nWhat the locks that a connection holds cost each of its transactions, without the library:\n\n" + heldTransactions(uri, n))
+	fmt.Print(b2.String())
+	if out != "" {
+		writeFile(out+".md", b2.String())
+		fmt.Fprintf(os.Stderr, "bench: written to %s.md\n", out)
+	}
+}
+
+// heldTransactions times SELECT 1 on a connection that holds advisory locks, and on one that holds none.
+func heldTransactions(uri string, n int) string {
+	holding, idle := prepare(uri, "SELECT 1"), prepare(uri, "SELECT 1")
+	defer func() { holding.close(); idle.close() }()
+	lines := [][]string{{"advisory locks held", "SELECT 1 there", "on another connection", "ratio"}, {"---", "---", "---", "---"}}
+	held := 0
+	for _, level := range []int{0, 100, 1000, 10_000} {
+		_, err := holding.conn.ExecContext(context.Background(),
+			fmt.Sprintf("SELECT count(pg_advisory_lock(i)) FROM generate_series(%d, %d) i", held+1, level))
+		check(err)
+		held = level
+		c := newComparison()
+		for range 5 {
+			c.round(n, 1, func() { check(holding.run()) }, func() { check(idle.run()) })
+		}
+		lines = append(lines, []string{short(float64(level)), c.ours.figure().show("ms"), c.floor.figure().show("ms"), c.ratio().show("×")})
+	}
+	return align(lines)
+}
+
+func percent(part, whole float64) string { return fmt.Sprintf("%.0f %%", 100*part/whole) }
+
+// part is a line of the profile. Lines with one key stand beside each other.
+type part struct {
+	key, name string
+	us        float64
+}
+
+func parts(whole float64, statements []logged, n int, trip, commit, flush, syncs float64) []part {
+	var list []part
+	var trips, writes, work float64
+	for _, l := range statements {
+		k := l.perRun(n)
+		if k < 0.1 { // a heartbeat
+			continue
+		}
+		trips += k
+		if l.writes() {
+			writes += k
+		}
+		work += k * l.median
+		list = append(list, part{name: fmt.Sprintf("  %s (%s a cycle)", l.label(), short(math2(k))), us: k * l.median})
+	}
+	head := []part{{"all", "the whole cycle", whole}, {"work", "server: bind and execute", work}}
+	rest := whole - work - trips*trip - writes*commit - syncs*flush
+	return append(append(head, list...),
+		part{"trips", fmt.Sprintf("round trips (%s), each %s µs", short(math2(trips)), short(trip)), trips * trip},
+		part{"commits", fmt.Sprintf("commits without the disk (%s), each %s µs", short(math2(writes)), short(commit)), writes * commit},
+		part{"flush", fmt.Sprintf("waiting for the disk (%s), each %s µs", short(math2(syncs)), short(flush)), syncs * flush},
+		part{"rest", "Go: the library, its goroutines, the scheduler", rest},
+	)
+}
+
+// math2 rounds a count to two places.
+func math2(v float64) float64 { return float64(int(v*100+0.5)) / 100 }
+
+// flushes is how often the server synced its log to disk in one of what run does.
+func (b *bench) flushes(uri string, run func() int) float64 {
+	db := openDB(uri, 1)
+	defer func() { _ = db.Close() }()
+	count := func() (n float64, err error) {
+		time.Sleep(1500 * time.Millisecond) // until the backends have reported
+		err = db.QueryRowContext(b.ctx, "SELECT wal_sync FROM pg_stat_wal").Scan(&n)
+		return n, err
+	}
+	before, err := count()
+	if err != nil { // PostgreSQL 18 counts elsewhere; by design it is one
+		run()
+		return 1
+	}
+	n := run()
+	after, err := count()
+	check(err)
+	return float64(int((after-before)/float64(n) + 0.5))
+}
+
+// logged is what the server's log says of one statement.
+type logged struct {
+	text   string
+	runs   int
+	median float64 // µs of bind and execute together
+}
+
+func (l logged) perRun(n int) float64 { return float64(l.runs) / float64(n) }
+
+func (l logged) writes() bool {
+	return strings.Contains(l.text, "INSERT") || strings.Contains(l.text, "UPDATE ")
+}
+
+func (l logged) label() string {
+	for _, k := range []struct{ sign, name string }{
+		{"pg_try_advisory_lock", "acquire"}, {"INSERT INTO env_lock_state", "announce"}, {"SET holder_id = NULL", "release"},
+		{"JOIN env_locks", "look-up"}, {"pg_backend_pid()", "heartbeat"},
+	} {
+		if strings.Contains(l.text, k.sign) {
+			return k.name
+		}
+	}
+	return l.text[:min(len(l.text), 40)]
+}
+
+var logLine = regexp.MustCompile(`\[(\d+)\] LOG:  duration: ([\d.]+) ms  (bind|execute) [^:]*: ?(.*)`)
+
+// parseLog sums up the log by statement, the costliest first.
+func parseLog(text string) []logged {
+	times := map[string][]float64{}
+	binds := map[string]float64{} // by backend: what the bind before took
+	var pid, kind, statement string
+	var took float64
+	flush := func() {
+		key := strings.Join(strings.Fields(statement), " ")
+		switch kind {
+		case "bind":
+			binds[pid] = took
+		case "execute":
+			times[key] = append(times[key], took+binds[pid])
+			delete(binds, pid)
+		}
+		kind = ""
+	}
+	for _, line := range strings.Split(text, "\n") {
+		if strings.HasPrefix(line, "\t") {
+			statement += line
+			continue
+		}
+		flush()
+		if m := logLine.FindStringSubmatch(line); m != nil {
+			pid, kind, statement = m[1], m[3], m[4]
+			v, _ := strconv.ParseFloat(m[2], 64) // the pattern admits numbers only
+			took = v * 1e3
+		}
+	}
+	flush()
+	var all []logged
+	for statement, t := range times {
+		all = append(all, logged{statement, len(t), middle(t)})
+	}
+	slices.SortFunc(all, func(a, b logged) int {
+		if d := b.median - a.median; d != 0 {
+			return map[bool]int{true: 1, false: -1}[d > 0]
+		}
+		return strings.Compare(a.text, b.text)
+	})
+	return all
+}

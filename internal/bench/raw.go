@@ -1,0 +1,225 @@
+package main
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/lib/pq"
+
+	"github.com/preemptable/locker"
+)
+
+// What the floors are made of: database/sql, lib/pq, prepared statements.
+
+func openDB(uri string, conns int) *sql.DB {
+	connector, err := pq.NewConnector(uri)
+	check(err)
+	db := sql.OpenDB(connector)
+	db.SetMaxOpenConns(conns)
+	db.SetMaxIdleConns(conns)
+	return db
+}
+
+// statement is a prepared statement on a connection of its own.
+type statement struct {
+	db   *sql.DB
+	conn *sql.Conn
+	stmt *sql.Stmt
+}
+
+func prepare(uri, text string) *statement {
+	s := &statement{db: openDB(uri, 1)}
+	var err error
+	s.conn, err = s.db.Conn(context.Background())
+	check(err)
+	s.stmt, err = s.conn.PrepareContext(context.Background(), text)
+	check(err)
+	return s
+}
+
+func (s *statement) run(args ...any) error {
+	_, err := s.stmt.ExecContext(context.Background(), args...)
+	return err
+}
+
+func (s *statement) close() {
+	_ = s.conn.Close()
+	_ = s.db.Close()
+}
+
+// newUpdate is an UPDATE of one row, whose commit waits for the disk or does not.
+func newUpdate(uri, synchronousCommit string) *statement {
+	s := prepare(uri, "SELECT 1")
+	table := "bench_row_" + synchronousCommit
+	_, err := s.conn.ExecContext(context.Background(), fmt.Sprintf(
+		"SET synchronous_commit = %[2]s; CREATE TABLE IF NOT EXISTS %[1]s (id int PRIMARY KEY, n bigint) WITH (fillfactor = 50); "+
+			"INSERT INTO %[1]s VALUES (1, 0) ON CONFLICT DO NOTHING", table, synchronousCommit))
+	check(err)
+	s.stmt, err = s.conn.PrepareContext(context.Background(), "UPDATE "+table+" SET n = n + 1 WHERE id = 1")
+	check(err)
+	return s
+}
+
+// rawPair is one connection that locks and unlocks an advisory lock.
+type rawPair struct {
+	db           *sql.DB
+	conn         *sql.Conn
+	lock, unlock *sql.Stmt
+}
+
+func newRawPair(uri string) *rawPair {
+	ctx := context.Background()
+	r := &rawPair{db: openDB(uri, 1)}
+	var err1, err2, err3 error
+	r.conn, err1 = r.db.Conn(ctx)
+	check(err1)
+	r.lock, err2 = r.conn.PrepareContext(ctx, "SELECT pg_advisory_lock($1)")
+	r.unlock, err3 = r.conn.PrepareContext(ctx, "SELECT pg_advisory_unlock($1)")
+	check(errors.Join(err2, err3))
+	return r
+}
+
+func (r *rawPair) run(key int64) error {
+	if _, err := r.lock.ExecContext(context.Background(), key); err != nil {
+		return err
+	}
+	_, err := r.unlock.ExecContext(context.Background(), key)
+	return err
+}
+
+func (r *rawPair) close() {
+	_ = r.conn.Close()
+	_ = r.db.Close()
+}
+
+// rawPool is a pool of such connections.
+type rawPool struct {
+	all  []*rawPair
+	free chan *rawPair
+}
+
+func newRawPool(uri string, n int) *rawPool {
+	p := &rawPool{free: make(chan *rawPair, n)}
+	for range n {
+		r := newRawPair(uri)
+		p.all = append(p.all, r)
+		p.free <- r
+	}
+	return p
+}
+
+func (p *rawPool) run(key int64) error {
+	r := <-p.free
+	err := r.run(key)
+	p.free <- r
+	return err
+}
+
+func (p *rawPool) close() {
+	for _, r := range p.all {
+		r.close()
+	}
+}
+
+// rawNotify is one connection that sends and one that listens.
+type rawNotify struct {
+	send     *statement
+	listener *pq.Listener
+}
+
+func newRawNotify(uri string) *rawNotify {
+	r := &rawNotify{send: prepare(uri, "SELECT pg_notify('floor', $1)"), listener: pq.NewListener(uri, time.Second, time.Second, nil)}
+	check(r.listener.Listen("floor"))
+	return r
+}
+
+// once answers the time from the call to when a goroutine that waits for the notification has it.
+func (r *rawNotify) once() time.Duration {
+	arrived := make(chan time.Time, 1)
+	go func() {
+		<-r.listener.Notify
+		arrived <- time.Now()
+	}()
+	start := time.Now()
+	check(r.send.run("x"))
+	return (<-arrived).Sub(start)
+}
+
+func (r *rawNotify) close() {
+	r.send.close()
+	_ = r.listener.Close()
+}
+
+// What ours are made of.
+
+// newProvider makes a provider whose timeouts do not interfere. Its Close waits for holders for an hour.
+func newProvider(uri string, options ...locker.LockProviderOption) *locker.PostgresLockProvider {
+	p, err := locker.NewLockProvider(locker.PostgresLockProviderKind, append([]locker.LockProviderOption{
+		locker.WithPostgresBackend(uri, ""), locker.WithLockTimeout(time.Minute), locker.WithPreemptionTimeout(time.Hour),
+	}, options...)...)
+	check(err)
+	return p.(*locker.PostgresLockProvider)
+}
+
+func newFactory(p locker.LockProvider) locker.PreemptiveLockerFactory {
+	f, err := locker.NewPreemptiveLockerFactory(p)
+	check(err)
+	return f
+}
+
+// cycle locks and releases.
+func cycle(ctx context.Context, f locker.PreemptiveLockerFactory, pr uint) error {
+	l := f("org/repo", pr, "benchmark")
+	if _, err := l.Lock(ctx); err != nil {
+		return err
+	}
+	return l.Release(ctx)
+}
+
+// parallel runs f(0) … f(n-1) at once and answers the first error.
+func parallel(n int, f func(i int) error) error {
+	errs := make(chan error, n)
+	for i := range n {
+		go func() { errs <- f(i) }()
+	}
+	var first error
+	for range n {
+		if err := <-errs; err != nil && first == nil {
+			first = err
+		}
+	}
+	return first
+}
+
+// perSecond has n workers repeat f for a while and answers how often it ran in a second.
+func perSecond(n int, d time.Duration, f func(worker int) error) float64 {
+	var total atomic.Int64
+	start := time.Now()
+	check(parallel(n, func(i int) error {
+		for time.Since(start) < d {
+			if err := f(i); err != nil {
+				return err
+			}
+			total.Add(1)
+		}
+		return nil
+	}))
+	return float64(total.Load()) / time.Since(start).Seconds()
+}
+
+// each runs f for 1 … n, some at a time.
+func each(n int, f func(i int) error) error {
+	var next atomic.Int64
+	return parallel(min(n, 256), func(int) error {
+		for i := int(next.Add(1)); i <= n; i = int(next.Add(1)) {
+			if err := f(i); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}

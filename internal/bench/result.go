@@ -1,0 +1,207 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// result is what a run leaves behind.
+type result struct {
+	When      string  `json:"when"`
+	Commit    string  `json:"commit,omitempty"`
+	Go        string  `json:"go"`
+	CPUs      int     `json:"cpus"`
+	Postgres  string  `json:"postgres"`
+	Settings  string  `json:"settings"`
+	LockTable int     `json:"lock_table"` // max_connections × max_locks_per_transaction
+	FlushMS   float64 `json:"flush_ms"`   // what a commit costs more when it waits for the disk
+	Seconds   int     `json:"seconds"`
+	Rows      []row   `json:"rows"`
+}
+
+// row is a line of the table.
+type row struct {
+	Group  string   `json:"group"`
+	Name   string   `json:"name"`
+	X      float64  `json:"x,omitempty"` // where the plot puts it
+	Unit   string   `json:"unit,omitempty"`
+	Ours   *figure  `json:"ours"`
+	Floor  *figure  `json:"floor,omitempty"`
+	What   string   `json:"what,omitempty"` // what the floor is
+	Ratio  *figure  `json:"ratio,omitempty"`
+	Target *target  `json:"target,omitempty"`
+	Met    *bool    `json:"met,omitempty"`
+	Extra  *float64 `json:"worst,omitempty"` // the worst sample, where it is worth a word
+}
+
+type figure struct {
+	Value   float64 `json:"value"`
+	Min     float64 `json:"min,omitempty"`
+	Max     float64 `json:"max,omitempty"`
+	P99     float64 `json:"p99,omitempty"`
+	Worst   float64 `json:"worst,omitempty"`
+	Samples int     `json:"samples,omitempty"`
+}
+
+// target is a bound on the ratio, or on the figure itself.
+type target struct {
+	Bound   float64 `json:"bound"`
+	AtLeast bool    `json:"at_least,omitempty"`
+	Ratio   bool    `json:"ratio,omitempty"`
+}
+
+func atMost(bound float64) *target       { return &target{Bound: bound} }
+func ratioAtMost(bound float64) *target  { return &target{Bound: bound, Ratio: true} }
+func ratioAtLeast(bound float64) *target { return &target{Bound: bound, Ratio: true, AtLeast: true} }
+
+func value(v float64) *figure { return &figure{Value: v} }
+
+func (r *result) add(rows ...row) {
+	for _, w := range rows {
+		if w.Ratio == nil && w.Floor != nil && w.Floor.Value != 0 {
+			w.Ratio = value(w.Ours.Value / w.Floor.Value)
+		}
+		if t := w.Target; t != nil {
+			v := w.Ours.Value
+			if t.Ratio {
+				v = w.Ratio.Value
+			}
+			met := v <= t.Bound
+			if t.AtLeast {
+				met = v >= t.Bound
+			}
+			w.Met = &met
+		}
+		r.Rows = append(r.Rows, w)
+	}
+}
+
+// short writes a number with three digits that matter.
+func short(v float64) string {
+	switch a := math.Abs(v); {
+	case v == math.Trunc(v) && a < 1e6, a >= 1000:
+		s := fmt.Sprintf("%.0f", v)
+		for i := len(s) - 3; i > 0 && s[i-1] != '-'; i -= 3 {
+			s = s[:i] + "," + s[i:]
+		}
+		return s
+	case a >= 100:
+		return fmt.Sprintf("%.0f", v)
+	case a >= 10:
+		return fmt.Sprintf("%.1f", v)
+	case a >= 0.1:
+		return fmt.Sprintf("%.2f", v)
+	default:
+		return fmt.Sprintf("%.3f", v)
+	}
+}
+
+func (f *figure) show(unit string) string {
+	if f == nil {
+		return "–"
+	}
+	s := short(f.Value)
+	if unit != "" {
+		s += " " + unit
+	}
+	if f.Max > f.Min {
+		s += " (" + short(f.Min) + "–" + short(f.Max) + ")"
+	}
+	if f.P99 > 0 {
+		s += ", p99 " + short(f.P99)
+	}
+	return s
+}
+
+func (w row) cells() []string {
+	ours, floor, ratio, goal, met := w.Ours.show(w.Unit), "–", "–", "–", "–"
+	if w.Extra != nil {
+		ours += ", worst " + short(*w.Extra)
+	}
+	if w.Floor != nil {
+		floor = w.Floor.show(w.Unit)
+		if w.What != "" {
+			floor += ", " + w.What
+		}
+	}
+	if w.Ratio != nil {
+		ratio = w.Ratio.show("×")
+	}
+	if t := w.Target; t != nil {
+		goal, met = "≤ ", "no"
+		if t.AtLeast {
+			goal = "≥ "
+		}
+		goal += short(t.Bound)
+		if t.Ratio {
+			goal += " ×"
+		} else if w.Unit != "" {
+			goal += " " + w.Unit
+		}
+		if *w.Met {
+			met = "yes"
+		}
+	}
+	return []string{w.Name, ours, floor, ratio, goal, met}
+}
+
+// table is the whole result in Markdown.
+func (r *result) table() string {
+	lines := [][]string{{"", "ours", "floor", "ours ÷ floor", "target", "met"}, {"---", "---", "---", "---", "---", "---"}}
+	group := ""
+	for _, w := range r.Rows {
+		if w.Group != group {
+			group = w.Group
+			lines = append(lines, []string{"**" + group + "**", "", "", "", "", ""})
+		}
+		lines = append(lines, w.cells())
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "# Benchmark\n\n%s, %s, %d CPUs, PostgreSQL %s (%s)", r.When, r.Go, r.CPUs, r.Postgres, r.Settings)
+	if r.Commit != "" {
+		fmt.Fprintf(&b, ", commit %s", r.Commit)
+	}
+	fmt.Fprintf(&b, ". A commit that waits for the disk takes %s ms longer than one that does not. The run took %d s.\n\n", short(r.FlushMS), r.Seconds)
+	b.WriteString("The floor is raw PostgreSQL in the same run, in turns with ours. A figure is the median of its rounds' medians, in brackets\n" +
+		"the smallest and the largest of them; p99 and worst are of all samples.\n\n")
+	b.WriteString(align(lines))
+	return b.String()
+}
+
+// align pads the cells of a Markdown table.
+func align(lines [][]string) string {
+	width := make([]int, len(lines[0]))
+	for _, line := range lines {
+		for i, cell := range line {
+			width[i] = max(width[i], len([]rune(cell)))
+		}
+	}
+	var b strings.Builder
+	for _, line := range lines {
+		for i, cell := range line {
+			fill := " "
+			if cell == "---" {
+				fill = "-"
+			}
+			b.WriteString("| " + cell + strings.Repeat(fill, width[i]-len([]rune(cell))) + " ")
+		}
+		b.WriteString("|\n")
+	}
+	return b.String()
+}
+
+func (r *result) write(out string) {
+	text, err := json.MarshalIndent(r, "", "  ")
+	check(err)
+	writeFile(out+".md", r.table())
+	writeFile(out+".json", string(text)+"\n")
+}
+
+func writeFile(name, text string) {
+	check(os.MkdirAll(filepath.Dir(name), 0o755))
+	check(os.WriteFile(name, []byte(text), 0o644))
+}

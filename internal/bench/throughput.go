@@ -1,0 +1,126 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/preemptable/locker"
+)
+
+const pooled = 64 // connections of the floor
+
+// throughput: many workers on keys of their own, then many who fight.
+func (b *bench) throughput() {
+	uri, drop := b.database()
+	defer drop()
+	p := newProvider(uri)
+	defer func() { _ = p.Close() }()
+	f := newFactory(p)
+	check(each(1024, func(i int) error { return cycle(b.ctx, f, uint(i)) })) // makes the rows
+	pool := newRawPool(uri, pooled)
+	floor := func(workers int, d time.Duration) float64 {
+		return perSecond(workers, d, func(i int) error { return pool.run(int64(i)) })
+	}
+	const repeat = 5
+	d := b.span(time.Second)
+
+	levels := []int{1, 16, 256, 1024}
+	results := make([]rates, len(levels))
+	for range repeat {
+		for i, n := range levels {
+			results[i].ours = append(results[i].ours, perSecond(n, d, func(w int) error { return cycle(b.ctx, f, uint(w+1)) }))
+			results[i].floor = append(results[i].floor, floor(n, d))
+		}
+	}
+	add := func(group, name string, x int, r rates, what string, t *target) {
+		b.result.add(row{
+			Group: group, Name: name, X: float64(x), Unit: "/s", Ours: spread(r.ours), Floor: spread(r.floor),
+			What: what, Ratio: r.ratio(), Target: t,
+		})
+	}
+	for i, n := range levels {
+		t := ratioAtLeast(1.5)
+		if n != 256 {
+			t = nil
+		}
+		add("Cycles a second, one provider", plural(n, "worker"), n, results[i], fmt.Sprintf("pairs on %d connections", pooled), t)
+	}
+
+	for _, n := range []int{4, 16} {
+		var many []*locker.PostgresLockProvider
+		var factories []locker.PreemptiveLockerFactory
+		for range n {
+			p := newProvider(uri)
+			many = append(many, p)
+			factories = append(factories, newFactory(p))
+			check(cycle(b.ctx, factories[len(factories)-1], 1))
+		}
+		var r rates
+		for range 3 {
+			r.ours = append(r.ours, perSecond(256, d, func(w int) error { return cycle(b.ctx, factories[w%n], uint(w+1)) }))
+			r.floor = append(r.floor, floor(256, d))
+		}
+		add("Cycles a second, several providers", fmt.Sprintf("256 workers on %d providers", n), n, r,
+			fmt.Sprintf("pairs on %d connections", pooled), nil)
+		for _, p := range many {
+			_ = p.Close()
+		}
+	}
+	pool.close()
+	b.fights(d)
+}
+
+// fights: on each key two workers at two providers take the key from each other for ever.
+func (b *bench) fights(d time.Duration) {
+	const keys, senders = 64, 64
+	uri, drop := b.database()
+	defer drop()
+	rawURI, dropRaw := b.database()
+	defer dropRaw()
+	p, q := newProvider(uri), newProvider(uri)
+	defer func() { _ = p.Close(); _ = q.Close() }()
+	factories := []locker.PreemptiveLockerFactory{newFactory(p), newFactory(q)}
+	for _, f := range factories {
+		check(each(keys, func(i int) error { return cycle(b.ctx, f, uint(i)) }))
+	}
+	raw := newRawNotify(rawURI)
+	defer raw.close()
+	go func() {
+		for range raw.listener.Notify { // ends when the listener is closed
+		}
+	}()
+	var stmts []*statement
+	for range senders {
+		stmts = append(stmts, prepare(rawURI, "SELECT pg_notify('floor', $1)"))
+	}
+	defer func() {
+		for _, s := range stmts {
+			s.close()
+		}
+	}()
+	var r rates
+	for range 3 {
+		start := time.Now()
+		r.ours = append(r.ours, perSecond(2*keys, d, func(w int) error {
+			l := factories[w%2]("org/repo", uint(w/2+1), "benchmark")
+			ch, err := l.Lock(b.ctx)
+			if errors.Is(err, locker.ErrLockPreempted) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			select {
+			case <-ch:
+			case <-time.After(d + 100*time.Millisecond - time.Since(start)): // the other one has left
+			}
+			return l.Release(b.ctx)
+		}))
+		r.floor = append(r.floor, perSecond(senders, d, func(w int) error { return stmts[w].run("x") }))
+	}
+	b.result.add(row{
+		Group: "Cycles a second, contended", Name: fmt.Sprintf("claims on %d keys, each fought over by two providers", keys), Unit: "/s",
+		Ours: spread(r.ours), Floor: spread(r.floor), What: fmt.Sprintf("pg_notify on %d connections", senders), Ratio: r.ratio(),
+	})
+}
