@@ -445,7 +445,7 @@ func (l *link) close() {
 // the worker alone, except for its deadline and Close.
 type watchedConn struct {
 	net.Conn
-	ahead []byte // what arrived between two statements: a notice, or the server's last words
+	ahead []byte // what arrived between two statements
 }
 
 // watch reads until the read deadline, or answers why the connection ended.

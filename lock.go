@@ -172,6 +172,9 @@ func (l *lock) Notify(ctx context.Context) error {
 	if err == nil {
 		number, err = l.backend.announce(ctx, l.claim, orderFromContext(ctx))
 	}
+	if errors.Is(err, ErrClaimOutdated) { // Lock, which observes all else, is not called after this
+		l.observe(ObservedDisplaced, 0, err)
+	}
 	if err != nil {
 		return errors.Wrapf(err, "locker: announce %q on key %d", l.claim.event, l.claim.key)
 	}

@@ -181,8 +181,9 @@ func NewFakePreemptiveLockerFactory(providerOpts []LockProviderOption, lockerOpt
 }
 
 // Order says which place the claim has among those of its pull request, whenever
-// it arrives: a number that grows with the order of the events, such as the pull
-// request's updated_at or a counter of pushes. Lock then turns a claim away at
+// it arrives: a number that grows with the order of the events and differs between
+// them, such as a counter of pushes (GitHub's updated_at alone has only seconds:
+// see docs/webhook.md). Lock then turns a claim away at
 // once, without disturbing anybody, if a claim with a higher order has been
 // announced, or one with the same that still waits or holds: a redelivery (C33).
 // The error matches ErrClaimOutdated and ErrLockPreempted. Without Order the

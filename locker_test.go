@@ -67,6 +67,7 @@ var contract = []contractCase{
 	{"C4 a waiter with an older claim leaves at once", waiterLeaves},
 	{"C5 the holder is sent the claimant once", holderIsToldOnce},
 	{"C5 own and foreign claims do not disturb", notDisturbed},
+	{"C5 a claim that comes with the grant is not missed", claimedWithGrant},
 	{"C6 a lock without a claim disturbs nobody", unannouncedDisturbsNobody},
 	{"C6 a waiter without a claim is displaced by a later one", unannouncedIsDisplaced},
 	{"C6 a holder without a claim is told of a later one", unannouncedHolderIsTold},
@@ -2344,6 +2345,33 @@ func (l late) acquire(ctx context.Context, stop <-chan struct{}, r request) (ans
 		l.meanwhile()
 	}
 	return a, err
+}
+
+func claimedWithGrant(e *env) {
+	p := e.process()
+	key := e.key()
+	l := e.announced(p, key, "holder")
+	var newer PreemptableLock
+	inner := lockOf(l).backend
+	lockOf(l).backend = late{inner, func() {
+		newer = e.announced(p, key, "newer")
+		e.eventually(func() bool { // the lock has heard of it, though it does not know yet that it holds
+			lockOf(l).mu.Lock()
+			defer lockOf(l).mu.Unlock()
+			return lockOf(l).missed.message == "newer"
+		})
+	}}
+	ch := e.acquire(l)
+	select {
+	case n := <-ch:
+		e.Equal("newer", n.Message)
+	default:
+		e.Fail("the holder does not know")
+	}
+	e.NoError(l.Unlock(e.ctx))
+	e.acquire(newer)
+	e.NoError(newer.Unlock(e.ctx))
+	e.free(p, key)
 }
 
 func grantedTooLate(e *env) {

@@ -452,11 +452,7 @@ func (s *session) idle(l *link) error {
 	s.idling = nil
 	_ = l.socket.SetReadDeadline(time.Time{})
 	s.mu.Unlock()
-	if err != nil {
-		// The server's last words, if it sent any, have been read ahead.
-		return cmp.Or(l.conn.PingContext(context.Background()), err)
-	}
-	return nil
+	return errors.Wrap(err, "the connection ended")
 }
 
 // workLocked says whether an operation is queued.

@@ -117,7 +117,8 @@ func shieldRefuses(e *env) {
 		e.Error(l.Shield(ctx, 0, ran), "no limit")
 		e.Error(l.Shield(ctx, -1, ran), "negative limit")
 		e.Error(l.Shield(ctx, time.Minute, nil), "no function")
-		e.Error(l.Shield(nil, time.Minute, ran), "no context") //nolint:staticcheck // on purpose
+		var none context.Context
+		e.Error(l.Shield(none, time.Minute, ran), "no context")
 		e.NoError(l.Shield(ctx, time.Minute, func(ctx context.Context) error {
 			e.Error(l.Shield(ctx, time.Minute, ran), "nested")
 			return nil
