@@ -80,9 +80,9 @@ func WithPreemptionTimeout(duration time.Duration) LockProviderOption {
 
 // WithPostgresBackend names the PostgreSQL server of a postgres provider, as a
 // URL (postgres://user:password@host/db) or as key=value pairs, in the form
-// that github.com/lib/pq takes. Several hosts may be named
-// (postgres://a,b/db); the one that takes writes is used, also after a
-// failover. With a non-empty apmServiceName the SQL statements that serve a
+// that github.com/lib/pq takes. Several hosts may be named, their ports apart
+// from them (postgres://a,b/db?port=5432,6543); the one that takes writes is used,
+// also after a failover. With a non-empty apmServiceName the SQL statements that serve a
 // traced Lock or Release are recorded as Datadog APM spans of that service.
 func WithPostgresBackend(postgresURI string, apmServiceName string) LockProviderOption {
 	return func(c *LockProviderConfig) {
@@ -99,7 +99,7 @@ func WithLogger(logger *slog.Logger) LockProviderOption {
 
 // WithObserver has f called for everything that happens to the provider's locks,
 // for metrics. f is called from whatever goroutine it happens on, concurrently,
-// and should return soon. Without it nothing is counted and nothing is spent.
+// and must return at once: it may run between two notifications. Without it nothing is counted and nothing is spent.
 func WithObserver(f func(Observation)) LockProviderOption {
 	return func(c *LockProviderConfig) { c.observer = f }
 }

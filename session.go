@@ -565,7 +565,10 @@ func (s *session) execute(l *link, batch []*op) error {
 		return err2
 	}
 	if alone {
-		if batch[0].kind == opRelease { // the key is free; the row still names the holder, so its successor waits the delay
+		if batch[0].kind == opRelease && isLockTableFull(err) { // giving back made room
+			_, err = s.statement(l, batch)
+		}
+		if batch[0].kind == opRelease && err != nil { // the key is free; the row still names the holder, so its successor waits the delay
 			s.log.Warn("locker: released without clearing the holder", slog.Int64("key", batch[0].req.key), slog.String("error", err.Error()))
 			err = nil
 		}
@@ -681,12 +684,17 @@ func statementError(err error) error {
 	switch e := pq.As(err); {
 	case e == nil:
 		return err
-	case e.Code == "53200":
+	case isLockTableFull(err):
 		return errors.WithMessage(err, "locker: the server's lock table is full: raise max_locks_per_transaction (the table has room for about max_locks_per_transaction × max_connections locks)")
 	case e.Code == "55P03", e.Code == "57014":
 		return &joinedError{errRowLocked, err}
 	}
 	return err
+}
+
+func isLockTableFull(err error) bool {
+	e := pq.As(err)
+	return e != nil && e.Code == "53200"
 }
 
 // broken says whether an error means the end of the link.
