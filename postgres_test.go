@@ -972,6 +972,9 @@ func TestPostgresRefused(t *testing.T) {
 	t.Run("C27 standby, and the primary beside it", func(t *testing.T) {
 		t.Parallel()
 		primary := pgCluster(t, pgserver.Options{})
+		if _, err := os.Stat(filepath.Join(primary.BinDir(), "pg_basebackup")); err != nil {
+			t.Skip("these server programs came without pg_basebackup:", err)
+		}
 		standby, err := primary.Standby(pgBackground, pgserver.StandbyOptions{})
 		require.NoError(t, err)
 		t.Cleanup(func() { assert.NoError(t, standby.Close()) })
