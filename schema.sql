@@ -67,4 +67,4 @@ FROM env_lock_state s
 LEFT JOIN env_locks e ON e.lock_key = s.lock_key
 LEFT JOIN held ON held.lock_key = s.lock_key
 LEFT JOIN sessions ON sessions.number = s.claim_session
-WHERE s.holder_id IS NOT NULL OR s.claim_open;
+WHERE s.holder_id IS NOT NULL OR s.claim_open AND sessions.number IS NOT NULL;
