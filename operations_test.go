@@ -1,0 +1,98 @@
+package locker
+
+import (
+	"context"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// TestPostgresOperators: what an operator sees and can do (C35).
+func TestPostgresOperators(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	uri := newDatabase(t)
+	p, other := pgProvider(t, uri), pgProvider(t, uri)
+	watcher := pgProvider(t, uri)
+	newLocker, newOther := pgLocker(t, p), pgLocker(t, other)
+
+	_, err := watcher.Holders(ctx)
+	require.ErrorContains(t, err, "SchemaSQL", "before the schema is made")
+
+	holder := newLocker("acme/widget", 7, "first")
+	start := time.Now()
+	stop, err := holder.Lock(ctx)
+	require.NoError(t, err)
+	key, err := p.LockKey(ctx, "acme/widget", 7)
+	require.NoError(t, err)
+	waiter := newOther("acme/widget", 7, "second")
+	waited := make(chan error, 1)
+	go func() { _, err := waiter.Lock(ctx); waited <- err }()
+	require.Equal(t, "second", (<-stop).Message)
+
+	all, err := watcher.Holders(ctx)
+	require.NoError(t, err)
+	require.Len(t, all, 1)
+	h := all[0]
+	require.WithinRange(t, h.Since, start.Add(-time.Minute), time.Now().Add(time.Minute))
+	require.False(t, h.NewestAt.Before(h.Since))
+	h.Since, h.NewestAt = time.Time{}, time.Time{}
+	require.Equal(t, Holder{
+		Key: key, Repo: "acme/widget", PullRequest: 7,
+		Event: "first", Host: hostName, PID: os.Getpid(), Token: holder.Token(), Alive: true,
+		NewestEvent: "second", NewestHost: hostName, NewestPID: os.Getpid(), Waiting: true,
+	}, h)
+	require.Equal(t, Stats{Held: 1, Connected: true}, p.Stats())
+
+	require.NoError(t, holder.Release(ctx))
+	require.NoError(t, <-waited)
+	all, err = watcher.Holders(ctx)
+	require.NoError(t, err)
+	require.Len(t, all, 1)
+	require.Equal(t, "second", all[0].Event)
+	require.False(t, all[0].Waiting)
+
+	asked, err := watcher.Stop(ctx, "acme/widget", 8, "nobody there")
+	require.NoError(t, err)
+	require.False(t, asked)
+	cause := make(chan error, 1)
+	working := newLocker("acme/widget", 9, "works")
+	began, ended := make(chan struct{}), make(chan error, 1)
+	go func() {
+		ended <- working.Do(ctx, func(ctx context.Context) error {
+			close(began)
+			<-ctx.Done()
+			cause <- context.Cause(ctx)
+			return nil
+		})
+	}()
+	<-began
+	asked, err = watcher.Stop(ctx, "acme/widget", 9, `maintenance "now"`)
+	require.NoError(t, err)
+	require.True(t, asked)
+	err = <-cause
+	require.ErrorIs(t, err, ErrStopRequested)
+	require.NotErrorIs(t, err, ErrLockPreempted)
+	require.ErrorContains(t, err, "maintenance")
+	require.ErrorIs(t, <-ended, ErrStopRequested)
+
+	// A waiter that dies is not shown as one that waits.
+	dying := pgProvider(t, uri)
+	go func() { _, _ = pgLocker(t, dying)("acme/widget", 7, "dies").Lock(ctx) }()
+	require.Eventually(t, func() bool {
+		all, err = watcher.Holders(ctx)
+		return err == nil && len(all) == 1 && all[0].NewestEvent == "dies" && all[0].Waiting
+	}, soon, 10*time.Millisecond)
+	require.NoError(t, dying.Close())
+	require.Eventually(t, func() bool {
+		all, err = watcher.Holders(ctx)
+		return err == nil && len(all) == 1 && !all[0].Waiting
+	}, soon, 10*time.Millisecond)
+	_ = waiter.Release(ctx)
+	require.Eventually(t, func() bool {
+		all, err = watcher.Holders(ctx)
+		return err == nil && len(all) == 0
+	}, soon, 10*time.Millisecond)
+}
