@@ -334,6 +334,8 @@ func (s *session) open() (*link, error) {
 	if err != nil {
 		return nil, err
 	}
+	stop := context.AfterFunc(s.ctx, l.kill) // until it is open: then what is queued is still carried out
+	defer stop()
 	if !s.proven {
 		if err := s.proveNotify(l); err != nil {
 			l.close()

@@ -1,0 +1,91 @@
+// The driver runs PostgreSQL servers and worker processes, breaks things by the
+// seed, and judges what the workers saw.
+//
+//	go run ./cmd/driver [-seed n] [-duration d] [-only words] [-table file]
+//	go run ./cmd/driver -judge history[,history] [-table file]
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+func main() {
+	var c config
+	seeds := flag.String("seed", os.Getenv("SEED"), "what happens when; several, separated by commas, run one after the other; empty: a random one (SEED in the environment)")
+	flag.DurationVar(&c.duration, "duration", 22*time.Minute, "of one seed's run, about")
+	flag.IntVar(&c.workers, "workers", 4, "worker processes")
+	flag.IntVar(&c.clients, "clients", 3, "claims of a worker at a time")
+	flag.IntVar(&c.keys, "keys", 8, "keys")
+	only := flag.String("only", "", "only the faults whose name contains one of these words, separated by commas (\"mixed\" is one, and so is each loss of a server of two)")
+	table := flag.String("table", "", "write the table into this file, between its two marks")
+	flag.StringVar(&c.history, "history", "", "write all that happened into this file, which -judge reads")
+	judge := flag.String("judge", "", "run nothing: judge the histories in these files, separated by commas")
+	flag.BoolVar(&c.verbose, "v", false, "the workers' log on standard error")
+	flag.Parse()
+	if *only != "" {
+		c.only = strings.Split(*only, ",")
+	}
+	if *seeds == "" {
+		*seeds = strconv.Itoa(rand.IntN(1_000_000))
+	}
+	c.progress = os.Stdout
+
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	var all report
+	if *judge != "" {
+		*seeds = ""
+		for _, name := range strings.Split(*judge, ",") {
+			r, err := rejudge(name)
+			if err != nil {
+				fmt.Fprintln(os.Stderr, "chaos:", err)
+				os.Exit(2)
+			}
+			all.add(r)
+		}
+	}
+	for text := range strings.SplitSeq(*seeds, ",") {
+		if text == "" {
+			continue
+		}
+		seed, err := strconv.ParseUint(strings.TrimSpace(text), 10, 64)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "chaos: -seed:", err)
+			os.Exit(2)
+		}
+		c.seed = seed
+		r, err := run(ctx, c)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "chaos:", err)
+			os.Exit(2)
+		}
+		all.add(r)
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	fmt.Print("\n", all.table(), "\n", all.summary(), "\n")
+	if *table != "" {
+		if err := all.writeInto(*table); err != nil {
+			fmt.Fprintln(os.Stderr, "chaos:", err)
+			os.Exit(2)
+		}
+	}
+	if err := all.failure(); err != nil {
+		fmt.Fprintln(os.Stderr, "chaos:", err)
+		os.Exit(1)
+	}
+	if errors.Is(ctx.Err(), context.Canceled) {
+		os.Exit(130)
+	}
+}

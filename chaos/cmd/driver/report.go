@@ -1,0 +1,294 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/preemptable/locker/chaos/oracle"
+)
+
+// line is a line of the table.
+type line struct {
+	name                                            string
+	runs, claims, holds                             int
+	displaced, timedOut, lost, failed, killed, hung int
+	writes, rejected, overlaps, violations          int
+	detection                                       []time.Duration
+}
+
+// report is what came out of one or more runs.
+type report struct {
+	seeds      []string
+	took       time.Duration
+	lines      []*line
+	excused    map[string]int
+	violations int
+	rules      map[string]int // violations of each
+	left       []string
+}
+
+// judge holds the history of a run against the rules, and says what breaks them.
+func (d *recording) judge(say func(format string, args ...any)) report {
+	rules := oracle.DefaultRules()
+	if d.Late != 0 {
+		rules.Late = d.Late
+	}
+	if !d.Broken { // tokens are microseconds of the server's clock
+		rules.GrantTime = func(token int64) (int64, bool) { return token*1000 - d.Offset, true }
+	}
+	v := oracle.Check(d.Events, rules)
+	v.Violations = append(v.Violations, oracle.CheckRows(d.Rows)...)
+	if !oracle.CheckResource(d.Events, d.Rows, 20*time.Second) {
+		v.Violations = append(v.Violations, oracle.Violation{Rule: "the fenced resource itself does not compare tokens"})
+	}
+	r := report{seeds: []string{fmt.Sprint(d.Seed)}, took: d.Took, excused: map[string]int{}, rules: map[string]int{}, violations: len(v.Violations), left: d.Left}
+	for _, c := range v.Claims { // the last claim of each key has to succeed
+		if strings.HasSuffix(c.Worker, ".sweep") && c.EndClass != oracle.ClassReleased {
+			r.left = append(r.left, fmt.Sprintf("key %d cannot be had in the end: %s %s", c.Key, c.EndClass, c.Text))
+		}
+	}
+	for _, e := range d.Events {
+		if strings.Contains(e.Fault, "wall clock") && e.Kind == oracle.Inject && !d.skewSeen(e.At) {
+			r.left = append(r.left, "the worker with the wrong clock has the right time")
+		}
+	}
+	for _, e := range v.Excused {
+		r.excused[e.Why]++
+	}
+	d.count(&r, v)
+	for i, violation := range v.Violations {
+		r.rules[violation.Rule]++
+		say("VIOLATION %s", violation)
+		if i < 5 {
+			d.slice(violation, say)
+		}
+	}
+	for _, left := range r.left {
+		say("LEFT OVER %s", left)
+	}
+	return r
+}
+
+// skewSeen looks for a worker that began after a time and told a wrong one.
+func (d *recording) skewSeen(after int64) bool {
+	for _, e := range d.Events {
+		if e.Kind == oracle.Hello && e.At > after {
+			told, err := time.Parse(time.RFC3339, e.Text)
+			right := time.Unix(0, e.At+d.Offset)
+			if err == nil && right.Sub(told).Abs() > 50*time.Minute {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// count fills the table. What happens between the phases belongs to the one
+// before.
+func (d *recording) count(r *report, v *oracle.Verdict) {
+	lines := map[string]*line{}
+	at := func(t int64) *line {
+		name := "between the phases"
+		for _, p := range d.Phases {
+			if t >= p.From && t < p.To {
+				name = p.Name
+			}
+		}
+		if lines[name] == nil {
+			lines[name] = &line{name: name}
+			r.lines = append(r.lines, lines[name])
+		}
+		return lines[name]
+	}
+	for _, p := range d.Phases {
+		at(p.From).runs += p.Runs
+	}
+	for _, c := range v.Claims {
+		l := at(c.Attempt)
+		l.claims++
+		l.writes += c.Writes
+		l.rejected += c.RejectedBelieving + c.RejectedKnowing
+		if c.Locked != 0 {
+			l.holds++
+		}
+		switch {
+		case c.Ended == 0 && c.Killed != 0:
+			l.killed++
+		case c.Ended == 0:
+			l.hung++
+		case c.EndClass == oracle.ClassDisplaced:
+			l.displaced++
+		case c.EndClass == oracle.ClassTimeout:
+			l.timedOut++
+		case c.EndClass == oracle.ClassLost:
+			l.lost++
+		case c.EndClass == oracle.ClassFailed, c.EndClass == oracle.ClassContext, c.EndClass == oracle.ClassMax:
+			l.failed++
+		}
+	}
+	for _, e := range v.Excused {
+		if e.Why != oracle.ExcuseRace && e.Why != oracle.ExcuseCrash {
+			at(e.At).overlaps++
+		}
+	}
+	for _, violation := range v.Violations {
+		at(violation.At).violations++
+	}
+	for _, t := range v.Detection {
+		at(t.At).detection = append(at(t.At).detection, t.Took)
+	}
+}
+
+// slice prints the events around a violation.
+func (d *recording) slice(v oracle.Violation, say func(format string, args ...any)) {
+	const around, most = int64(6 * time.Second), 90
+	n := 0
+	events := slices.Clone(d.Events)
+	oracle.Sort(events)
+	for _, e := range events {
+		if e.At < v.At-around || e.At > v.At+around || e.Key != 0 && e.Key != v.Key || e.Kind == oracle.Write && e.OK {
+			continue
+		}
+		if n++; n > most {
+			say("    …")
+			return
+		}
+		what := strings.TrimSpace(fmt.Sprintf("%s %s %s %s", e.How, e.Class, e.Fault, strings.Join(e.Victims, ",")))
+		if e.Token != 0 {
+			what += fmt.Sprintf(" token %d", e.Token)
+		}
+		say("    %+8.3fs  %-10s %-12s %s  %.150s", float64(e.At-v.At)/1e9, e.Kind, cmp.Or(e.Claim, e.Worker), what, e.Text)
+	}
+}
+
+func (r *report) add(other report) {
+	r.seeds = append(r.seeds, other.seeds...)
+	r.took += other.took
+	r.violations += other.violations
+	r.left = append(r.left, other.left...)
+	if r.excused == nil {
+		r.excused = map[string]int{}
+	}
+	for why, n := range other.excused {
+		r.excused[why] += n
+	}
+	if r.rules == nil {
+		r.rules = map[string]int{}
+	}
+	for rule, n := range other.rules {
+		r.rules[rule] += n
+	}
+	for _, o := range other.lines {
+		i := slices.IndexFunc(r.lines, func(l *line) bool { return l.name == o.name })
+		if i < 0 {
+			r.lines = append(r.lines, o)
+			continue
+		}
+		r.lines[i].plus(o)
+	}
+}
+
+func (l *line) plus(o *line) {
+	l.runs += o.runs
+	l.claims += o.claims
+	l.holds += o.holds
+	l.displaced += o.displaced
+	l.timedOut += o.timedOut
+	l.lost += o.lost
+	l.failed += o.failed
+	l.killed += o.killed
+	l.hung += o.hung
+	l.writes += o.writes
+	l.rejected += o.rejected
+	l.overlaps += o.overlaps
+	l.violations += o.violations
+	l.detection = append(l.detection, o.detection...)
+}
+
+// table is the table of RELIABILITY.md.
+func (r *report) table() string {
+	var b strings.Builder
+	b.WriteString("| fault | runs | claims | holds | displaced | timed out | lost | failed | killed | hung | writes | refused | excused | violations | told: median | worst |\n")
+	b.WriteString("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n")
+	sum := &line{name: "**all**"}
+	lines := slices.Clone(r.lines)
+	slices.SortStableFunc(lines, func(a, b *line) int { return cmp.Or(rank(a.name)-rank(b.name), cmp.Compare(a.name, b.name)) })
+	for _, l := range lines {
+		sum.plus(l)
+	}
+	sum.detection = nil
+	for _, l := range append(lines, sum) {
+		median, worst := "", ""
+		if n := len(l.detection); n > 0 {
+			slices.Sort(l.detection)
+			median, worst = seconds(l.detection[n/2]), seconds(l.detection[n-1])
+		}
+		fmt.Fprintf(&b, "| %s | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %s | %s |\n",
+			l.name, l.runs, l.claims, l.holds, l.displaced, l.timedOut, l.lost, l.failed, l.killed, l.hung, l.writes, l.rejected, l.overlaps, l.violations, median, worst)
+	}
+	return b.String()
+}
+
+func rank(name string) int {
+	switch name {
+	case "none":
+		return 0
+	case "mixed":
+		return 2
+	case "between the phases":
+		return 3
+	}
+	return 1
+}
+
+func seconds(d time.Duration) string {
+	if d < time.Second {
+		return fmt.Sprintf("%d ms", d.Milliseconds())
+	}
+	return fmt.Sprintf("%.1f s", d.Seconds())
+}
+
+func (r *report) summary() string {
+	var excuses []string
+	for _, why := range slices.Sorted(maps.Keys(r.excused)) {
+		excuses = append(excuses, fmt.Sprintf("%s: %d", why, r.excused[why]))
+	}
+	text := fmt.Sprintf("Seeds %s; %v in all; %d violations; left over at the end: %d.\n",
+		strings.Join(r.seeds, ", "), r.took.Round(time.Second), r.violations, len(r.left))
+	if len(excuses) > 0 {
+		text += "Excused as documented: " + strings.Join(excuses, "; ") + ".\n"
+	}
+	return text
+}
+
+func (r *report) failure() error {
+	if r.violations == 0 && len(r.left) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%d violations, %d things left over", r.violations, len(r.left))
+}
+
+// The marks between which the table stands in a file.
+const (
+	tableBegin = "<!-- table: written by go run ./cmd/driver -table -->"
+	tableEnd   = "<!-- end of table -->"
+)
+
+func (r *report) writeInto(name string) error {
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return err
+	}
+	before, rest, ok := strings.Cut(string(text), tableBegin)
+	_, after, ok2 := strings.Cut(rest, tableEnd)
+	if !ok || !ok2 {
+		return errors.New(name + " has no marks for the table")
+	}
+	return os.WriteFile(name, []byte(before+tableBegin+"\n\n"+r.table()+"\n"+r.summary()+"\n"+tableEnd+after), 0o644)
+}

@@ -1,0 +1,66 @@
+package fault
+
+import (
+	"context"
+	"errors"
+	"net/url"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/preemptable/locker"
+	"github.com/preemptable/locker/internal/pgserver"
+)
+
+// TestSilenceWhileOpening lets the network go silent after each of the requests
+// with which a provider opens its session: whatever it is that is not answered,
+// a caller gets his error, and Close comes to an end.
+func TestSilenceWhileOpening(t *testing.T) {
+	t.Parallel()
+	server, err := NewServer(t.Context(), nil)
+	if errors.Is(err, pgserver.ErrNoBinaries) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = server.Close() })
+	target, err := url.Parse(server.URI(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// openLink, the check of NOTIFY and the settings are bounded one by one, by 8 s each.
+	const bound, most = 30 * time.Second, 100
+	var running sync.WaitGroup
+	for n := 1; n <= most; n++ {
+		running.Go(func() {
+			proxy, err := NewProxy(target.Host)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer proxy.Close()
+			proxy.SilentAfter(n)
+			provider, err := locker.NewLockProvider(locker.PostgresLockProviderKind, locker.WithPostgresBackend(uri(proxy), ""))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			done := make(chan struct{})
+			go func() { // ends before the proxy is closed, or soon after
+				defer close(done)
+				if _, err := provider.LockKey(context.Background(), "org/repo", uint(n)); err != nil && n == most {
+					t.Errorf("the session needs more than %d requests: %v", n, err)
+				}
+				time.Sleep(100 * time.Millisecond) // into the next request, if it was answered
+				_ = provider.(*locker.PostgresLockProvider).Close()
+			}()
+			select {
+			case <-done:
+			case <-time.After(bound):
+				t.Errorf("LockKey and Close hang when request %d is not answered", n+1)
+			}
+		})
+	}
+	running.Wait()
+}

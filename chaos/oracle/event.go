@@ -1,0 +1,203 @@
+// Package oracle judges what the processes of a chaos run have seen: pure
+// functions over a history of events.
+package oracle
+
+import (
+	"cmp"
+	"slices"
+	"time"
+)
+
+// Kind is what an event tells.
+type Kind string
+
+// What a worker tells of each of its claims, in this order. Every claim begins
+// with Attempt and finishes with Ended, unless its worker is killed.
+const (
+	Attempt    Kind = "attempt"    // How says by which way: HowDirect, HowSilent or HowDo
+	Announcing Kind = "announcing" // Notify was called; direct claims only
+	Announced  Kind = "announced"  // Notify has returned nil; direct claims only
+	Waiting    Kind = "waiting"    // Lock was called; not by HowDo
+	Locked     Kind = "locked"     // Lock has returned a hold, with Token
+	Begin      Kind = "begin"      // the lock delay is over: the worker believes that it is alone
+	Write      Kind = "write"      // a write to the fenced resource with Token, from Start to At
+	Told       Kind = "told"       // the notification was read; Class says why
+	Over       Kind = "over"       // the lock's channel was seen to be closed
+	Releasing  Kind = "releasing"  // Unlock is about to be called, or the function given to Do returns
+	Ended      Kind = "ended"      // nothing is left of the claim; Class says how it ended
+)
+
+// What a worker tells of itself.
+const (
+	Hello Kind = "hello"
+	Bye   Kind = "bye" // the provider is closed; Count goroutines are left over
+)
+
+// What the driver tells.
+const (
+	Killed Kind = "killed" // Worker was killed; its claims end here
+	Frozen Kind = "frozen" // Worker was stopped
+	Thawed Kind = "thawed" // Worker goes on
+	Inject Kind = "inject" // the fault Fault begins; ID names this instance of it
+	Heal   Kind = "heal"   // the fault ID is over; ClassFailed: it never really was
+	Forget Kind = "forget" // the database may have lost what it was told: Class is one of the Forget classes
+)
+
+// How a claim was made.
+const (
+	HowDirect = "direct" // New, Notify, Lock, Unlock
+	HowSilent = "silent" // the same without Notify
+	HowDo     = "do"     // PreemptiveLocker.Do
+)
+
+// Classes of Told and Ended.
+const (
+	ClassReleased  = "released"  // the holder let go
+	ClassDisplaced = "displaced" // a newer claim
+	ClassTimeout   = "timeout"
+	ClassLost      = "lost" // the session is gone, or the hold was revoked
+	ClassClosed    = "closed"
+	ClassMax       = "max"
+	ClassContext   = "context"
+	ClassFailed    = "failed" // an error of the database: nothing was held
+)
+
+// Classes of Forget.
+const (
+	ForgetCrash = "crash" // claims of the last moments may be gone
+	ForgetRows  = "rows"  // an operator has deleted the state
+	ForgetAsync = "async" // an asynchronous standby was promoted
+)
+
+// Event is one line of a history. Times are readings of the machine's monotonic
+// clock in nanoseconds, the same for every process.
+type Event struct {
+	At     int64  `json:"at"`
+	Kind   Kind   `json:"kind"`
+	Worker string `json:"worker,omitempty"` // one process; a restarted worker has another name
+	Claim  string `json:"claim,omitempty"`
+	Key    int64  `json:"key,omitempty"`
+	How    string `json:"how,omitempty"`
+	Token  int64  `json:"token,omitempty"`
+	Start  int64  `json:"start,omitempty"`
+	OK     bool   `json:"ok,omitempty"`       // write: accepted
+	Belief bool   `json:"believes,omitempty"` // write: the worker has not been told to stop
+	Class  string `json:"class,omitempty"`
+	Text   string `json:"text,omitempty"`
+	Count  int    `json:"count,omitempty"`
+
+	// inject only
+	ID      int      `json:"id,omitempty"`
+	Fault   string   `json:"fault,omitempty"`
+	Victims []string `json:"victims,omitempty"` // the workers it hits
+	Session bool     `json:"session,omitempty"` // it may keep their sessions from working
+	Bound   int64    `json:"bound,omitempty"`   // it ends their sessions: holders are told within this time
+}
+
+// Row is one write as the resource itself has recorded it.
+type Row struct {
+	Seq      int64
+	Key      int64
+	Token    int64
+	Claim    string
+	Accepted bool
+}
+
+// Sort orders a history by time.
+func Sort(events []Event) {
+	slices.SortStableFunc(events, func(a, b Event) int { return cmp.Compare(a.At, b.At) })
+}
+
+// Claim is everything that is known of one claim. Times are 0 if it did not
+// happen.
+type Claim struct {
+	ID, Worker, How                            string
+	Key, Token                                 int64
+	Attempt, Announcing, Announced             int64
+	Waiting, Locked, Begin, Told, Over         int64
+	Releasing, Ended                           int64
+	ToldClass, EndClass, Text                  string
+	Killed                                     int64 // its worker was killed before it ended
+	Writes, RejectedBelieving, RejectedKnowing int
+}
+
+// Claims gathers the events of a sorted history.
+func Claims(events []Event) []*Claim {
+	byID := map[string]*Claim{}
+	byWorker := map[string][]*Claim{}
+	var all []*Claim
+	for i := range events {
+		e := &events[i]
+		if e.Kind == Killed {
+			for _, c := range byWorker[e.Worker] {
+				if c.Ended == 0 {
+					c.Killed = e.At
+				}
+			}
+		}
+		if e.Claim == "" {
+			continue
+		}
+		c := byID[e.Claim]
+		if c == nil {
+			c = &Claim{ID: e.Claim, Worker: e.Worker, Key: e.Key, How: e.How, Attempt: e.At}
+			byID[e.Claim] = c
+			byWorker[e.Worker] = append(byWorker[e.Worker], c)
+			all = append(all, c)
+		}
+		switch e.Kind {
+		case Announcing:
+			c.Announcing = e.At
+		case Announced:
+			c.Announced = e.At
+		case Waiting:
+			c.Waiting = e.At
+		case Locked:
+			c.Locked, c.Token = e.At, e.Token
+		case Begin:
+			c.Begin = e.At
+		case Told:
+			c.Told, c.ToldClass = e.At, e.Class
+		case Over:
+			c.Over = e.At
+		case Releasing:
+			c.Releasing = e.At
+		case Ended:
+			c.Ended, c.EndClass, c.Text = e.At, e.Class, e.Text
+		case Write:
+			c.Writes++
+			if !e.OK && e.Belief {
+				c.RejectedBelieving++
+			} else if !e.OK {
+				c.RejectedKnowing++
+			}
+		}
+	}
+	return all
+}
+
+// HoldEnd is when the claim's hold was over as far as its worker could know: it
+// let go, its channel was closed, or it was killed. 0 means never.
+func (c *Claim) HoldEnd() int64 {
+	return first(c.Releasing, c.Over, c.Ended, c.Killed)
+}
+
+// first answers the earliest time that did happen.
+func first(times ...int64) int64 {
+	var earliest int64
+	for _, t := range times {
+		if t != 0 && (earliest == 0 || t < earliest) {
+			earliest = t
+		}
+	}
+	return earliest
+}
+
+// span is a stretch of time; an end of 0 is open.
+type span struct{ from, to int64 }
+
+func (s span) touches(from, to int64) bool {
+	return s.from <= to && (s.to == 0 || s.to >= from)
+}
+
+func ms(ns int64) time.Duration { return time.Duration(ns).Round(time.Millisecond) }
