@@ -59,7 +59,7 @@
 //
 // # Errors
 //
-// Match with errors.Is: ErrLockPreempted, ErrLockTimeout, ErrLockLost,
-// ErrMaxLockDuration, ErrProviderClosed, ErrStopRequested, and the errors of the
-// contexts that you pass. Errors never contain a password.
+// Match with errors.Is: ErrLockPreempted, ErrClaimOutdated, ErrLockTimeout,
+// ErrLockLost, ErrMaxLockDuration, ErrProviderClosed, ErrStopRequested, and the
+// errors of the contexts that you pass. Errors never contain a password.
 package locker

@@ -144,20 +144,21 @@ work:
 }
 
 // Webhooks may arrive late, or twice. With an order that comes from the event
-// itself, here its updated_at, they are turned away, whatever their arrival.
+// itself, here a counter of pushes, they are turned away, whatever their arrival.
+// (GitHub's updated_at alone is too coarse: docs/webhook.md.)
 func ExamplePreemptiveLocker_Order() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
 		log.Fatal(err)
 	}
 	for _, delivery := range []struct {
-		event     string
-		updatedAt int64
+		event string
+		push  int64
 	}{
-		{"synchronize", 1700000200},
-		{"opened", 1700000100}, // late
+		{"synchronize", 2},
+		{"opened", 1}, // late
 	} {
-		l := newLocker("octo/cat", 42, delivery.event).Order(delivery.updatedAt)
+		l := newLocker("octo/cat", 42, delivery.event).Order(delivery.push)
 		err := l.Do(context.Background(), func(context.Context) error { return nil })
 		fmt.Println(delivery.event, "came too late:", errors.Is(err, locker.ErrClaimOutdated))
 	}

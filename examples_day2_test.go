@@ -145,7 +145,7 @@ func ExamplePostgresLockProvider_Holders() {
 		switch {
 		case h.Alive:
 			state = "held for " + time.Since(h.Since).Round(time.Second).String()
-		case h.Event != "":
+		case !h.Since.IsZero():
 			state = "its holder died"
 		}
 		if h.Waiting {

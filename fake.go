@@ -175,6 +175,7 @@ func (m *memory) acquire(_ context.Context, _ <-chan struct{}, r request) (answe
 		}
 		m.counter++
 		row.holder, row.locked, row.token = r.id, true, m.counter
+		row.open = row.open || row.newest.id == r.id
 		a.outcome, a.token, a.session = granted, row.token, m.session
 		if !row.uncleanAt.IsZero() {
 			a.drain = max(0, uncleanDelay-time.Since(row.uncleanAt))

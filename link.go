@@ -17,9 +17,9 @@ import (
 )
 
 // SchemaSQL creates what the postgres provider needs in its database: the tables
-// env_locks and env_lock_state. The provider runs it on first use; without the
-// privilege to, it names SchemaSQL in its error, and somebody who has the
-// privilege runs it once (C28). Running it again is harmless.
+// env_locks and env_lock_state, and the view env_lock_overview. The provider runs
+// it on first use; without the privilege to, it names SchemaSQL in its error, and
+// somebody who has the privilege runs it once (C28). Running it again is harmless.
 //
 //go:embed schema.sql
 var SchemaSQL string
@@ -95,7 +95,8 @@ WITH want AS MATERIALIZED (
     SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::bigint[], $4::uuid[], $5::boolean[], $6::boolean[], $7::text[])
         AS w(key, id, claim, claim_id, first, tryable, event)
 ), seen AS MATERIALIZED (
-    SELECT w.*, s.lock_key IS NULL AS missing, s.holder_id IS NULL AS hidden, s.claim AS newest, s.claim_id AS newest_id,
+    SELECT w.*, s.lock_key IS NULL AS missing, 
+        s.holder_id IS NULL OR s.claim_id = w.id AND (s.claim_session <> $10::integer OR NOT s.claim_open) AS hidden, s.claim AS newest, s.claim_id AS newest_id,
         s.claim_event AS newest_event, w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id AS valid
     FROM want w LEFT JOIN env_lock_state s ON s.lock_key = w.key
 ), tried AS MATERIALIZED (
@@ -106,6 +107,8 @@ WITH want AS MATERIALIZED (
         claim = CASE WHEN t.first THEN s.claim ELSE greatest(s.claim, t.claim) END,
         claim_id = CASE WHEN t.first THEN s.claim_id ELSE t.claim_id END,
         waiting = false,
+        claim_open = s.claim_open OR s.claim_id = t.id,
+        claim_session = CASE WHEN s.claim_id = t.id THEN $10::integer ELSE s.claim_session END,
         token = greatest(s.token + 1, ` + sqlClock + `),
         unclean_at = CASE WHEN s.holder_id IS NULL THEN s.unclean_at ELSE clock_timestamp() END,
         holder_id = t.id, holder_event = t.event, holder_host = $8, holder_pid = $9, held_since = clock_timestamp()
@@ -128,10 +131,15 @@ INSERT INTO env_lock_state (lock_key) SELECT unnest($1::bigint[]) ON CONFLICT DO
 	// waits, and answers whether the row did not know. A holder that the row does
 	// not know is one of the original library: it listens on a channel that is
 	// named by the key, but only some time after it has the key, so it is told
-	// again with every try.
+	// again with every try. A claim that waits on in a new session says so, too.
 	sqlWait = `
 WITH asked AS (
-    UPDATE env_lock_state SET waiting = true WHERE lock_key = ANY ($1::bigint[]) AND NOT waiting RETURNING lock_key
+    UPDATE env_lock_state s SET waiting = true,
+        claim_open = s.claim_open OR s.claim_id = w.id,
+        claim_session = CASE WHEN s.claim_id = w.id THEN $3::integer ELSE s.claim_session END
+    FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
+    WHERE s.lock_key = w.key AND (NOT s.waiting OR s.claim_id = w.id AND (s.claim_session <> $3::integer OR NOT s.claim_open))
+    RETURNING s.lock_key
 )
 SELECT s.lock_key, a.lock_key IS NOT NULL, set_config('synchronous_commit', 'off', true),
     CASE WHEN s.holder_id IS NULL AND s.claim_open THEN pg_notify(s.lock_key::text,
@@ -388,6 +396,8 @@ func cancelBackend(ctx context.Context, dsn string, pid int) error {
 	}
 	db := sql.OpenDB(connector)
 	defer func() { _ = db.Close() }() // nothing is left to be lost
+	ctx, cancel := context.WithTimeout(ctx, cancelTimeout)
+	defer cancel()
 	_, err = db.ExecContext(ctx, `SELECT pg_cancel_backend($1)`, pid)
 	return err
 }

@@ -286,9 +286,13 @@ func (l *lock) begin() error {
 // has no effect.
 func (l *lock) abandon() {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	if l.phase == fresh {
 		l.ended = errReleasedWait
+	}
+	withdraw := l.phase == fresh && l.announced
+	l.mu.Unlock()
+	if withdraw {
+		l.backend.withdraw(l.claim)
 	}
 }
 
@@ -557,14 +561,14 @@ func (l *lock) unwatchLocked() {
 // revoke takes the key from a holder that did not release it in time (C14); the
 // lock is over already.
 func (l *lock) revoke() {
+	done := l.backend.release(context.Background(), l.claim)
+	l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
 	l.conf.logger.Warn("locker: lock revoked: its holder did not release it in time",
 		slog.Int64("key", l.claim.key), slog.String("event", l.claim.event),
 		slog.Duration("after", l.conf.preemptionTimeout), slog.String("cause", l.Cause().Error()))
-	done := l.backend.release(context.Background(), l.claim)
-	l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
 	l.observe(ObservedRevoked, time.Since(l.began), l.Cause())
 	if l.onOver != nil {
-		_ = await(context.Background(), done)
+		_ = await(context.Background(), releaseTimeout, done)
 		l.onOver()
 	}
 }
@@ -573,7 +577,14 @@ func (l *lock) unlock(ctx context.Context) error {
 	l.mu.Lock()
 	switch l.phase {
 	case fresh:
+		announced := l.announced
+		if l.onOver != nil { // what belongs to this lock is closed now
+			l.ended = ErrProviderClosed
+		}
 		l.mu.Unlock()
+		if announced {
+			l.backend.withdraw(l.claim)
+		}
 		return errNotLocked
 
 	case waiting:
@@ -583,7 +594,7 @@ func (l *lock) unlock(ctx context.Context) error {
 		left := l.left
 		l.endWaitLocked(errReleasedWait)
 		l.mu.Unlock()
-		return await(ctx, left)
+		return await(ctx, releaseTimeout, left)
 
 	case held, notified:
 		l.endLocked()
@@ -591,7 +602,7 @@ func (l *lock) unlock(ctx context.Context) error {
 		done := l.backend.release(ctx, l.claim)
 		l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
 		l.observe(ObservedReleased, time.Since(l.began), l.Cause())
-		return await(ctx, done)
+		return await(ctx, releaseTimeout, done)
 
 	default: // over
 		err := l.lost
@@ -642,7 +653,7 @@ func (l *lock) handleWaitingLocked(ev event) {
 	case evManual:
 		return
 	case evLost:
-		l.lostUpTo = ev.session
+		l.lostUpTo = max(l.lostUpTo, ev.session)
 	case evClaimed:
 		if ev.from.number > l.missed.from.number {
 			l.missed = ev
@@ -682,15 +693,15 @@ func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
 	return false, news
 }
 
-// await waits for done, but no longer than C18 allows.
-func await[T any](ctx context.Context, done <-chan T) error {
+// await waits for done, within the bounds of C18.
+func await[T any](ctx context.Context, bound time.Duration, done <-chan T) error {
 	if ctx.Err() != nil {
 		return contextError(ctx)
 	}
 	if done == nil {
 		return nil
 	}
-	limit := time.NewTimer(releaseTimeout)
+	limit := time.NewTimer(bound)
 	defer limit.Stop()
 	select {
 	case v := <-done:
@@ -699,7 +710,7 @@ func await[T any](ctx context.Context, done <-chan T) error {
 	case <-ctx.Done():
 		return contextError(ctx)
 	case <-limit.C:
-		return errors.Errorf("not confirmed within %v; it goes on in the background", releaseTimeout)
+		return errors.New("not confirmed in time; it goes on in the background")
 	}
 }
 

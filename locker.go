@@ -15,8 +15,8 @@ import (
 
 // ErrLockPreempted says that a newer claim was announced for the key. It is
 // matched by the error of a Lock that left for a newer claim (C4), and by the
-// cause of a holder that was told to stop for one (C5, C16); by nothing else
-// (C21).
+// cause of a holder that was told to stop for one (C5, C16), and by
+// ErrClaimOutdated (C33); by nothing else (C21).
 var ErrLockPreempted = stderrors.New("lock was preemptepd while waiting for the lock")
 
 // The sentinels of everything else that ends a wait or a hold. Match them with
@@ -33,8 +33,8 @@ var (
 	ErrMaxLockDuration = stderrors.New("max lock duration was reached")
 	// ErrProviderClosed: the provider was closed.
 	ErrProviderClosed = stderrors.New("lock provider is closed")
-	// ErrStopRequested: an operator asked the holder to stop, with a NOTIFY by
-	// hand (C13).
+	// ErrStopRequested: an operator asked the holder to stop, with
+	// PostgresLockProvider.Stop or a NOTIFY by hand (C13).
 	ErrStopRequested = stderrors.New("holder was asked to stop")
 )
 
@@ -100,6 +100,8 @@ func (timeoutError) Is(e error) bool { return e == context.DeadlineExceeded }
 //     preempted while waiting for the lock to release
 //   - Client A calls Unlock()
 //   - Client C's invocation of Lock() returns successfully
+//
+// (Unlock is the method Release here.)
 //
 // It is made by a PreemptiveLockerFactory and is single use. All methods may be
 // called concurrently; Release during Lock ends the wait. Its zero value
@@ -209,8 +211,10 @@ func (p *PreemptiveLocker) Order(order int64) *PreemptiveLocker {
 // The error matches ErrLockPreempted if a newer claim was announced,
 // ErrClaimOutdated as well if the claim came too late by its order,
 // ErrLockTimeout after the lock timeout, ctx's own error if ctx is done, and
-// ErrProviderClosed; other errors come from the input or from the database. A
-// Lock that failed leaves nothing behind (C20). A second Lock is an error.
+// ErrProviderClosed; during the lock delay also whatever a holder can be told
+// (C13): ErrLockLost, ErrMaxLockDuration or ErrStopRequested. Other errors come
+// from the input or from the database. A Lock that failed leaves nothing behind
+// (C20). A second Lock is an error.
 func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayload, err error) {
 	if err := p.usable(ctx); err != nil {
 		return nil, err
@@ -249,6 +253,7 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 	span, ctx := p.startSpan(ctx, "release")
 	defer func() { p.finishSpan(span, err) }()
 
+	start := time.Now()
 	p.mu.Lock()
 	stage := p.stage
 	var left chan struct{}
@@ -276,7 +281,7 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 			}
 			_ = unlockBounded(ctx, lock) // whatever is left, Lock itself cleans up
 		}
-		err = await(ctx, left)
+		err = await(ctx, releaseTimeout-time.Since(start), left)
 	case locked:
 		err = unlockBounded(ctx, lock)
 		p.cancel()
@@ -359,8 +364,13 @@ func (p *PreemptiveLocker) watch(ctx context.Context, ch <-chan NotificationPayl
 // above limit.
 //
 // If the hold has been notified already, f is not run and Shield answers the
+// cause. When limit passes after a notification, f's context is cancelled with the
 // cause. If the session is lost, the hold is over and f's context is cancelled at
-// once: nothing can put that off. Shields do not nest. It answers f's error.
+// once: nothing can put that off. It answers f's error.
+//
+// Shields do not nest: a second one while one runs, also on another goroutine, is
+// an error, as are a limit that is not positive, a call outside of Do, and a
+// provider whose locks have no Shield.
 func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f func(ctx context.Context) error) error {
 	if err := p.usable(ctx); err != nil {
 		return err
@@ -487,6 +497,9 @@ func (p *PreemptiveLocker) acquire(ctx, abortable context.Context) (PreemptableL
 	aborted := p.aborted
 	p.mu.Unlock()
 	if aborted {
+		if own, ok := lock.(ownLock); ok {
+			own.abandon()
+		}
 		return lock, nil, errReleasedWait
 	}
 	hold := abortable

@@ -17,12 +17,13 @@ type Holder struct {
 	Repo        string // "" if the key is not one of LockKey's
 	PullRequest uint
 
-	// The hold. Event is "" and Since zero if nobody holds.
+	// The hold. Since is zero if nobody holds, and Event, Host and PID are then
+	// empty.
 	Event string
 	Host  string
 	PID   int
 	Since time.Time
-	Token int64
+	Token int64 // of the hold, or of the last one if nobody holds
 	// Alive says whether the hold's session lives. If not, the holder died
 	// without releasing, and the next Lock takes over after the lock delay.
 	Alive bool
@@ -48,7 +49,7 @@ FROM env_lock_overview ORDER BY repo, pull_request, lock_key`
 // own for as long as it takes; calls wait for each other.
 func (plp *PostgresLockProvider) Holders(ctx context.Context) ([]Holder, error) {
 	var all []Holder
-	err := plp.operate(ctx, func(db *sql.DB) error {
+	err := plp.operate(ctx, func(ctx context.Context, db *sql.DB) error {
 		rows, err := db.QueryContext(ctx, sqlHolders)
 		if err != nil {
 			return err
@@ -81,7 +82,7 @@ func (plp *PostgresLockProvider) Stop(ctx context.Context, repo string, pr uint,
 	if err := checkRepo(repo, pr); err != nil {
 		return false, err
 	}
-	err = plp.operate(ctx, func(db *sql.DB) error {
+	err = plp.operate(ctx, func(ctx context.Context, db *sql.DB) error {
 		var key int64
 		err := db.QueryRowContext(ctx, `SELECT lock_key FROM env_lock_overview WHERE repo = $1 AND pull_request = $2 AND alive`, repo, int64(pr)).Scan(&key)
 		if errors.Is(err, sql.ErrNoRows) {
@@ -104,7 +105,7 @@ func (plp *PostgresLockProvider) Stop(ctx context.Context, repo string, pr uint,
 }
 
 // operate lends an operator's call a connection.
-func (plp *PostgresLockProvider) operate(ctx context.Context, use func(db *sql.DB) error) error {
+func (plp *PostgresLockProvider) operate(ctx context.Context, use func(ctx context.Context, db *sql.DB) error) error {
 	if plp.session == nil {
 		return errProviderZero
 	}
@@ -117,6 +118,10 @@ func (plp *PostgresLockProvider) operate(ctx context.Context, use func(db *sql.D
 	case <-ctx.Done():
 		return contextError(ctx)
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(plp.session.ctx, cancel) // Close ends it
+	defer stop()
 	connector, err := pq.NewConnector(plp.session.dsn)
 	if err != nil {
 		return errors.New("postgres URI is invalid")
@@ -124,7 +129,7 @@ func (plp *PostgresLockProvider) operate(ctx context.Context, use func(db *sql.D
 	db := sql.OpenDB(connector)
 	defer func() { _ = db.Close() }() // nothing is left to be lost
 	db.SetMaxOpenConns(1)
-	err = use(db)
+	err = use(ctx, db)
 	if e := pq.As(err); e != nil && e.Code == "42P01" {
 		return errors.WithMessage(err, "the schema is not complete: it is made on the first Lock, or by SchemaSQL")
 	}

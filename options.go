@@ -91,8 +91,9 @@ func WithPostgresBackend(postgresURI string, apmServiceName string) LockProvider
 }
 
 // WithLogger sets where the provider reports what an operator must know: a
-// lost or refused session, a revoked lock, a missing schema. Without it, or
-// with nil, nothing is logged.
+// lost or refused session (also one that lacks the schema and may not make
+// it), a revoked lock, and what docs/operations.md lists. Without it, or with
+// nil, nothing is logged.
 func WithLogger(logger *slog.Logger) LockProviderOption {
 	return func(c *LockProviderConfig) { c.logger = logger }
 }
@@ -110,7 +111,10 @@ type Observation struct {
 	Key   int64
 	Event string        // of the lock's claim
 	After time.Duration // since Lock was called, or since the hold began
-	Err   error         // why, if there is a reason; it matches the sentinels
+	// Err is why, if there is a reason: it matches a sentinel or a context's
+	// error, or neither if it is the database's or Release ended the wait; for
+	// ObservedRevoked it is the cause of the notification.
+	Err error
 }
 
 // ObservationKind enumerates what can happen to a lock.

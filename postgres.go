@@ -11,11 +11,12 @@ import (
 )
 
 // PostgresLockProvider makes locks on PostgreSQL, 14 or later. Every process that
-// names the same database shares them. It uses a constant number of connections,
-// two and no pool, however many locks it holds or waits for (C23); it connects
-// when it is first used and again by itself after a loss (C26). Make it with
-// NewLockProvider; the zero value answers errors. All methods may be called
-// concurrently.
+// names the same database shares them. It uses two connections and no pool,
+// however many locks it holds or waits for, and for moments one more: for a call
+// of Holders or Stop, and to cancel a commit that waits for a standby (C23: never
+// more than four). It connects when it is first used and again by itself after a
+// loss (C26). Make it with NewLockProvider; the zero value answers errors. All
+// methods may be called concurrently.
 type PostgresLockProvider struct {
 	conf      LockProviderConfig
 	session   *session
@@ -103,6 +104,8 @@ func (plp *PostgresLockProvider) Close() error {
 	}
 	plp.session.hub.close()
 	plp.session.close()
+	plp.operating <- struct{}{} // no operator's call is left
+	<-plp.operating
 	return nil
 }
 
@@ -112,7 +115,12 @@ func (plp *PostgresLockProvider) Close() error {
 //
 // db is only checked, not kept: it must be open. message is the lock's event.
 // conf is a configuration as the LockProviderOptions fill it; its zero value
-// means every default.
+// means every default. To fill conf:
+//
+//	var c LockProviderConfig
+//	WithLockTimeout(time.Minute)(&c)
+//
+// A WithPostgresBackend in it names only the APM service; connInfo is what counts.
 func NewPostgresLock(ctx context.Context, db *sqlx.DB, key int64, connInfo, message string, conf LockProviderConfig) (pl *PostgresLock, err error) {
 	if ctx == nil {
 		return nil, errContextNil
@@ -136,7 +144,10 @@ func NewPostgresLock(ctx context.Context, db *sqlx.DB, key int64, connInfo, mess
 	if err := newLock(ctx, &pl.lock, s, conf, key, message); err != nil {
 		return nil, err
 	}
-	pl.onOver = sync.OnceFunc(s.close)
+	pl.onOver = sync.OnceFunc(func() {
+		s.hub.close() // a release on its way goes first
+		s.close()
+	})
 	return pl, nil
 }
 

@@ -14,7 +14,11 @@ import (
 // The providers of this package are safe for concurrent use and are also
 // io.Closers. A provider of your own works with NewPreemptiveLockerFactory
 // unchanged (C9); if its locks have the optional methods Token() int64,
-// Cause() error or Drain() time.Duration, they are used.
+// Cause() error, Drain() time.Duration, or both Shield(time.Duration) error and
+// Unshield(), they are used. A lock that wraps one of this package has to
+// forward all of them: without Token it has no fencing token, without Cause
+// every payload counts as a newer claim's, without Drain it does not wait after
+// a predecessor that died, without Shield the method Shield is an error.
 type LockProvider interface {
 	// New makes a lock for key; event says why it is wanted, to whomever it
 	// displaces.

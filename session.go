@@ -25,9 +25,10 @@ const (
 	reopenMin = 50 * time.Millisecond // backoff between two attempts to open a session
 	reopenMax = time.Second
 
-	checkTimeout = 3 * time.Second // for a NOTIFY to ourselves to arrive
-	stallTimeout = 4 * time.Second // for a statement to end, above the server's own timeouts
-	stuckPause   = 3 * time.Second // before a key whose row was locked by somebody else is tried again
+	checkTimeout  = 3 * time.Second // for a NOTIFY to ourselves to arrive
+	stallTimeout  = 4 * time.Second // for a statement to end, above the server's own timeouts
+	cancelTimeout = 3 * time.Second // for a statement to be cancelled
+	stuckPause    = 3 * time.Second // before a key whose row was locked by somebody else is tried again
 )
 
 // session is a provider's connection to its database: one link, which holds the
@@ -152,7 +153,8 @@ func (s *session) acquire(ctx context.Context, stop <-chan struct{}, r request) 
 func (s *session) release(ctx context.Context, c claim) <-chan error {
 	o := &op{kind: opRelease, ctx: context.WithoutCancel(ctx), req: request{claim: c}, freed: make(chan error, 1)}
 	s.mu.Lock()
-	_, holds := s.held[c.key]
+	id, holds := s.held[c.key]
+	holds = holds && id == c.id // not a successor's
 	if holds {
 		s.enqueueLocked(o)
 	}
@@ -476,13 +478,13 @@ func (s *session) lose(l *link, cause error) {
 		return
 	}
 	s.link = nil
-	held := len(s.held)
+	held, trusted := len(s.held), s.trusted
 	s.held = map[int64]uuid.UUID{}
 	releases := s.queues[opRelease]
 	s.queues[opRelease] = nil
 	s.mu.Unlock()
 
-	s.trusted.Stop()
+	trusted.Stop()
 	if cause == nil { // closed in peace
 		return
 	}
@@ -625,23 +627,22 @@ var errStalled = errors.New("locker: the commit waits for a synchronous standby 
 // for a synchronous standby for ever, and then returns as if nothing had been. It
 // answers how to stop watching, which says whether the statement was cancelled.
 func (s *session) watchStall(l *link) (stop func() bool) {
-	var mu sync.Mutex // guards cancelled
-	cancelled := false
+	cancelled := make(chan struct{})
 	timer := time.AfterFunc(stallTimeout, func() {
-		mu.Lock()
-		defer mu.Unlock()
+		defer close(cancelled)
 		if err := cancelBackend(s.ctx, s.dsn, l.pid); err != nil {
 			s.log.Warn("locker: stalled statement could not be cancelled", slog.String("error", err.Error()))
 		}
-		cancelled = true
 	})
 	return func() bool {
 		if timer.Stop() {
 			return false
 		}
-		mu.Lock()
-		defer mu.Unlock()
-		return cancelled
+		select { // or the cancellation might hit the next statement
+		case <-cancelled:
+		case <-time.After(cancelTimeout):
+		}
+		return true
 	}
 }
 
@@ -717,6 +718,8 @@ func (s *session) finish(l *link, batch []*op, results []result) {
 			if errors.Is(r.err, errUnavailable) {
 				r.err = errReleaseLost
 			}
+		case o.kind == opAnnounce && o.state == opAbandoned && r.err == nil && s.link == l:
+			s.enqueueLocked(&op{kind: opWithdraw, ctx: o.ctx, req: o.req, done: make(chan result, 1)})
 		case o.kind != opAcquire || r.answer.outcome != granted:
 		case s.link != l:
 			*r = result{err: &joinedError{errUnavailable, errReleaseLost}}
@@ -881,8 +884,9 @@ func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
 
 	results := make([]result, len(batch))
 	var missing, refused, unheard pq.Int64Array
+	var unheardIDs pq.StringArray
 	got := map[int64]bool{} // the advisory lock, but not yet the row
-	args := []any{keys, ids, claims, claimIDs, firsts, tryables, events, hostName, os.Getpid()}
+	args := []any{keys, ids, claims, claimIDs, firsts, tryables, events, hostName, os.Getpid(), l.number}
 	err := each(batch[0].ctx, l.acquire, args, func(scan func(...any) error) error {
 		var key int64
 		var gone, hidden, have bool
@@ -919,6 +923,7 @@ func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
 			a.outcome = busy
 			if hidden || o.req.first || o.req.standing.id != o.req.id {
 				unheard = append(unheard, key)
+				unheardIDs = append(unheardIDs, o.req.id.String())
 			}
 		}
 		return nil
@@ -944,7 +949,7 @@ func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
 	}
 	if len(unheard) > 0 {
 		// Try once more after asking to be told: the release may have been just before.
-		err := each(batch[0].ctx, l.wait, []any{unheard}, func(scan func(...any) error) error {
+		err := each(batch[0].ctx, l.wait, []any{unheard, unheardIDs, l.number}, func(scan func(...any) error) error {
 			var key int64
 			var asked bool
 			if err := scan(&key, &asked, discard, discard); err != nil {
