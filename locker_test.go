@@ -124,6 +124,8 @@ var contract = []contractCase{
 	{"C22 a key is given back before its lock is forgotten", givenBackFirst},
 
 	{"C33 a claim that comes too late is turned away", lateClaim},
+	{"C33 a claim outlives the session", lateClaimAfterLoss},
+	{"C20 C33 a claim that gave up stands in nobody's way", claimThatGaveUp},
 	{"C34 a shielded step is not cut off", shieldHoldsBack},
 	{"C34 a step that ends in time", shieldGivesBackInTime},
 	{"C34 a shield is bounded", shieldIsBounded},
@@ -1240,6 +1242,77 @@ func lateClaim(e *env) {
 		e.NoError(next.Release(e.ctx))
 	}
 	e.free(p, key)
+}
+
+// lateClaimAfterLoss: a waiter that goes on in a new session still turns its own
+// redelivery away, while it waits and once it holds.
+func lateClaimAfterLoss(e *env) {
+	p, q := e.process(), e.process(WithPreemptionTimeout(time.Hour))
+	key := e.key()
+	blocker, _ := e.hold(q, key, "blocker")
+	waiter := e.lock(p, key, "waiter")
+	e.NoError(waiter.Notify(ContextWithOrder(e.ctx, 5)))
+	out := e.start(e.ctx, waiter)
+	e.inPhase(p, key, waiting)
+	if !e.fake() { // the processes of the fake share one session: the loss frees the key as well
+		e.waits(waiter)
+	}
+	e.loseSession(p)
+	redelivery := func() error {
+		return e.lock(q, key, "redelivery").Notify(ContextWithOrder(e.ctx, 5))
+	}
+	if !e.fake() {
+		e.eventually(func() bool { // its claim belongs to the new session
+			var open bool
+			e.NoError(e.admin.QueryRow(`SELECT waiting FROM env_lock_overview WHERE lock_key = $1`, key).Scan(&open))
+			return open
+		})
+		e.ErrorIs(redelivery(), ErrClaimOutdated)
+	}
+	_ = blocker.Unlock(e.ctx)
+	ch := e.acquired(out)
+	e.ErrorIs(redelivery(), ErrClaimOutdated)
+	e.quiet(p, ch)
+	e.NoError(waiter.Unlock(e.ctx))
+	e.NoError(redelivery())
+}
+
+func claimThatGaveUp(e *env) {
+	p := e.process()
+	key := e.lockerKey(p)
+	redelivered := func(order int64) {
+		e.t.Helper()
+		e.eventually(func() bool {
+			l := e.locker(p, "redelivery").Order(order)
+			ch, err := l.Lock(e.ctx)
+			if err != nil {
+				e.ErrorIs(err, ErrClaimOutdated)
+				return false
+			}
+			e.NoError(l.Release(e.ctx))
+			e.closed(ch)
+			return true
+		})
+	}
+	notLocked := e.lock(p, key, "announced, then unlocked")
+	e.NoError(notLocked.Notify(ContextWithOrder(e.ctx, 1)))
+	e.Error(notLocked.Unlock(e.ctx))
+	redelivered(1)
+
+	aborted := e.lock(p, key, "aborted between Notify and Lock")
+	e.NoError(aborted.Notify(ContextWithOrder(e.ctx, 2)))
+	lockOf(aborted).abandon()
+	e.failed(e.start(e.ctx, aborted))
+	redelivered(2)
+
+	holder, _ := e.hold(p, key, "holder")
+	ctx, cancel := context.WithCancel(e.ctx)
+	out := e.start(ctx, e.locker(p, "cancelled").Order(3))
+	e.inPhase(p, key, waiting)
+	cancel()
+	e.failed(out)
+	e.NoError(holder.Unlock(e.ctx))
+	redelivered(3)
 }
 
 // ---------------------------------------------------------------------------
