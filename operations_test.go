@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/stretchr/testify/require"
 )
 
@@ -95,4 +96,19 @@ func TestPostgresOperators(t *testing.T) {
 		all, err = watcher.Holders(ctx)
 		return err == nil && len(all) == 0
 	}, soon, 10*time.Millisecond)
+}
+
+// TestPostgresLateRelease: a release that comes after its hold was lost does not
+// free a successor of the same process (C19).
+func TestPostgresLateRelease(t *testing.T) {
+	t.Parallel()
+	p := pgProvider(t, newDatabase(t))
+	const key = 7
+	l, ch := pgHold(t, p, key, "successor")
+	late := claim{key: key, id: uuid.New(), event: "predecessor"}
+	require.ErrorIs(t, <-p.session.release(pgBackground, late), ErrLockLost)
+	pgQuiet(t, ch)
+	_, held := pgAdvisory(t, pgDB(t, p.session.dsn))[key]
+	require.True(t, held, "the successor's key was freed")
+	require.NoError(t, l.Unlock(pgBackground))
 }
