@@ -388,13 +388,23 @@ func (l *link) makeSchema(ctx context.Context, user string) error {
 	return errors.Wrap(err, "locker: make schema")
 }
 
-// cancelBackend cancels what the backend is doing, over a connection of its own.
-func cancelBackend(ctx context.Context, dsn string, pid int) error {
+// openBriefly answers a connection beside the session, for a moment.
+func openBriefly(dsn string) (*sql.DB, error) {
 	connector, err := pq.NewConnector(dsn)
 	if err != nil {
-		return errors.New("postgres URI is invalid")
+		return nil, errors.New("postgres URI is invalid")
 	}
 	db := sql.OpenDB(connector)
+	db.SetMaxOpenConns(1)
+	return db, nil
+}
+
+// cancelBackend cancels what the backend is doing, over a connection of its own.
+func cancelBackend(ctx context.Context, dsn string, pid int) error {
+	db, err := openBriefly(dsn)
+	if err != nil {
+		return err
+	}
 	defer func() { _ = db.Close() }() // nothing is left to be lost
 	ctx, cancel := context.WithTimeout(ctx, cancelTimeout)
 	defer cancel()

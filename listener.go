@@ -105,11 +105,7 @@ func (l *listener) watch() {
 func (l *listener) changed(_ pq.ListenerEventType, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if err != nil {
-		l.err = err
-	} else if l.err != nil {
-		l.err = nil
-	}
+	l.err = err
 }
 
 // trouble says why the listener does not listen, or nil.

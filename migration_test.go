@@ -103,7 +103,7 @@ func (m *migration) locks(l *PostgresLock) <-chan migrationGot {
 func (m *migration) hold(p *PostgresLockProvider, key int64, event string) (*PostgresLock, <-chan NotificationPayload) {
 	m.Helper()
 	l := m.claim(p, key, event)
-	got := migrationReceive(m, "our lock", m.locks(l))
+	got := pgReceive(m, "our lock", m.locks(l))
 	require.NoError(m, got.err)
 	return l, got.ch
 }
@@ -160,26 +160,6 @@ func (m *migration) runs(p *PostgresLockProvider, query string) {
 	require.NoError(m, m.db.QueryRow(`SELECT clock_timestamp()`).Scan(&now))
 	m.until(`SELECT count(*) = 1 FROM pg_stat_activity WHERE pid = $1 AND left(query, 500) = left($2, 500) AND query_start > $3 AND state = 'idle'`,
 		pid, query, now)
-}
-
-func migrationReceive[T any](t testing.TB, what string, ch <-chan T) T {
-	t.Helper()
-	select {
-	case v := <-ch:
-		return v
-	case <-time.After(soon):
-		require.FailNow(t, "not in time: "+what)
-		panic("unreachable")
-	}
-}
-
-func migrationUndisturbed(t testing.TB, ch <-chan NotificationPayload) {
-	t.Helper()
-	select {
-	case n, ok := <-ch:
-		require.FailNow(t, "our holder was disturbed", "%v %v", n, ok)
-	default:
-	}
 }
 
 // standin is a process of testdata/standin.
@@ -336,7 +316,7 @@ func migrationExclusion(m *migration) {
 	}
 	theirs.unlock("first")
 	start := time.Now()
-	got := migrationReceive(m, "our lock", done)
+	got := pgReceive(m, "our lock", done)
 	require.NoError(m, got.err)
 	m.Logf("we had the key %v after it was unlocked", time.Since(start).Round(time.Millisecond)) // nobody tells us: at most the poll interval
 	require.Zero(m, l.Drain(), "lock delay after a clean end")
@@ -371,15 +351,15 @@ func migrationTold(m *migration) {
 	require.Equal(m, standinReport{What: "told", Name: "old", Key: key, ID: l.claim.id.String(), Event: `newer "claim"`}, told)
 
 	theirs.unlock("old")
-	got := migrationReceive(m, "our lock", done)
+	got := pgReceive(m, "our lock", done)
 	require.NoError(m, got.err)
 	require.Zero(m, l.Drain())
 	require.Positive(m, l.Token())
-	migrationUndisturbed(m, got.ch)
+	pgQuiet(m, got.ch)
 
 	theirs.not("told", "alone")
 	theirs.unlock("alone")
-	require.NoError(m, migrationReceive(m, "our quiet lock", waits).err)
+	require.NoError(m, pgReceive(m, "our quiet lock", waits).err)
 	m.unlock(quiet.(*PostgresLock))
 }
 
@@ -396,20 +376,20 @@ func migrationToldLater(m *migration) {
 
 	newer := m.claim(p, key, "newest")
 	done := m.locks(newer)
-	require.Equal(m, "newest", migrationReceive(m, "our notification", ch).Message)
+	require.Equal(m, "newest", pgReceive(m, "our notification", ch).Message)
 	m.unlock(l)
 	theirs.await("locked", "queued")
 	require.Equal(m, "newest", theirs.await("told", "queued").Event)
 
 	m.unlock(newer) // gives up
-	require.Error(m, migrationReceive(m, "the end of our wait", done).err)
+	require.Error(m, pgReceive(m, "the end of our wait", done).err)
 	theirs.unlock("queued")
 	theirs.hold("another", key)
 	last := m.claim(p, key, "last")
 	done = m.locks(last)
 	require.Equal(m, "last", theirs.await("told", "another").Event)
 	theirs.unlock("another")
-	require.NoError(m, migrationReceive(m, "our lock", done).err)
+	require.NoError(m, pgReceive(m, "our lock", done).err)
 }
 
 // The key of a stand-in that crashed is free as soon as the server knows. There
@@ -422,7 +402,7 @@ func migrationKilled(m *migration) {
 	done := m.locks(l)
 	m.until(weWait, key)
 	theirs.kill()
-	require.NoError(m, migrationReceive(m, "our lock", done).err)
+	require.NoError(m, pgReceive(m, "our lock", done).err)
 	require.Zero(m, l.Drain())
 }
 
@@ -438,7 +418,7 @@ func migrationWeDie(m *migration) {
 
 	_, err := m.db.Exec(`SELECT pg_terminate_backend($1)`, m.backend(p))
 	require.NoError(m, err)
-	migrationReceive(m, "our notification", ch)
+	pgReceive(m, "our notification", ch)
 	theirs.await("locked", "heir")
 
 	next := m.claim(p, key, "next")
@@ -447,7 +427,7 @@ func migrationWeDie(m *migration) {
 	m.runs(p, sqlAcquire) // whatever the first would lead to has been done
 	theirs.not("told", "heir")
 	theirs.unlock("heir")
-	require.NoError(m, migrationReceive(m, "our lock", done).err)
+	require.NoError(m, pgReceive(m, "our lock", done).err)
 	require.Positive(m, next.Drain())
 }
 
@@ -462,7 +442,7 @@ func migrationNotTold(m *migration) {
 	theirs.send("lock newer %d", key)
 	m.until(isAwaited, key)
 	m.runs(p, sqlHeartbeat)
-	migrationUndisturbed(m, ch)
+	pgQuiet(m, ch)
 	theirs.not("locked", "newer")
 
 	// The guide's query passes it on (C13).
@@ -473,7 +453,7 @@ func migrationNotTold(m *migration) {
 	bridge, _, _ := strings.Cut(rest, "```")
 	_, err = m.db.Exec("-- " + bridge)
 	require.NoError(m, err)
-	require.Equal(m, "an old replica waits", migrationReceive(m, "our notification", ch).Message)
+	require.Equal(m, "an old replica waits", pgReceive(m, "our notification", ch).Message)
 	require.ErrorIs(m, l.Cause(), ErrStopRequested)
 	m.unlock(l)
 	theirs.await("locked", "newer")
@@ -487,7 +467,7 @@ func migrationGivesUp(m *migration) {
 	l, ch := m.hold(p, key, "ours")
 	theirs.send("lock impatient %d", key)
 	theirs.await("failed", "impatient")
-	migrationUndisturbed(m, ch)
+	pgQuiet(m, ch)
 	m.unlock(l)
 	l, _ = m.hold(p, key, "ours again")
 	require.Zero(m, l.Drain())
@@ -504,11 +484,11 @@ func migrationBack(m *migration) {
 	m.until(isAwaited, key)
 	closed := make(chan error, 1)
 	go func() { closed <- p.Close() }()
-	migrationReceive(m, "our notification", ch)
+	pgReceive(m, "our notification", ch)
 	require.ErrorIs(m, l.Cause(), ErrProviderClosed)
 	m.unlock(l)
 	theirs.await("locked", "old")
-	require.NoError(m, migrationReceive(m, "Close", closed))
+	require.NoError(m, pgReceive(m, "Close", closed))
 
 	theirs.send("notify newer %d newer", key)
 	require.Equal(m, "newer", theirs.await("told", "old").Event)
@@ -625,7 +605,7 @@ func migrationRolling(m *migration) {
 		workers.Wait()
 		close(finished)
 	}()
-	migrationReceive(m, "everybody to finish", finished)
+	pgReceive(m, "everybody to finish", finished)
 
 	none := func(found *sync.Map) {
 		m.Helper()
@@ -673,14 +653,14 @@ func migrationFlood(m *migration) {
 		first, told := m.hold(a, used, "first")
 		second := m.claim(b, used, "second")
 		done := m.locks(second)
-		require.Equal(m, "second", migrationReceive(m, "our notification", told).Message)
+		require.Equal(m, "second", pgReceive(m, "our notification", told).Message)
 		m.unlock(first)
-		require.NoError(m, migrationReceive(m, "our second lock", done).err)
+		require.NoError(m, pgReceive(m, "our second lock", done).err)
 		m.unlock(second)
 		longest = max(longest, time.Since(start))
 	}
 	m.Logf("%d cycles of two holds during %d notifications, the longest took %v", cycles, count, longest.Round(time.Millisecond))
-	migrationUndisturbed(m, ch)
+	pgQuiet(m, ch)
 	a.session.mu.Lock()
 	generation := a.session.generation
 	a.session.mu.Unlock()

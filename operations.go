@@ -122,13 +122,11 @@ func (plp *PostgresLockProvider) operate(ctx context.Context, use func(ctx conte
 	defer cancel()
 	stop := context.AfterFunc(plp.session.ctx, cancel) // Close ends it
 	defer stop()
-	connector, err := pq.NewConnector(plp.session.dsn)
+	db, err := openBriefly(plp.session.dsn)
 	if err != nil {
-		return errors.New("postgres URI is invalid")
+		return err
 	}
-	db := sql.OpenDB(connector)
 	defer func() { _ = db.Close() }() // nothing is left to be lost
-	db.SetMaxOpenConns(1)
 	err = use(ctx, db)
 	if e := pq.As(err); e != nil && e.Code == "42P01" {
 		return errors.WithMessage(err, "the schema is not complete: it is made on the first Lock, or by SchemaSQL")

@@ -714,7 +714,9 @@ func (s *session) finish(l *link, batch []*op, results []result) {
 		r := &results[i]
 		switch {
 		case o.kind == opRelease:
-			delete(s.held, o.req.key)
+			if s.held[o.req.key] == o.req.id { // not a successor's
+				delete(s.held, o.req.key)
+			}
 			if errors.Is(r.err, errUnavailable) {
 				r.err = errReleaseLost
 			}
