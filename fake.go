@@ -137,14 +137,14 @@ func (m *memory) rowLocked(key int64) *memoryRow {
 	return row
 }
 
-func (m *memory) announce(_ context.Context, c claim, order *int64) (int64, error) {
+func (m *memory) announce(_ context.Context, _ <-chan struct{}, c claim, order *int64, take bool) (answer, error) {
 	m.mu.Lock()
 	row := m.rowLocked(c.key)
 	if order != nil && row.top != nil && (*order < *row.top ||
 		*order == *row.top && row.newest.id != c.id && row.open && row.order != nil && *row.order == *order) {
 		err := outdated(*order, *row.top, row.event)
 		m.mu.Unlock()
-		return 0, err
+		return answer{}, err
 	}
 	row.order, row.open = order, true
 	if order != nil {
@@ -153,10 +153,26 @@ func (m *memory) announce(_ context.Context, c claim, order *int64) (int64, erro
 	m.counter++
 	row.newest = standing{m.counter, c.id}
 	row.event = c.event
-	newest := row.newest
+	a := answer{outcome: again, newest: row.newest}
+	if take && row.holder == uuid.Nil {
+		m.grantLocked(row, c, &a)
+	}
 	m.mu.Unlock()
-	m.hub.dispatch(c.key, event{kind: evClaimed, from: newest, message: c.event})
-	return newest.number, nil
+	m.hub.dispatch(c.key, event{kind: evClaimed, from: a.newest, message: c.event})
+	return a, nil
+}
+
+func (m *memory) grantLocked(row *memoryRow, c claim, a *answer) {
+	if row.holder != uuid.Nil {
+		row.uncleanAt = time.Now()
+	}
+	m.counter++
+	row.holder, row.locked, row.token = c.id, true, m.counter
+	row.open = row.open || row.newest.id == c.id
+	a.outcome, a.token, a.session = granted, row.token, m.session
+	if !row.uncleanAt.IsZero() {
+		a.drain = max(0, uncleanDelay-time.Since(row.uncleanAt))
+	}
 }
 
 func (m *memory) acquire(_ context.Context, _ <-chan struct{}, r request) (answer, error) {
@@ -170,16 +186,7 @@ func (m *memory) acquire(_ context.Context, _ <-chan struct{}, r request) (answe
 	case row.locked:
 		a.outcome = busy
 	default:
-		if row.holder != uuid.Nil {
-			row.uncleanAt = time.Now()
-		}
-		m.counter++
-		row.holder, row.locked, row.token = r.id, true, m.counter
-		row.open = row.open || row.newest.id == r.id
-		a.outcome, a.token, a.session = granted, row.token, m.session
-		if !row.uncleanAt.IsZero() {
-			a.drain = max(0, uncleanDelay-time.Since(row.uncleanAt))
-		}
+		m.grantLocked(row, r.claim, &a)
 	}
 	return a, nil
 }

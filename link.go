@@ -35,6 +35,9 @@ JOIN env_locks e ON e.repo = w.repo AND e.pull_request = w.pull_request`
 
 	sqlClock = `(date_part('epoch', clock_timestamp()) * 1000000)::bigint` // microseconds
 
+	// In a subquery of its own it is done once, not for every row.
+	sqlNoFlush = `(SELECT set_config('synchronous_commit', 'off', true))`
+
 	sqlAddKeys = `
 INSERT INTO env_locks (repo, pull_request, lock_key)
 SELECT * FROM unnest($1::text[], $2::integer[], $3::bigint[])
@@ -42,38 +45,67 @@ ON CONFLICT DO NOTHING`
 
 	// The claim's number is made under the row lock, so the row decides the
 	// order. The clock in it keeps numbers growing where the row cannot: after a
-	// crash that forgot claims, or after the row was deleted. Nobody is notified when nobody holds or
-	// waits. NOTIFY never shares a commit with a flush: notifying transactions
-	// commit one after the other, server-wide.
-	// A claim with an order is turned away, by answering no row, if a higher order
-	// has been announced, or the same by somebody who still waits or holds.
+	// crash that forgot claims, or after the row was deleted. A claim with an order
+	// is turned away, by answering no row, if a higher order has been announced, or
+	// the same by somebody who still waits or holds.
+	//
+	// A claim that is to take the key at once tries if nobody holds or waits, as
+	// sqlAcquire would next. Who has the advisory lock always takes the row: a
+	// holder that it still names is dead.
+	//
+	// A commit that takes is flushed. One that notifies is not: notifying
+	// transactions commit one after the other, server-wide. So a commit that has to
+	// do both says so in its column "late", and sqlFlush follows it.
 	sqlAnnounce = `
-INSERT INTO env_lock_state AS s (lock_key, claim, claim_id, claim_event, claimed_at, claim_order, top_order, claim_open, claim_session, claim_host, claim_pid)
-SELECT w.key, ` + sqlClock + `, w.id, w.event, clock_timestamp(), w.ord, w.ord, true, $6::integer, $7::text, $8::integer
-FROM (SELECT key, id, event, CASE WHEN ordered THEN ord END AS ord
-    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::boolean[], $5::bigint[]) AS u(key, id, event, ordered, ord)) w
-ON CONFLICT (lock_key) DO UPDATE SET
-    claim = greatest(s.claim + 1, ` + sqlClock + `),
-    claim_id = EXCLUDED.claim_id,
-    claim_event = EXCLUDED.claim_event,
-    claimed_at = EXCLUDED.claimed_at,
-    claim_order = EXCLUDED.claim_order,
-    top_order = coalesce(EXCLUDED.claim_order, s.top_order),
-    claim_open = true,
-    claim_session = EXCLUDED.claim_session,
-    claim_host = EXCLUDED.claim_host,
-    claim_pid = EXCLUDED.claim_pid
-WHERE EXCLUDED.claim_order IS NULL OR s.top_order IS NULL OR EXCLUDED.claim_order > s.top_order
-    OR EXCLUDED.claim_order = s.top_order AND (s.claim_id = EXCLUDED.claim_id OR NOT s.claim_open
-        OR s.claim_order IS DISTINCT FROM EXCLUDED.claim_order
-        OR NOT EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.objsubid = 2
-            AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-            AND l.classid::bigint = ` + sessionSpace + ` AND l.objid::bigint = s.claim_session))
-RETURNING s.lock_key, s.claim,
-    set_config('synchronous_commit', 'off', true),
-    CASE WHEN s.waiting OR s.holder_id IS NOT NULL THEN pg_notify('` + notifyChannel + `',
-        '{"kind":"` + kindClaim + `","lockKey":' || s.lock_key || ',"claim":' || s.claim ||
-        ',"id":"' || s.claim_id || '","event":' || to_json(s.claim_event) || '}')::text END`
+WITH want AS MATERIALIZED (
+    SELECT u.key, u.id, u.event, CASE WHEN u.ordered THEN u.ord END AS ord,
+        CASE WHEN u.take AND s.holder_id IS NULL AND s.waiting IS NOT TRUE THEN pg_try_advisory_lock(u.key) ELSE false END AS got
+    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::boolean[], $5::bigint[], $6::boolean[]) AS u(key, id, event, ordered, ord, take)
+    LEFT JOIN env_lock_state s ON s.lock_key = u.key
+), announced AS (
+    INSERT INTO env_lock_state AS s (lock_key, claim, claim_id, claim_event, claimed_at, claim_order, top_order, claim_open, claim_session, claim_host, claim_pid,
+        token, holder_id, holder_event, holder_host, holder_pid, held_since)
+    SELECT key, ` + sqlClock + `, id, event, statement_timestamp(), ord, ord, true, $7::integer, $8::text, $9::integer,
+        CASE WHEN got THEN ` + sqlClock + ` ELSE 0 END, CASE WHEN got THEN id END, CASE WHEN got THEN event END,
+        CASE WHEN got THEN $8::text END, CASE WHEN got THEN $9::integer END, CASE WHEN got THEN statement_timestamp() END
+    FROM want
+    ON CONFLICT (lock_key) DO UPDATE SET
+        claim = greatest(s.claim + 1, ` + sqlClock + `),
+        claim_id = EXCLUDED.claim_id,
+        claim_event = EXCLUDED.claim_event,
+        claimed_at = EXCLUDED.claimed_at,
+        claim_order = EXCLUDED.claim_order,
+        top_order = coalesce(EXCLUDED.claim_order, s.top_order),
+        claim_open = true,
+        claim_session = EXCLUDED.claim_session,
+        claim_host = EXCLUDED.claim_host,
+        claim_pid = EXCLUDED.claim_pid,
+        token = CASE WHEN EXCLUDED.holder_id IS NULL THEN s.token ELSE greatest(s.token + 1, EXCLUDED.token) END,
+        unclean_at = CASE WHEN EXCLUDED.holder_id IS NULL OR s.holder_id IS NULL THEN s.unclean_at ELSE clock_timestamp() END,
+        holder_id = coalesce(EXCLUDED.holder_id, s.holder_id),
+        holder_event = coalesce(EXCLUDED.holder_event, s.holder_event),
+        holder_host = coalesce(EXCLUDED.holder_host, s.holder_host),
+        holder_pid = coalesce(EXCLUDED.holder_pid, s.holder_pid),
+        held_since = coalesce(EXCLUDED.held_since, s.held_since)
+    WHERE EXCLUDED.claim_order IS NULL OR s.top_order IS NULL OR EXCLUDED.claim_order > s.top_order
+        OR EXCLUDED.claim_order = s.top_order AND (s.claim_id = EXCLUDED.claim_id OR NOT s.claim_open
+            OR s.claim_order IS DISTINCT FROM EXCLUDED.claim_order
+            OR NOT EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.objsubid = 2
+                AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                AND l.classid::bigint = ` + sessionSpace + ` AND l.objid::bigint = s.claim_session))
+    RETURNING s.lock_key, s.claim, s.claim_id, s.claim_event, s.waiting, s.token, s.unclean_at, s.holder_id IS NOT NULL AS held,
+        s.holder_id IS NOT NULL AND s.holder_id = s.claim_id AND s.held_since = s.claimed_at AS taken
+)
+SELECT lock_key, claim, CASE WHEN taken THEN token END, CASE WHEN taken THEN extract(epoch FROM clock_timestamp() - unclean_at)::float8 END,
+    waiting OR NOT taken AS late,
+    CASE WHEN waiting OR NOT taken THEN ` + sqlNoFlush + ` END,
+    CASE WHEN waiting OR held AND NOT taken THEN pg_notify('` + notifyChannel + `',
+        '{"kind":"` + kindClaim + `","lockKey":' || lock_key || ',"claim":' || claim ||
+        ',"id":"' || claim_id || '","event":' || to_json(claim_event) || '}')::text END
+FROM announced`
+
+	// Makes durable whatever was committed before; it locks nothing.
+	sqlFlush = `SELECT pg_logical_emit_message(true, 'locker', '')`
 
 	// Why a claim was turned away.
 	sqlTurnedAway = `
@@ -84,7 +116,7 @@ SELECT lock_key, claim_event, top_order FROM env_lock_state WHERE lock_key = ANY
 UPDATE env_lock_state s SET claim_open = false
 FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
 WHERE s.lock_key = w.key AND s.claim_id = w.id AND s.claim_open
-RETURNING s.lock_key, set_config('synchronous_commit', 'off', true)`
+RETURNING s.lock_key, ` + sqlNoFlush
 
 	// The claim is checked before the advisory lock is tried, and again on the
 	// row itself. The commit is flushed: it makes the token durable, and with it
@@ -141,7 +173,7 @@ WITH asked AS (
     WHERE s.lock_key = w.key AND (NOT s.waiting OR s.claim_id = w.id AND (s.claim_session <> $3::integer OR NOT s.claim_open))
     RETURNING s.lock_key
 )
-SELECT s.lock_key, a.lock_key IS NOT NULL, set_config('synchronous_commit', 'off', true),
+SELECT s.lock_key, a.lock_key IS NOT NULL, ` + sqlNoFlush + `,
     CASE WHEN s.holder_id IS NULL AND s.claim_open THEN pg_notify(s.lock_key::text,
         '{"id":"' || s.claim_id || '","event":' || to_json(s.claim_event) || ',"lockKey":' || s.lock_key || '}')::text END
 FROM env_lock_state s LEFT JOIN asked a ON a.lock_key = s.lock_key WHERE s.lock_key = ANY ($1::bigint[])`
@@ -157,13 +189,13 @@ SET holder_id = NULL, holder_event = NULL, holder_host = NULL, holder_pid = NULL
 FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
 WHERE s.lock_key = w.key AND s.holder_id = w.id
 RETURNING s.lock_key, pg_advisory_unlock(s.lock_key),
-    set_config('synchronous_commit', 'off', true),
+    ` + sqlNoFlush + `,
     CASE WHEN s.waiting OR s.claim_id <> w.id THEN pg_notify('` + notifyChannel + `',
         '{"kind":"` + kindReleased + `","lockKey":' || s.lock_key || '}')::text END`
 
 	// Frees what this session holds of the keys, and nothing else.
 	sqlGiveBack = `
-SELECT k.key, pg_advisory_unlock(k.key), set_config('synchronous_commit', 'off', true), pg_notify('` + notifyChannel + `',
+SELECT k.key, pg_advisory_unlock(k.key), ` + sqlNoFlush + `, pg_notify('` + notifyChannel + `',
     '{"kind":"` + kindReleased + `","lockKey":' || k.key || '}')::text
 FROM unnest($1::bigint[]) AS k(key)
 WHERE EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.pid = pg_backend_pid() AND l.objsubid = 1
@@ -222,7 +254,7 @@ type link struct {
 	conn       *sql.Conn
 	socket     *watchedConn // set by DialContext
 
-	lookup, addKeys, announce, turnedAway, withdraw, acquire, ensure, wait, release, giveBack, heartbeat *sql.Stmt
+	lookup, addKeys, announce, flush, turnedAway, withdraw, acquire, ensure, wait, release, giveBack, heartbeat *sql.Stmt
 
 	mu     sync.Mutex // guards socket and killed against kill
 	killed bool
@@ -272,7 +304,7 @@ func openLink(ctx context.Context, dsn, serviceName string, generation uint64) (
 		stmt **sql.Stmt
 		text string
 	}{
-		{&l.lookup, sqlLookup}, {&l.addKeys, sqlAddKeys}, {&l.announce, sqlAnnounce}, {&l.turnedAway, sqlTurnedAway}, {&l.withdraw, sqlWithdraw},
+		{&l.lookup, sqlLookup}, {&l.addKeys, sqlAddKeys}, {&l.announce, sqlAnnounce}, {&l.flush, sqlFlush}, {&l.turnedAway, sqlTurnedAway}, {&l.withdraw, sqlWithdraw},
 		{&l.acquire, sqlAcquire}, {&l.ensure, sqlEnsure}, {&l.wait, sqlWait},
 		{&l.release, sqlRelease}, {&l.giveBack, sqlGiveBack}, {&l.heartbeat, sqlHeartbeat},
 	} {

@@ -13,9 +13,11 @@ import (
 // backend is the database as the lock sees it. Timeouts, channels, delays and
 // callers' contexts belong to the lock, not to the backend.
 type backend interface {
-	// announce makes the claim known and answers its number, or an error that
-	// matches ErrClaimOutdated if its order is too low.
-	announce(ctx context.Context, c claim, order *int64) (int64, error)
+	// announce makes the claim known and answers its standing as the newest, or an
+	// error that matches ErrClaimOutdated if its order is too low. If take is set it
+	// may answer granted, as acquire would have done next. It gives up when ctx is
+	// done or stop is closed.
+	announce(ctx context.Context, stop <-chan struct{}, c claim, order *int64, take bool) (answer, error)
 	// withdraw says that an announced claim gave up. It is begun when the call
 	// returns, and may be lost: it matters only to its own redelivery, and to who
 	// looks.
@@ -168,21 +170,25 @@ func (l *lock) Notify(ctx context.Context) error {
 		return err
 	}
 	err := checkUse(ctx, l.backend.events())
-	var number int64
 	if err == nil {
-		number, err = l.backend.announce(ctx, l.claim, orderFromContext(ctx))
+		_, err = l.announce(ctx, nil, false)
 	}
 	if errors.Is(err, ErrClaimOutdated) { // Lock, which observes all else, is not called after this
 		l.observe(ObservedDisplaced, 0, err)
 	}
+	return errors.Wrapf(err, "locker: announce %q on key %d", l.claim.event, l.claim.key)
+}
+
+func (l *lock) announce(ctx context.Context, stop <-chan struct{}, take bool) (answer, error) {
+	a, err := l.backend.announce(ctx, stop, l.claim, orderFromContext(ctx), take)
 	if err != nil {
-		return errors.Wrapf(err, "locker: announce %q on key %d", l.claim.event, l.claim.key)
+		return answer{}, err
 	}
 	l.mu.Lock()
 	l.placed, l.announced = true, true
-	l.standing = standing{number, l.claim.id}
+	l.standing = a.newest
 	l.mu.Unlock()
-	return nil
+	return a, nil
 }
 
 // Lock waits for the key and answers the channel on which the holder is told,
@@ -192,13 +198,23 @@ func (l *lock) Notify(ctx context.Context) error {
 // own error when ctx is done, ErrProviderClosed, or the database's error. A
 // lock is single use: a second Lock is an error.
 func (l *lock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
+	return l.lockKey(ctx, false)
+}
+
+// announceAndLock is Notify and Lock in one, for a PreemptiveLocker: a key that
+// nobody wants costs one statement less.
+func (l *lock) announceAndLock(ctx context.Context) (<-chan NotificationPayload, error) {
+	return l.lockKey(ctx, true)
+}
+
+func (l *lock) lockKey(ctx context.Context, announce bool) (<-chan NotificationPayload, error) {
 	if err := l.usable(ctx); err != nil {
 		return nil, err
 	}
 	if err := l.begin(); err != nil {
 		return nil, err
 	}
-	ch, waited, err := l.acquire(ctx)
+	ch, waited, err := l.acquire(ctx, announce)
 	if err != nil {
 		l.backend.events().unsubscribe(l)
 		err = errors.Wrapf(err, "locker: lock key %d", l.claim.key)
@@ -388,9 +404,10 @@ func (l *lock) leave(err error) {
 	}
 }
 
-// acquire tries until the key is the claim's or the wait is over. The hints that
-// wake it are only reasons to ask the database again.
-func (l *lock) acquire(ctx context.Context) (_ <-chan NotificationPayload, waited time.Duration, _ error) {
+// acquire announces the claim, if it is to, and tries until the key is the claim's
+// or the wait is over. The hints that wake it are only reasons to ask the database
+// again.
+func (l *lock) acquire(ctx context.Context, announce bool) (_ <-chan NotificationPayload, waited time.Duration, _ error) {
 	if err := l.backend.events().subscribe(l); err != nil {
 		return nil, 0, err
 	}
@@ -399,7 +416,16 @@ func (l *lock) acquire(ctx context.Context) (_ <-chan NotificationPayload, waite
 		if err := l.waitEnded(ctx, unavailable); err != nil {
 			return nil, 0, err
 		}
-		a, err := l.backend.acquire(ctx, l.stop, l.request())
+		var a answer
+		var err error
+		if announce {
+			announce = false
+			if a, err = l.announce(ctx, l.stop, true); err != nil && !errors.Is(err, errStopped) {
+				return nil, 0, errors.WithMessagef(err, "announce %q", l.claim.event)
+			}
+		} else {
+			a, err = l.backend.acquire(ctx, l.stop, l.request())
+		}
 		switch {
 		case errors.Is(err, errStopped):
 			continue
@@ -655,6 +681,9 @@ func (l *lock) handleWaitingLocked(ev event) {
 	case evLost:
 		l.lostUpTo = max(l.lostUpTo, ev.session)
 	case evClaimed:
+		if ev.from.id == l.claim.id {
+			return
+		}
 		if ev.from.number > l.missed.from.number {
 			l.missed = ev
 		}

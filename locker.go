@@ -276,7 +276,7 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 		err = errors.New("Release before Lock")
 	case locking:
 		if lock != nil {
-			if own, ok := lock.(ownLock); ok {
+			if own := ownLock(lock); own != nil {
 				own.abandon()
 			}
 			_ = unlockBounded(ctx, lock) // whatever is left, Lock itself cleans up
@@ -482,35 +482,40 @@ func (p *PreemptiveLocker) acquire(ctx, abortable context.Context) (PreemptableL
 	if isNil(lock) {
 		return nil, nil, errors.New("lock provider answered no lock")
 	}
+	ch, err := p.announceAndLock(ctx, abortable, lock)
+	if err != nil {
+		return lock, nil, err
+	}
+	return lock, ch, p.delay(abortable, lock, ch)
+}
+
+func (p *PreemptiveLocker) announceAndLock(ctx, abortable context.Context, lock PreemptableLock) (<-chan NotificationPayload, error) {
 	p.mu.Lock()
 	order := p.order
 	p.mu.Unlock()
-	announcing := abortable
-	if order != nil {
-		announcing = ContextWithOrder(abortable, *order)
+	withOrder := func(ctx context.Context) context.Context {
+		if order == nil {
+			return ctx
+		}
+		return ContextWithOrder(ctx, *order)
 	}
-	if err := lock.Notify(announcing); err != nil {
-		return lock, nil, err
+	own := ownLock(lock)
+	if own == nil {
+		if err := lock.Notify(withOrder(abortable)); err != nil {
+			return nil, err
+		}
 	}
 	p.mu.Lock()
 	p.waiting = lock
 	aborted := p.aborted
 	p.mu.Unlock()
-	if aborted {
-		if own, ok := lock.(ownLock); ok {
-			own.abandon()
-		}
-		return lock, nil, errReleasedWait
+	switch {
+	case aborted:
+		return nil, errReleasedWait
+	case own != nil: // its wait is ended by Unlock: to watch one context less is worth much
+		return own.announceAndLock(withOrder(ctx))
 	}
-	hold := abortable
-	if _, ok := lock.(ownLock); ok {
-		hold = ctx // Unlock ends its wait; to watch one context less is worth much
-	}
-	ch, err := lock.Lock(hold)
-	if err != nil {
-		return lock, nil, err
-	}
-	return lock, ch, p.delay(abortable, lock, ch)
+	return lock.Lock(abortable)
 }
 
 // delay waits for the lock delay (C11).
@@ -579,12 +584,9 @@ func causeOf(lock PreemptableLock, n NotificationPayload, ok bool) error {
 	return errors.WithMessagef(ErrLockPreempted, "notified: %q", n.Message)
 }
 
-// ownLock is a lock of this package: it keeps the bounds of C18 itself.
-type ownLock interface{ abandon() }
-
 // unlockBounded unlocks a lock of any provider within the bounds of C18.
 func unlockBounded(ctx context.Context, lock PreemptableLock) error {
-	if _, ok := lock.(ownLock); ok {
+	if ownLock(lock) != nil { // it keeps them itself
 		return lock.Unlock(ctx)
 	}
 	if ctx.Err() != nil {

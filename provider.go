@@ -104,6 +104,18 @@ func newLock(ctx context.Context, l *lock, b backend, conf LockProviderConfig, k
 	return nil
 }
 
+// ownLock answers what is behind a lock of this package, or nil for anybody
+// else's, also for one that embeds one of ours.
+func ownLock(l PreemptableLock) *lock {
+	switch l := l.(type) {
+	case *PostgresLock:
+		return &l.lock
+	case *FakePreemptableLock:
+		return &l.lock
+	}
+	return nil
+}
+
 // checkLockKey refuses what LockKey of both providers refuses.
 func checkLockKey(ctx context.Context, h *hub, repo string, pr uint) error {
 	if err := checkRepo(repo, pr); err != nil {

@@ -77,6 +77,7 @@ type op struct {
 	repo   string          // lookup
 	pr     uint            // lookup
 	order  *int64          // announce: if the claim has one
+	take   bool            // announce: and take the key at once if nobody holds or waits
 	req    request         // acquire: all of it; announce and release: the claim
 	queued time.Time
 	state  opState     // guarded by session.mu
@@ -85,8 +86,8 @@ type op struct {
 }
 
 type result struct {
-	number int64 // lookup: the key; announce: the claim's number
-	answer answer
+	key    int64  // lookup
+	answer answer // announce and acquire
 	err    error
 }
 
@@ -98,6 +99,7 @@ const (
 	opAnnounce
 	opAcquire
 	opWithdraw
+	opRepeat // of any kind: it was in a batch that failed and is to be done alone
 	opKinds
 )
 
@@ -129,12 +131,12 @@ func (s *session) events() *hub { return s.hub }
 
 func (s *session) lookup(ctx context.Context, repo string, pr uint) (int64, error) {
 	r := s.do(ctx, nil, &op{kind: opLookup, repo: repo, pr: pr})
-	return r.number, r.err
+	return r.key, r.err
 }
 
-func (s *session) announce(ctx context.Context, c claim, order *int64) (int64, error) {
-	r := s.do(ctx, nil, &op{kind: opAnnounce, req: request{claim: c}, order: order})
-	return r.number, r.err
+func (s *session) announce(ctx context.Context, stop <-chan struct{}, c claim, order *int64, take bool) (answer, error) {
+	r := s.do(ctx, stop, &op{kind: opAnnounce, req: request{claim: c}, order: order, take: take})
+	return r.answer, r.err
 }
 
 func (s *session) withdraw(c claim) {
@@ -482,6 +484,12 @@ func (s *session) lose(l *link, cause error) {
 	s.held = map[int64]uuid.UUID{}
 	releases := s.queues[opRelease]
 	s.queues[opRelease] = nil
+	s.queues[opRepeat] = slices.DeleteFunc(s.queues[opRepeat], func(o *op) bool {
+		if o.kind == opRelease {
+			releases = append(releases, o)
+		}
+		return o.kind == opRelease
+	})
 	s.mu.Unlock()
 
 	trusted.Stop()
@@ -498,7 +506,8 @@ func (s *session) lose(l *link, cause error) {
 
 // take answers the next batch: as many operations of one kind as there are, but
 // only one for each key, since the statements could not tell two apart. The
-// kinds take turns.
+// kinds take turns. What is to be repeated is taken alone, and before whatever else
+// is of its kind and key.
 func (s *session) take() (batch []*op, closing bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -509,12 +518,20 @@ func (s *session) take() (batch []*op, closing bool) {
 		if len(q) == 0 {
 			continue
 		}
+		limit := maxBatch
 		keys := make(map[int64]bool, min(len(q), maxBatch))
+		if kind == opRepeat {
+			limit = 1
+		} else {
+			for _, o := range s.queues[opRepeat] {
+				keys[o.req.key] = keys[o.req.key] || o.kind == kind
+			}
+		}
 		s.queues[kind] = slices.DeleteFunc(q, func(o *op) bool {
 			switch {
 			case o.state == opAbandoned:
 				return true
-			case len(batch) == maxBatch, kind != opLookup && keys[o.req.key]:
+			case len(batch) == limit, kind != opLookup && keys[o.req.key]:
 				return false
 			}
 			keys[o.req.key] = true
@@ -532,8 +549,8 @@ func (s *session) take() (batch []*op, closing bool) {
 }
 
 // execute carries out a batch. It answers an error only if the link is gone. If
-// the statement fails, the operations are repeated one by one, so that only the
-// one at fault gets the error.
+// the statement fails, the operations are queued again to be repeated one by one,
+// so that only the one at fault gets the error.
 func (s *session) execute(l *link, batch []*op) error {
 	if err := s.beatIfDue(l); err != nil {
 		s.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err}))
@@ -544,9 +561,11 @@ func (s *session) execute(l *link, batch []*op) error {
 	}
 	stalled := s.watchStall(l)
 	results, err := s.statement(l, batch)
-	if stalled() && err == nil && batch[0].kind == opAcquire {
+	if stalled() && err == nil {
 		for i := range results { // committed, but by the primary alone
-			results[i].err = errStalled
+			if k := batch[i].kind; k == opAcquire || results[i].answer.outcome == granted {
+				results[i].err = errStalled
+			}
 		}
 	}
 	if err == nil {
@@ -583,12 +602,9 @@ func (s *session) execute(l *link, batch []*op) error {
 		s.finish(l, batch, []result{{err: err}})
 		return nil
 	}
-	for i, o := range batch {
-		if err := s.execute(l, []*op{o}); err != nil {
-			s.finish(l, batch[i+1:], allFailed(batch[i+1:], &joinedError{errUnavailable, err}))
-			return err
-		}
-	}
+	s.mu.Lock()
+	s.queues[opRepeat] = append(s.queues[opRepeat], batch...)
+	s.mu.Unlock()
 	return nil
 }
 
@@ -650,7 +666,7 @@ func (s *session) watchStall(l *link) (stop func() bool) {
 // should have freed: session-level locks survive a rollback.
 func (s *session) undo(l *link, batch []*op) error {
 	kind := batch[0].kind
-	if kind != opAcquire && kind != opRelease || kind == opRelease && len(batch) > 1 {
+	if kind != opAnnounce && kind != opAcquire && kind != opRelease || kind == opRelease && len(batch) > 1 {
 		return nil
 	}
 	var keys []int64
@@ -720,9 +736,10 @@ func (s *session) finish(l *link, batch []*op, results []result) {
 			if errors.Is(r.err, errUnavailable) {
 				r.err = errReleaseLost
 			}
-		case o.kind == opAnnounce && o.state == opAbandoned && r.err == nil && s.link == l:
-			s.enqueueLocked(&op{kind: opWithdraw, ctx: o.ctx, req: o.req, done: make(chan result, 1)})
-		case o.kind != opAcquire || r.answer.outcome != granted:
+		case r.answer.outcome != granted:
+			if o.kind == opAnnounce && o.state == opAbandoned && r.err == nil && s.link == l {
+				s.enqueueLocked(&op{kind: opWithdraw, ctx: o.ctx, req: o.req, done: make(chan result, 1)})
+			}
 		case s.link != l:
 			*r = result{err: &joinedError{errUnavailable, errReleaseLost}}
 		default:
@@ -787,7 +804,7 @@ func (s *session) lookupKeys(l *link, batch []*op) ([]result, error) {
 				return err
 			}
 			i := todo[ord-1]
-			results[i].number, found[i] = key, true
+			results[i].key, found[i] = key, true
 			return nil
 		})
 		if err != nil {
@@ -815,9 +832,12 @@ func randomKey() int64 {
 func (s *session) announceClaims(l *link, batch []*op) ([]result, error) {
 	keys, ids := keysAndIDs(batch)
 	var events pq.StringArray
-	var ordered pq.BoolArray
+	var ordered, takes pq.BoolArray
 	var orders pq.Int64Array
+	s.mu.Lock()
 	for _, o := range batch {
+		_, holds := s.held[o.req.key] // advisory locks are re-entrant: never try what this session holds
+		takes = append(takes, o.take && !holds)
 		events = append(events, o.req.event)
 		ordered = append(ordered, o.order != nil)
 		orders = append(orders, 0)
@@ -825,22 +845,76 @@ func (s *session) announceClaims(l *link, batch []*op) ([]result, error) {
 			orders[len(orders)-1] = *o.order
 		}
 	}
+	s.mu.Unlock()
 	results := make([]result, len(batch))
-	announced := map[int64]bool{}
-	err := each(batch[0].ctx, l.announce, []any{keys, ids, events, ordered, orders, l.number, hostName, os.Getpid()}, func(scan func(...any) error) error {
+	var taken pq.Int64Array
+	announced, flushed := make([]bool, len(batch)), true
+	args := []any{keys, ids, events, ordered, orders, takes, l.number, hostName, os.Getpid()}
+	err := each(batch[0].ctx, l.announce, args, func(scan func(...any) error) error {
 		var key, number int64
-		if err := scan(&key, &number, discard, discard); err != nil {
+		var token *int64
+		var age *float64
+		var late bool
+		if err := scan(&key, &number, &token, &age, &late, discard, discard); err != nil {
 			return err
 		}
-		results[find(batch, key)].number = number
-		announced[key] = true
+		i := find(batch, key)
+		announced[i] = true
+		a := answer{outcome: again, newest: standing{number, batch[i].req.id}}
+		if token != nil && takes[i] {
+			a.grant(*token, age, l)
+			taken = append(taken, key)
+		}
+		results[i].answer = a
+		flushed = flushed && !late
 		return nil
 	})
-	late := slices.DeleteFunc(keys, func(key int64) bool { return announced[key] })
-	if err != nil || len(late) == 0 {
-		return results, err
+	if err != nil {
+		return nil, err
 	}
-	err = each(batch[0].ctx, l.turnedAway, []any{late}, func(scan func(...any) error) error {
+	// From here on an error must not fail the batch: its keys are taken.
+	if !flushed && len(taken) > 0 {
+		if _, err := l.flush.ExecContext(batch[0].ctx); err != nil {
+			if l.broken(err) {
+				return nil, err
+			}
+			for _, key := range taken {
+				results[find(batch, key)].err = err // and the key is released
+			}
+		}
+	}
+	var late, tried pq.Int64Array
+	for i, o := range batch {
+		if !announced[i] {
+			late = append(late, o.req.key)
+			if takes[i] {
+				tried = append(tried, o.req.key)
+			}
+		}
+	}
+	if len(late) > 0 {
+		if err := s.turnAway(l, batch, results, late, tried); err != nil {
+			if l.broken(err) {
+				return nil, err
+			}
+			s.fail(batch, results, late, err)
+		}
+	}
+	return results, nil
+}
+
+// turnAway gives the claims that came too late their errors, and back what was
+// taken for those that tried.
+func (s *session) turnAway(l *link, batch []*op, results []result, late, tried pq.Int64Array) error {
+	if len(tried) > 0 {
+		if err := s.giveBack(l, batch[0].ctx, tried); err != nil {
+			return err
+		}
+	}
+	for _, key := range late { // if its row is deleted meanwhile
+		results[find(batch, key)].err = ErrClaimOutdated
+	}
+	return each(batch[0].ctx, l.turnedAway, []any{late}, func(scan func(...any) error) error {
 		var key, top int64
 		var newest string
 		if err := scan(&key, &newest, &top); err != nil {
@@ -850,7 +924,15 @@ func (s *session) announceClaims(l *link, batch []*op) ([]result, error) {
 		results[i].err = outdated(*batch[i].order, top, newest)
 		return nil
 	})
-	return results, err
+}
+
+// grant says that the link holds the key since the statement that made the
+// token; age is how long ago, in seconds, a predecessor was found dead.
+func (a *answer) grant(token int64, age *float64, l *link) {
+	a.outcome, a.token, a.session = granted, token, l.generation
+	if age != nil {
+		a.drain = min(uncleanDelay, max(0, uncleanDelay-time.Duration(*age*float64(time.Second))))
+	}
 }
 
 func (s *session) withdrawClaims(l *link, batch []*op) ([]result, error) {
@@ -907,10 +989,7 @@ func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
 		}
 		switch {
 		case token != nil:
-			a.outcome, a.token, a.session = granted, *token, l.generation
-			if age != nil {
-				a.drain = min(uncleanDelay, max(0, uncleanDelay-time.Duration(*age*float64(time.Second))))
-			}
+			a.grant(*token, age, l)
 			delete(got, key)
 		case gone:
 			a.outcome = again
