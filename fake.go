@@ -78,16 +78,11 @@ type memory struct {
 	hub *hub
 
 	mu      sync.Mutex // guards everything below
-	keys    map[envLockID]int64
+	keys    map[pullRequest]int64
 	taken   map[int64]bool // the keys in use
 	rows    map[int64]*memoryRow
 	counter int64  // the source of claim numbers and tokens
 	session uint64 // the generation of the imagined session, from 1
-}
-
-type envLockID struct {
-	repo string
-	pr   uint
 }
 
 // memoryRow is a row of env_lock_state and the key's advisory lock in one.
@@ -106,7 +101,7 @@ type memoryRow struct {
 func newMemory() *memory {
 	return &memory{
 		hub:     newHub(),
-		keys:    map[envLockID]int64{},
+		keys:    map[pullRequest]int64{},
 		taken:   map[int64]bool{},
 		rows:    map[int64]*memoryRow{},
 		session: 1,
@@ -118,7 +113,7 @@ func (m *memory) events() *hub { return m.hub }
 func (m *memory) lockKey(repo string, pr uint) int64 {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	id := envLockID{repo, pr}
+	id := pullRequest{repo, pr}
 	key, ok := m.keys[id]
 	for !ok {
 		if key = rand.Int64(); key != 0 && !m.taken[key] {
@@ -137,7 +132,8 @@ func (m *memory) rowLocked(key int64) *memoryRow {
 	return row
 }
 
-func (m *memory) announce(_ context.Context, _ <-chan struct{}, c claim, order *int64, take bool) (answer, error) {
+func (m *memory) announce(_ context.Context, _ <-chan struct{}, n announcement) (answer, error) {
+	c, order := n.claim, n.order
 	m.mu.Lock()
 	row := m.rowLocked(c.key)
 	if order != nil && row.top != nil && (*order < *row.top ||
@@ -154,7 +150,7 @@ func (m *memory) announce(_ context.Context, _ <-chan struct{}, c claim, order *
 	row.newest = standing{m.counter, c.id}
 	row.event = c.event
 	a := answer{outcome: again, newest: row.newest}
-	if take && row.holder == uuid.Nil {
+	if n.take && row.holder == uuid.Nil {
 		m.grantLocked(row, c, &a)
 	}
 	m.mu.Unlock()

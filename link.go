@@ -36,7 +36,7 @@ JOIN env_locks e ON e.repo = w.repo AND e.pull_request = w.pull_request`
 	sqlClock = `(date_part('epoch', clock_timestamp()) * 1000000)::bigint` // microseconds
 
 	// In a subquery of its own it is done once, not for every row.
-	sqlNoFlush = `(SELECT set_config('synchronous_commit', 'off', true))`
+	sqlNoFlush = `(SELECT set_config('synchronous_commit', 'off', true) IS NULL)`
 
 	sqlAddKeys = `
 INSERT INTO env_locks (repo, pull_request, lock_key)
@@ -55,19 +55,24 @@ ON CONFLICT DO NOTHING`
 	//
 	// A commit that takes is flushed. One that notifies is not: notifying
 	// transactions commit one after the other, server-wide. So a commit that has to
-	// do both says so in its column "late", and sqlFlush follows it.
+	// do both says so in the column unflushed, and sqlFlush follows it.
+	//
+	// A claim for a pull request is dropped if that has another key.
 	sqlAnnounce = `
 WITH want AS MATERIALIZED (
     SELECT u.key, u.id, u.event, CASE WHEN u.ordered THEN u.ord END AS ord,
         CASE WHEN u.take AND s.holder_id IS NULL AND s.waiting IS NOT TRUE THEN pg_try_advisory_lock(u.key) ELSE false END AS got
-    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::boolean[], $5::bigint[], $6::boolean[]) AS u(key, id, event, ordered, ord, take)
+    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::boolean[], $5::bigint[], $6::boolean[], $7::text[], $8::integer[])
+        AS u(key, id, event, ordered, ord, take, repo, pull_request)
     LEFT JOIN env_lock_state s ON s.lock_key = u.key
+    WHERE u.pull_request < 0
+        OR EXISTS (SELECT FROM env_locks e WHERE e.repo = u.repo AND e.pull_request = u.pull_request AND e.lock_key = u.key)
 ), announced AS (
     INSERT INTO env_lock_state AS s (lock_key, claim, claim_id, claim_event, claimed_at, claim_order, top_order, claim_open, claim_session, claim_host, claim_pid,
         token, holder_id, holder_event, holder_host, holder_pid, held_since)
-    SELECT key, ` + sqlClock + `, id, event, statement_timestamp(), ord, ord, true, $7::integer, $8::text, $9::integer,
+    SELECT key, ` + sqlClock + `, id, event, statement_timestamp(), ord, ord, true, $9::integer, $10::text, $11::integer,
         CASE WHEN got THEN ` + sqlClock + ` ELSE 0 END, CASE WHEN got THEN id END, CASE WHEN got THEN event END,
-        CASE WHEN got THEN $8::text END, CASE WHEN got THEN $9::integer END, CASE WHEN got THEN statement_timestamp() END
+        CASE WHEN got THEN $10::text END, CASE WHEN got THEN $11::integer END, CASE WHEN got THEN statement_timestamp() END
     FROM want
     ON CONFLICT (lock_key) DO UPDATE SET
         claim = greatest(s.claim + 1, ` + sqlClock + `),
@@ -97,7 +102,7 @@ WITH want AS MATERIALIZED (
         s.holder_id IS NOT NULL AND s.holder_id = s.claim_id AND s.held_since = s.claimed_at AS taken
 )
 SELECT lock_key, claim, CASE WHEN taken THEN token END, CASE WHEN taken THEN extract(epoch FROM clock_timestamp() - unclean_at)::float8 END,
-    waiting OR NOT taken AS late,
+    waiting OR NOT taken AS unflushed,
     CASE WHEN waiting OR NOT taken THEN ` + sqlNoFlush + ` END,
     CASE WHEN waiting OR held AND NOT taken THEN pg_notify('` + notifyChannel + `',
         '{"kind":"` + kindClaim + `","lockKey":' || lock_key || ',"claim":' || claim ||

@@ -14,10 +14,9 @@ import (
 // callers' contexts belong to the lock, not to the backend.
 type backend interface {
 	// announce makes the claim known and answers its standing as the newest, or an
-	// error that matches ErrClaimOutdated if its order is too low. If take is set it
-	// may answer granted, as acquire would have done next. It gives up when ctx is
-	// done or stop is closed.
-	announce(ctx context.Context, stop <-chan struct{}, c claim, order *int64, take bool) (answer, error)
+	// error that matches ErrClaimOutdated if its order is too low. It gives up when
+	// ctx is done or stop is closed.
+	announce(ctx context.Context, stop <-chan struct{}, a announcement) (answer, error)
 	// withdraw says that an announced claim gave up. It is begun when the call
 	// returns, and may be lost: it matters only to its own redelivery, and to who
 	// looks.
@@ -38,6 +37,20 @@ type claim struct {
 	key   int64
 	id    uuid.UUID
 	event string
+}
+
+// announcement is a claim that becomes the newest.
+type announcement struct {
+	claim
+	order *int64       // if it was given one
+	take  bool         // if nobody holds or waits, it may be granted at once, as acquire would do next
+	pull  *pullRequest // if set, the claim is dropped with errKeyMoved if this pull request has another key
+}
+
+// pullRequest is what has a key.
+type pullRequest struct {
+	repo string
+	pr   uint
 }
 
 // standing is a claim's place in the order of its key: its number, and the ID
@@ -171,7 +184,7 @@ func (l *lock) Notify(ctx context.Context) error {
 	}
 	err := checkUse(ctx, l.backend.events())
 	if err == nil {
-		_, err = l.announce(ctx, nil, false)
+		_, err = l.announce(ctx, nil, announcement{})
 	}
 	if errors.Is(err, ErrClaimOutdated) { // Lock, which observes all else, is not called after this
 		l.observe(ObservedDisplaced, 0, err)
@@ -179,8 +192,9 @@ func (l *lock) Notify(ctx context.Context) error {
 	return errors.Wrapf(err, "locker: announce %q on key %d", l.claim.event, l.claim.key)
 }
 
-func (l *lock) announce(ctx context.Context, stop <-chan struct{}, take bool) (answer, error) {
-	a, err := l.backend.announce(ctx, stop, l.claim, orderFromContext(ctx), take)
+func (l *lock) announce(ctx context.Context, stop <-chan struct{}, how announcement) (answer, error) {
+	how.claim, how.order = l.claim, orderFromContext(ctx)
+	a, err := l.backend.announce(ctx, stop, how)
 	if err != nil {
 		return answer{}, err
 	}
@@ -198,16 +212,17 @@ func (l *lock) announce(ctx context.Context, stop <-chan struct{}, take bool) (a
 // own error when ctx is done, ErrProviderClosed, or the database's error. A
 // lock is single use: a second Lock is an error.
 func (l *lock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
-	return l.lockKey(ctx, false)
+	return l.lockKey(ctx, nil)
 }
 
 // announceAndLock is Notify and Lock in one, for a PreemptiveLocker: a key that
-// nobody wants costs one statement less.
-func (l *lock) announceAndLock(ctx context.Context) (<-chan NotificationPayload, error) {
-	return l.lockKey(ctx, true)
+// nobody wants costs one statement. With a pull request it answers errKeyMoved if
+// that has another key.
+func (l *lock) announceAndLock(ctx context.Context, pull *pullRequest) (<-chan NotificationPayload, error) {
+	return l.lockKey(ctx, &announcement{take: true, pull: pull})
 }
 
-func (l *lock) lockKey(ctx context.Context, announce bool) (<-chan NotificationPayload, error) {
+func (l *lock) lockKey(ctx context.Context, announce *announcement) (<-chan NotificationPayload, error) {
 	if err := l.usable(ctx); err != nil {
 		return nil, err
 	}
@@ -391,11 +406,13 @@ func (l *lock) leave(err error) {
 	if announced && !errors.Is(err, ErrLockPreempted) {
 		l.backend.withdraw(l.claim)
 	}
-	kind := ObservedFailed
-	if errors.Is(err, ErrLockPreempted) {
-		kind = ObservedDisplaced
+	switch {
+	case errors.Is(err, errKeyMoved): // it was on the wrong key; another lock is tried
+	case errors.Is(err, ErrLockPreempted):
+		l.observe(ObservedDisplaced, waited, err)
+	default:
+		l.observe(ObservedFailed, waited, err)
 	}
-	l.observe(kind, waited, err)
 	if l.onOver != nil {
 		l.onOver()
 	}
@@ -407,7 +424,7 @@ func (l *lock) leave(err error) {
 // acquire announces the claim, if it is to, and tries until the key is the claim's
 // or the wait is over. The hints that wake it are only reasons to ask the database
 // again.
-func (l *lock) acquire(ctx context.Context, announce bool) (_ <-chan NotificationPayload, waited time.Duration, _ error) {
+func (l *lock) acquire(ctx context.Context, announce *announcement) (_ <-chan NotificationPayload, waited time.Duration, _ error) {
 	if err := l.backend.events().subscribe(l); err != nil {
 		return nil, 0, err
 	}
@@ -418,9 +435,10 @@ func (l *lock) acquire(ctx context.Context, announce bool) (_ <-chan Notificatio
 		}
 		var a answer
 		var err error
-		if announce {
-			announce = false
-			if a, err = l.announce(ctx, l.stop, true); err != nil && !errors.Is(err, errStopped) {
+		if announce != nil {
+			a, err = l.announce(ctx, l.stop, *announce)
+			announce = nil
+			if err != nil && !errors.Is(err, errStopped) {
 				return nil, 0, errors.WithMessagef(err, "announce %q", l.claim.event)
 			}
 		} else {

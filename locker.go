@@ -468,10 +468,23 @@ func (p *PreemptiveLocker) acquire(ctx, abortable context.Context) (PreemptableL
 	if err := checkRepo(p.repo, p.pr); err != nil {
 		return nil, nil, err
 	}
+	if own, ok := p.provider.(*PostgresLockProvider); ok {
+		pull := pullRequest{p.repo, p.pr}
+		if key, ok := own.hints.get(pull); ok {
+			lock, ch, err := p.claim(ctx, abortable, key, &pull)
+			if !errors.Is(err, errKeyMoved) {
+				return lock, ch, err
+			}
+		}
+	}
 	key, err := p.provider.LockKey(abortable, p.repo, p.pr)
 	if err != nil {
 		return nil, nil, err
 	}
+	return p.claim(ctx, abortable, key, nil)
+}
+
+func (p *PreemptiveLocker) claim(ctx, abortable context.Context, key int64, pull *pullRequest) (PreemptableLock, <-chan NotificationPayload, error) {
 	p.mu.Lock()
 	p.key = key
 	p.mu.Unlock()
@@ -482,14 +495,16 @@ func (p *PreemptiveLocker) acquire(ctx, abortable context.Context) (PreemptableL
 	if isNil(lock) {
 		return nil, nil, errors.New("lock provider answered no lock")
 	}
-	ch, err := p.announceAndLock(ctx, abortable, lock)
+	ch, err := p.announceAndLock(ctx, abortable, lock, pull)
 	if err != nil {
 		return lock, nil, err
 	}
 	return lock, ch, p.delay(abortable, lock, ch)
 }
 
-func (p *PreemptiveLocker) announceAndLock(ctx, abortable context.Context, lock PreemptableLock) (<-chan NotificationPayload, error) {
+// announceAndLock announces the claim and waits for the key. A lock of this package
+// does both at once (C9).
+func (p *PreemptiveLocker) announceAndLock(ctx, abortable context.Context, lock PreemptableLock, pull *pullRequest) (<-chan NotificationPayload, error) {
 	p.mu.Lock()
 	order := p.order
 	p.mu.Unlock()
@@ -513,7 +528,7 @@ func (p *PreemptiveLocker) announceAndLock(ctx, abortable context.Context, lock 
 	case aborted:
 		return nil, errReleasedWait
 	case own != nil: // its wait is ended by Unlock: to watch one context less is worth much
-		return own.announceAndLock(withOrder(ctx))
+		return own.announceAndLock(withOrder(ctx), pull)
 	}
 	return lock.Lock(abortable)
 }

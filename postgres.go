@@ -21,6 +21,33 @@ type PostgresLockProvider struct {
 	conf      LockProviderConfig
 	session   *session
 	operating chan struct{} // capacity 1: one operator's call at a time has a connection
+	hints     keyHints
+}
+
+// keyHints are the keys that pull requests had when LockKey was last asked. The
+// rows belong to the operator, so a claim with such a key is checked against them
+// by the statement that announces it: that saves a statement of its own.
+type keyHints struct {
+	mu   sync.Mutex // guards keys
+	keys map[pullRequest]int64
+}
+
+const maxHints = 10_000 // then they are forgotten
+
+func (h *keyHints) get(pull pullRequest) (key int64, ok bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	key, ok = h.keys[pull]
+	return key, ok
+}
+
+func (h *keyHints) set(pull pullRequest, key int64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.keys == nil || len(h.keys) >= maxHints {
+		h.keys = map[pullRequest]int64{}
+	}
+	h.keys[pull] = key
 }
 
 // PostgresLock is the lock that PostgresLockProvider.New and NewPostgresLock
@@ -91,6 +118,9 @@ func (plp *PostgresLockProvider) LockKey(ctx context.Context, repo string, pr ui
 		return 0, err
 	}
 	key, err := plp.session.lookup(ctx, repo, pr)
+	if err == nil {
+		plp.hints.set(pullRequest{repo, pr}, key)
+	}
 	return key, errors.Wrapf(err, "locker: lock key of %q#%d", repo, pr)
 }
 

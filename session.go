@@ -73,12 +73,13 @@ type session struct {
 // answers exactly once.
 type op struct {
 	kind   opKind
-	ctx    context.Context // the caller's, for its span; it cannot be cancelled
+	ctx    context.Context // the caller's, for its span
 	repo   string          // lookup
 	pr     uint            // lookup
-	order  *int64          // announce: if the claim has one
-	take   bool            // announce: and take the key at once if nobody holds or waits
 	req    request         // acquire: all of it; announce and release: the claim
+	order  *int64          // announce: see announcement
+	take   bool            // announce
+	pull   *pullRequest    // announce
 	queued time.Time
 	state  opState     // guarded by session.mu
 	done   chan result // capacity 1
@@ -134,8 +135,8 @@ func (s *session) lookup(ctx context.Context, repo string, pr uint) (int64, erro
 	return r.key, r.err
 }
 
-func (s *session) announce(ctx context.Context, stop <-chan struct{}, c claim, order *int64, take bool) (answer, error) {
-	r := s.do(ctx, stop, &op{kind: opAnnounce, req: request{claim: c}, order: order, take: take})
+func (s *session) announce(ctx context.Context, stop <-chan struct{}, a announcement) (answer, error) {
+	r := s.do(ctx, stop, &op{kind: opAnnounce, req: request{claim: a.claim}, order: a.order, take: a.take, pull: a.pull})
 	return r.answer, r.err
 }
 
@@ -153,7 +154,7 @@ func (s *session) acquire(ctx context.Context, stop <-chan struct{}, r request) 
 }
 
 func (s *session) release(ctx context.Context, c claim) <-chan error {
-	o := &op{kind: opRelease, ctx: context.WithoutCancel(ctx), req: request{claim: c}, freed: make(chan error, 1)}
+	o := &op{kind: opRelease, ctx: ctx, req: request{claim: c}, freed: make(chan error, 1)}
 	s.mu.Lock()
 	id, holds := s.held[c.key]
 	holds = holds && id == c.id // not a successor's
@@ -173,7 +174,7 @@ var errReleaseLost = errors.WithMessage(ErrLockLost, "session lost")
 // operation that is still queued is dropped, and a key that an abandoned one
 // acquires is released.
 func (s *session) do(ctx context.Context, stop <-chan struct{}, o *op) result {
-	o.ctx = context.WithoutCancel(ctx)
+	o.ctx = ctx
 	o.done = make(chan result, 1)
 	s.mu.Lock()
 	if s.closing {
@@ -560,7 +561,8 @@ func (s *session) execute(l *link, batch []*op) error {
 		return nil
 	}
 	stalled := s.watchStall(l)
-	results, err := s.statement(l, batch)
+	ctx := context.WithoutCancel(batch[0].ctx)
+	results, err := s.statement(ctx, l, batch)
 	if stalled() && err == nil {
 		for i := range results { // committed, but by the primary alone
 			if k := batch[i].kind; k == opAcquire || results[i].answer.outcome == granted {
@@ -583,13 +585,13 @@ func (s *session) execute(l *link, batch []*op) error {
 		return err
 	}
 	alone := len(batch) == 1
-	if err2 := s.undo(l, batch); err2 != nil {
+	if err2 := s.undo(ctx, l, batch); err2 != nil {
 		s.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err2}))
 		return err2
 	}
 	if alone {
 		if batch[0].kind == opRelease && isLockTableFull(err) { // giving back made room
-			_, err = s.statement(l, batch)
+			_, err = s.statement(ctx, l, batch)
 		}
 		if batch[0].kind == opRelease && err != nil { // the key is free; the row still names the holder, so its successor waits the delay
 			s.log.Warn("locker: released without clearing the holder", slog.Int64("key", batch[0].req.key), slog.String("error", err.Error()))
@@ -664,7 +666,7 @@ func (s *session) watchStall(l *link) (stop func() bool) {
 
 // undo frees the advisory locks that a failed statement may have taken, or
 // should have freed: session-level locks survive a rollback.
-func (s *session) undo(l *link, batch []*op) error {
+func (s *session) undo(ctx context.Context, l *link, batch []*op) error {
 	kind := batch[0].kind
 	if kind != opAnnounce && kind != opAcquire && kind != opRelease || kind == opRelease && len(batch) > 1 {
 		return nil
@@ -677,10 +679,10 @@ func (s *session) undo(l *link, batch []*op) error {
 		}
 	}
 	s.mu.Unlock()
-	return s.giveBack(l, batch[0].ctx, keys)
+	return s.giveBack(ctx, l, keys)
 }
 
-func (s *session) giveBack(l *link, ctx context.Context, keys []int64) error {
+func (s *session) giveBack(ctx context.Context, l *link, keys []int64) error {
 	_, err := l.giveBack.ExecContext(ctx, pq.Array(keys))
 	if err != nil && !l.broken(err) {
 		// What was freed stays free. The notification may have found no room in the
@@ -761,23 +763,23 @@ func (s *session) finish(l *link, batch []*op, results []result) {
 }
 
 // statement carries out a batch and answers the results in its order.
-func (s *session) statement(l *link, batch []*op) ([]result, error) {
+func (s *session) statement(ctx context.Context, l *link, batch []*op) ([]result, error) {
 	switch batch[0].kind {
 	case opLookup:
-		return s.lookupKeys(l, batch)
+		return s.lookupKeys(ctx, l, batch)
 	case opAnnounce:
-		return s.announceClaims(l, batch)
+		return s.announceClaims(ctx, l, batch)
 	case opAcquire:
-		return s.acquireKeys(l, batch)
+		return s.acquireKeys(ctx, l, batch)
 	case opWithdraw:
-		return s.withdrawClaims(l, batch)
+		return s.withdrawClaims(ctx, l, batch)
 	default:
-		return s.releaseKeys(l, batch)
+		return s.releaseKeys(ctx, l, batch)
 	}
 }
 
 // lookupKeys finds the keys of pull requests, and makes those that are missing.
-func (s *session) lookupKeys(l *link, batch []*op) ([]result, error) {
+func (s *session) lookupKeys(ctx context.Context, l *link, batch []*op) ([]result, error) {
 	results := make([]result, len(batch))
 	todo := make([]int, len(batch)) // indexes of the batch
 	for i := range todo {
@@ -792,20 +794,16 @@ func (s *session) lookupKeys(l *link, batch []*op) ([]result, error) {
 			keys = append(keys, randomKey())
 		}
 		if attempt > 0 { // the second time the rows are missing, later a random key was taken
-			if _, err := l.addKeys.ExecContext(batch[0].ctx, repos, prs, keys); err != nil {
+			if _, err := l.addKeys.ExecContext(ctx, repos, prs, keys); err != nil {
 				return nil, err
 			}
 		}
-		found := map[int]bool{}
-		err := each(batch[0].ctx, l.lookup, []any{repos, prs}, func(scan func(...any) error) error {
-			var ord int
-			var key int64
-			if err := scan(&ord, &key); err != nil {
-				return err
-			}
+		found := make([]bool, len(batch))
+		var ord int
+		var key int64
+		err := each(ctx, l.lookup, []any{repos, prs}, []any{&ord, &key}, func() {
 			i := todo[ord-1]
 			results[i].key, found[i] = key, true
-			return nil
 		})
 		if err != nil {
 			return nil, err
@@ -829,52 +827,51 @@ func randomKey() int64 {
 	return int64(binary.BigEndian.Uint64(b[:])>>1) | 1
 }
 
-func (s *session) announceClaims(l *link, batch []*op) ([]result, error) {
+func (s *session) announceClaims(ctx context.Context, l *link, batch []*op) ([]result, error) {
 	keys, ids := keysAndIDs(batch)
-	var events pq.StringArray
-	var ordered, takes pq.BoolArray
-	var orders pq.Int64Array
+	n := len(batch)
+	events, repos := make(pq.StringArray, n), make(pq.StringArray, n)
+	orders, pulls := make(pq.Int64Array, n), make(pq.Int64Array, n)
+	ordered, takes := make(pq.BoolArray, n), make(pq.BoolArray, n)
 	s.mu.Lock()
-	for _, o := range batch {
-		_, holds := s.held[o.req.key] // advisory locks are re-entrant: never try what this session holds
-		takes = append(takes, o.take && !holds)
-		events = append(events, o.req.event)
-		ordered = append(ordered, o.order != nil)
-		orders = append(orders, 0)
+	for i, o := range batch {
+		events[i] = o.req.event
 		if o.order != nil {
-			orders[len(orders)-1] = *o.order
+			ordered[i], orders[i] = true, *o.order
+		}
+		_, holds := s.held[o.req.key] // advisory locks are re-entrant: never try what this session holds
+		takes[i] = o.take && !holds
+		pulls[i] = -1
+		if o.pull != nil {
+			repos[i], pulls[i] = o.pull.repo, int64(o.pull.pr)
 		}
 	}
 	s.mu.Unlock()
-	results := make([]result, len(batch))
+	results := make([]result, n)
 	var taken pq.Int64Array
-	announced, flushed := make([]bool, len(batch)), true
-	args := []any{keys, ids, events, ordered, orders, takes, l.number, hostName, os.Getpid()}
-	err := each(batch[0].ctx, l.announce, args, func(scan func(...any) error) error {
-		var key, number int64
-		var token *int64
-		var age *float64
-		var late bool
-		if err := scan(&key, &number, &token, &age, &late, discard, discard); err != nil {
-			return err
-		}
+	announced, flushed := make([]bool, n), true
+	args := []any{keys, ids, events, ordered, orders, takes, repos, pulls, l.number, hostName, os.Getpid()}
+	var key, number int64
+	var token sql.NullInt64
+	var age sql.NullFloat64
+	var unflushed bool
+	err := each(ctx, l.announce, args, []any{&key, &number, &token, &age, &unflushed, discard, discard}, func() {
 		i := find(batch, key)
 		announced[i] = true
 		a := answer{outcome: again, newest: standing{number, batch[i].req.id}}
-		if token != nil && takes[i] {
-			a.grant(*token, age, l)
+		if token.Valid && takes[i] {
+			a.grant(token.Int64, age, l)
 			taken = append(taken, key)
 		}
 		results[i].answer = a
-		flushed = flushed && !late
-		return nil
+		flushed = flushed && !unflushed
 	})
 	if err != nil {
 		return nil, err
 	}
 	// From here on an error must not fail the batch: its keys are taken.
 	if !flushed && len(taken) > 0 {
-		if _, err := l.flush.ExecContext(batch[0].ctx); err != nil {
+		if _, err := l.flush.ExecContext(ctx); err != nil {
 			if l.broken(err) {
 				return nil, err
 			}
@@ -885,15 +882,28 @@ func (s *session) announceClaims(l *link, batch []*op) ([]result, error) {
 	}
 	var late, tried pq.Int64Array
 	for i, o := range batch {
-		if !announced[i] {
+		switch {
+		case announced[i]:
+			continue
+		case o.pull != nil: // the caller asks for the key, and then again
+			results[i].err = errKeyMoved
+		default:
 			late = append(late, o.req.key)
-			if takes[i] {
-				tried = append(tried, o.req.key)
+		}
+		if takes[i] && o.order != nil {
+			tried = append(tried, o.req.key)
+		}
+	}
+	if len(tried) > 0 {
+		if err := s.giveBack(ctx, l, tried); err != nil {
+			if l.broken(err) {
+				return nil, err
 			}
+			s.fail(batch, results, tried, err)
 		}
 	}
 	if len(late) > 0 {
-		if err := s.turnAway(l, batch, results, late, tried); err != nil {
+		if err := s.turnAway(ctx, l, batch, results, late); err != nil {
 			if l.broken(err) {
 				return nil, err
 			}
@@ -903,66 +913,55 @@ func (s *session) announceClaims(l *link, batch []*op) ([]result, error) {
 	return results, nil
 }
 
-// turnAway gives the claims that came too late their errors, and back what was
-// taken for those that tried.
-func (s *session) turnAway(l *link, batch []*op, results []result, late, tried pq.Int64Array) error {
-	if len(tried) > 0 {
-		if err := s.giveBack(l, batch[0].ctx, tried); err != nil {
-			return err
-		}
-	}
+// turnAway gives the claims that came too late their errors.
+func (s *session) turnAway(ctx context.Context, l *link, batch []*op, results []result, late pq.Int64Array) error {
 	for _, key := range late { // if its row is deleted meanwhile
 		results[find(batch, key)].err = ErrClaimOutdated
 	}
-	return each(batch[0].ctx, l.turnedAway, []any{late}, func(scan func(...any) error) error {
-		var key, top int64
-		var newest string
-		if err := scan(&key, &newest, &top); err != nil {
-			return err
-		}
+	var key, top int64
+	var newest string
+	return each(ctx, l.turnedAway, []any{late}, []any{&key, &newest, &top}, func() {
 		i := find(batch, key)
 		results[i].err = outdated(*batch[i].order, top, newest)
-		return nil
 	})
 }
 
+var errKeyMoved = errors.New("locker: the pull request has another key")
+
 // grant says that the link holds the key since the statement that made the
 // token; age is how long ago, in seconds, a predecessor was found dead.
-func (a *answer) grant(token int64, age *float64, l *link) {
+func (a *answer) grant(token int64, age sql.NullFloat64, l *link) {
 	a.outcome, a.token, a.session = granted, token, l.generation
-	if age != nil {
-		a.drain = min(uncleanDelay, max(0, uncleanDelay-time.Duration(*age*float64(time.Second))))
+	if age.Valid {
+		a.drain = min(uncleanDelay, max(0, uncleanDelay-time.Duration(age.Float64*float64(time.Second))))
 	}
 }
 
-func (s *session) withdrawClaims(l *link, batch []*op) ([]result, error) {
+func (s *session) withdrawClaims(ctx context.Context, l *link, batch []*op) ([]result, error) {
 	keys, ids := keysAndIDs(batch)
-	_, err := l.withdraw.ExecContext(batch[0].ctx, keys, ids)
+	_, err := l.withdraw.ExecContext(ctx, keys, ids)
 	return make([]result, len(batch)), err
 }
 
-func keysAndIDs(batch []*op) (keys pq.Int64Array, ids pq.StringArray) {
-	for _, o := range batch {
-		keys = append(keys, o.req.key)
-		ids = append(ids, o.req.id.String())
+func keysAndIDs(batch []*op) (pq.Int64Array, pq.StringArray) {
+	keys, ids := make(pq.Int64Array, len(batch)), make(pq.StringArray, len(batch))
+	for i, o := range batch {
+		keys[i], ids[i] = o.req.key, o.req.id.String()
 	}
 	return keys, ids
 }
 
-func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
-	var keys, claims pq.Int64Array
-	var ids, claimIDs, events pq.StringArray
-	var firsts, tryables pq.BoolArray
+func (s *session) acquireKeys(ctx context.Context, l *link, batch []*op) ([]result, error) {
+	keys, ids := keysAndIDs(batch)
+	n := len(batch)
+	claims := make(pq.Int64Array, n)
+	claimIDs, events := make(pq.StringArray, n), make(pq.StringArray, n)
+	firsts, tryables := make(pq.BoolArray, n), make(pq.BoolArray, n)
 	s.mu.Lock()
-	for _, o := range batch {
-		_, holds := s.held[o.req.key] // advisory locks are re-entrant: never try what this session holds
-		keys = append(keys, o.req.key)
-		ids = append(ids, o.req.id.String())
-		claims = append(claims, o.req.standing.number)
-		claimIDs = append(claimIDs, o.req.standing.id.String())
-		firsts = append(firsts, o.req.first)
-		tryables = append(tryables, !holds)
-		events = append(events, o.req.event)
+	for i, o := range batch {
+		_, holds := s.held[o.req.key] // as above
+		claims[i], claimIDs[i] = o.req.standing.number, o.req.standing.id.String()
+		firsts[i], tryables[i], events[i] = o.req.first, !holds, o.req.event
 	}
 	s.mu.Unlock()
 
@@ -971,25 +970,23 @@ func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
 	var unheardIDs pq.StringArray
 	got := map[int64]bool{} // the advisory lock, but not yet the row
 	args := []any{keys, ids, claims, claimIDs, firsts, tryables, events, hostName, os.Getpid(), l.number}
-	err := each(batch[0].ctx, l.acquire, args, func(scan func(...any) error) error {
-		var key int64
-		var gone, hidden, have bool
-		var valid *bool
-		var number, token *int64
-		var id *uuid.UUID
-		var newestEvent *string
-		var age *float64
-		if err := scan(&key, &gone, &hidden, &valid, &have, &number, &id, &newestEvent, &token, &age); err != nil {
-			return err
-		}
+	var key int64
+	var gone, hidden, have bool
+	var valid sql.NullBool
+	var number, token sql.NullInt64
+	var id uuid.NullUUID
+	var newestEvent sql.NullString
+	var age sql.NullFloat64
+	row := []any{&key, &gone, &hidden, &valid, &have, &number, &id, &newestEvent, &token, &age}
+	err := each(ctx, l.acquire, args, row, func() {
 		o := batch[find(batch, key)]
 		a := &results[find(batch, key)].answer
-		if number != nil {
-			a.newest = standing{*number, *id}
+		if number.Valid {
+			a.newest = standing{number.Int64, id.UUID}
 		}
 		switch {
-		case token != nil:
-			a.grant(*token, age, l)
+		case token.Valid:
+			a.grant(token.Int64, age, l)
 			delete(got, key)
 		case gone:
 			a.outcome = again
@@ -997,9 +994,9 @@ func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
 		case have:
 			a.outcome = again // unless its row follows
 			got[key] = true
-		case !*valid:
+		case !valid.Bool:
 			a.outcome = superseded
-			a.event = *newestEvent
+			a.event = newestEvent.String
 		default:
 			a.outcome = busy
 			if hidden || o.req.first || o.req.standing.id != o.req.id {
@@ -1007,7 +1004,6 @@ func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
 				unheardIDs = append(unheardIDs, o.req.id.String())
 			}
 		}
-		return nil
 	})
 	if err != nil {
 		return nil, err
@@ -1016,12 +1012,12 @@ func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
 		refused = append(refused, key)
 	}
 	if len(refused) > 0 { // a newer claim came in between
-		if err := s.giveBack(l, batch[0].ctx, refused); err != nil {
+		if err := s.giveBack(ctx, l, refused); err != nil {
 			return nil, err
 		}
 	}
 	if len(missing) > 0 {
-		if _, err := l.ensure.ExecContext(batch[0].ctx, missing); err != nil {
+		if _, err := l.ensure.ExecContext(ctx, missing); err != nil {
 			if l.broken(err) {
 				return nil, err
 			}
@@ -1030,16 +1026,11 @@ func (s *session) acquireKeys(l *link, batch []*op) ([]result, error) {
 	}
 	if len(unheard) > 0 {
 		// Try once more after asking to be told: the release may have been just before.
-		err := each(batch[0].ctx, l.wait, []any{unheard, unheardIDs, l.number}, func(scan func(...any) error) error {
-			var key int64
-			var asked bool
-			if err := scan(&key, &asked, discard, discard); err != nil {
-				return err
-			}
+		var asked bool
+		err := each(ctx, l.wait, []any{unheard, unheardIDs, l.number}, []any{&key, &asked, discard, discard}, func() {
 			if asked {
 				results[find(batch, key)].answer.outcome = again
 			}
-			return nil
 		})
 		if err != nil {
 			if l.broken(err) {
@@ -1058,23 +1049,24 @@ func (s *session) fail(batch []*op, results []result, keys []int64, err error) {
 	}
 }
 
-func (s *session) releaseKeys(l *link, batch []*op) ([]result, error) {
+func (s *session) releaseKeys(ctx context.Context, l *link, batch []*op) ([]result, error) {
 	keys, ids := keysAndIDs(batch)
-	cleared := make(map[int64]bool, len(batch))
-	err := each(batch[0].ctx, l.release, []any{keys, ids}, func(scan func(...any) error) error {
-		var key int64
-		if err := scan(&key, discard, discard, discard); err != nil {
-			return err
-		}
-		cleared[key] = true
-		return nil
+	cleared := make([]bool, len(batch))
+	var key int64
+	err := each(ctx, l.release, []any{keys, ids}, []any{&key, discard, discard, discard}, func() {
+		cleared[find(batch, key)] = true
 	})
 	if err != nil {
 		return nil, err
 	}
-	keys = slices.DeleteFunc(keys, func(key int64) bool { return cleared[key] })
-	if len(keys) > 0 { // somebody deleted the rows
-		if err := s.giveBack(l, batch[0].ctx, keys); err != nil {
+	var rest []int64
+	for i, key := range keys {
+		if !cleared[i] {
+			rest = append(rest, key)
+		}
+	}
+	if len(rest) > 0 { // somebody deleted the rows
+		if err := s.giveBack(ctx, l, rest); err != nil {
 			return nil, err
 		}
 	}
@@ -1108,20 +1100,16 @@ func (s *session) heartbeat(l *link) error {
 	}
 	var all []news
 	var pid int
-	err := each(context.Background(), l.heartbeat, []any{keys, ids}, func(scan func(...any) error) error {
-		var first int
-		var key, number *int64
-		var id *uuid.UUID
-		var text *string
-		if err := scan(&first, &key, &number, &id, &text); err != nil {
-			return err
-		}
-		if key == nil {
+	var first int
+	var key, number sql.NullInt64
+	var id uuid.NullUUID
+	var text sql.NullString
+	err := each(context.Background(), l.heartbeat, []any{keys, ids}, []any{&first, &key, &number, &id, &text}, func() {
+		if !key.Valid {
 			pid = first
-			return nil
+			return
 		}
-		all = append(all, news{*key, event{kind: evNewest, from: standing{*number, *id}, message: *text}})
-		return nil
+		all = append(all, news{key.Int64, event{kind: evNewest, from: standing{number.Int64, id.UUID}, message: text.String}})
 	})
 	switch {
 	case err != nil && l.broken(err):
@@ -1175,17 +1163,18 @@ type discardedColumn struct{}
 
 func (discardedColumn) Scan(any) error { return nil }
 
-// each calls f for every row of a prepared query.
-func each(ctx context.Context, stmt *sql.Stmt, args []any, f func(scan func(...any) error) error) error {
+// each scans every row of a prepared query into row, and then calls f.
+func each(ctx context.Context, stmt *sql.Stmt, args, row []any, f func()) error {
 	rows, err := stmt.QueryContext(ctx, args...)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = rows.Close() }() // its error is that of Err
 	for rows.Next() {
-		if err := f(rows.Scan); err != nil {
+		if err := rows.Scan(row...); err != nil {
 			return err
 		}
+		f()
 	}
 	return rows.Err()
 }
