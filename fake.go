@@ -46,7 +46,7 @@ func (flp *FakeLockProvider) init() {
 func (flp *FakeLockProvider) New(ctx context.Context, key int64, event string) (PreemptableLock, error) {
 	flp.init()
 	l := &FakePreemptableLock{}
-	if err := newLock(ctx, &l.lock, flp.store, flp.conf, key, event); err != nil {
+	if err := newLock(ctx, &l.lock, flp.store, &flp.conf, key, event); err != nil {
 		return nil, err
 	}
 	return l, nil

@@ -262,15 +262,15 @@ func TestInputZeroDurations(t *testing.T) {
 			}
 			single, err := NewPostgresLock(t.Context(), db, 1, "host=h", "opened", conf)
 			require.NoError(t, err)
-			confs := []LockProviderConfig{single.conf}
+			confs := []LockProviderConfig{*single.conf}
 			for _, p := range []LockProvider{fake, postgres, &FakeLockProvider{}} {
 				l, err := p.New(t.Context(), 1, "opened")
 				require.NoError(t, err)
 				switch l := l.(type) {
 				case *PostgresLock:
-					confs = append(confs, l.conf)
+					confs = append(confs, *l.conf)
 				case *FakePreemptableLock:
-					confs = append(confs, l.conf)
+					confs = append(confs, *l.conf)
 				}
 			}
 			require.Len(t, confs, 4)

@@ -36,7 +36,7 @@ JOIN env_locks e ON e.repo = w.repo AND e.pull_request = w.pull_request`
 	sqlClock = `(date_part('epoch', clock_timestamp()) * 1000000)::bigint` // microseconds
 
 	// In a subquery of its own it is done once, not for every row.
-	sqlNoFlush = `(SELECT set_config('synchronous_commit', 'off', true) IS NULL)`
+	sqlNoFlush = `(SELECT set_config('synchronous_commit', 'off', true) IS NOT NULL)`
 
 	sqlAddKeys = `
 INSERT INTO env_locks (repo, pull_request, lock_key)
@@ -57,64 +57,60 @@ ON CONFLICT DO NOTHING`
 	// transactions commit one after the other, server-wide. So a commit that has to
 	// do both says so in the column unflushed, and sqlFlush follows it.
 	//
-	// A claim for a pull request is dropped if that has another key.
+	// A claim for a pull request that has another key is dropped, too. Which
+	// of the reasons it was, and a row that is missing, sqlWhyNot tells.
 	sqlAnnounce = `
 WITH want AS MATERIALIZED (
-    SELECT u.key, u.id, u.event, CASE WHEN u.ordered THEN u.ord END AS ord,
-        CASE WHEN u.take AND s.holder_id IS NULL AND s.waiting IS NOT TRUE THEN pg_try_advisory_lock(u.key) ELSE false END AS got
-    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::boolean[], $5::bigint[], $6::boolean[], $7::text[], $8::integer[])
-        AS u(key, id, event, ordered, ord, take, repo, pull_request)
-    LEFT JOIN env_lock_state s ON s.lock_key = u.key
+    SELECT u.key, u.id, u.event, u.ord,
+        CASE WHEN u.wait IS NULL AND s.holder_id IS NULL AND NOT s.waiting THEN pg_try_advisory_lock(u.key) ELSE false END AS got
+    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::text[], $5::integer[], $6::bigint[], $7::boolean[])
+        AS u(key, id, event, repo, pull_request, ord, wait)
+    JOIN env_lock_state s ON s.lock_key = u.key
     WHERE u.pull_request < 0
-        OR EXISTS (SELECT FROM env_locks e WHERE e.repo = u.repo AND e.pull_request = u.pull_request AND e.lock_key = u.key)
-), announced AS (
-    INSERT INTO env_lock_state AS s (lock_key, claim, claim_id, claim_event, claimed_at, claim_order, top_order, claim_open, claim_session, claim_host, claim_pid,
-        token, holder_id, holder_event, holder_host, holder_pid, held_since)
-    SELECT key, ` + sqlClock + `, id, event, statement_timestamp(), ord, ord, true, $9::integer, $10::text, $11::integer,
-        CASE WHEN got THEN ` + sqlClock + ` ELSE 0 END, CASE WHEN got THEN id END, CASE WHEN got THEN event END,
-        CASE WHEN got THEN $10::text END, CASE WHEN got THEN $11::integer END, CASE WHEN got THEN statement_timestamp() END
-    FROM want
-    ON CONFLICT (lock_key) DO UPDATE SET
-        claim = greatest(s.claim + 1, ` + sqlClock + `),
-        claim_id = EXCLUDED.claim_id,
-        claim_event = EXCLUDED.claim_event,
-        claimed_at = EXCLUDED.claimed_at,
-        claim_order = EXCLUDED.claim_order,
-        top_order = coalesce(EXCLUDED.claim_order, s.top_order),
-        claim_open = true,
-        claim_session = EXCLUDED.claim_session,
-        claim_host = EXCLUDED.claim_host,
-        claim_pid = EXCLUDED.claim_pid,
-        token = CASE WHEN EXCLUDED.holder_id IS NULL THEN s.token ELSE greatest(s.token + 1, EXCLUDED.token) END,
-        unclean_at = CASE WHEN EXCLUDED.holder_id IS NULL OR s.holder_id IS NULL THEN s.unclean_at ELSE clock_timestamp() END,
-        holder_id = coalesce(EXCLUDED.holder_id, s.holder_id),
-        holder_event = coalesce(EXCLUDED.holder_event, s.holder_event),
-        holder_host = coalesce(EXCLUDED.holder_host, s.holder_host),
-        holder_pid = coalesce(EXCLUDED.holder_pid, s.holder_pid),
-        held_since = coalesce(EXCLUDED.held_since, s.held_since)
-    WHERE EXCLUDED.claim_order IS NULL OR s.top_order IS NULL OR EXCLUDED.claim_order > s.top_order
-        OR EXCLUDED.claim_order = s.top_order AND (s.claim_id = EXCLUDED.claim_id OR NOT s.claim_open
-            OR s.claim_order IS DISTINCT FROM EXCLUDED.claim_order
-            OR NOT EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.objsubid = 2
-                AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-                AND l.classid::bigint = ` + sessionSpace + ` AND l.objid::bigint = s.claim_session))
-    RETURNING s.lock_key, s.claim, s.claim_id, s.claim_event, s.waiting, s.token, s.unclean_at, s.holder_id IS NOT NULL AS held,
-        s.holder_id IS NOT NULL AND s.holder_id = s.claim_id AND s.held_since = s.claimed_at AS taken
+        OR (SELECT e.repo = u.repo AND e.pull_request = u.pull_request FROM env_locks e WHERE e.lock_key = u.key)
 )
-SELECT lock_key, claim, CASE WHEN taken THEN token END, CASE WHEN taken THEN extract(epoch FROM clock_timestamp() - unclean_at)::float8 END,
-    waiting OR NOT taken AS unflushed,
-    CASE WHEN waiting OR NOT taken THEN ` + sqlNoFlush + ` END,
-    CASE WHEN waiting OR held AND NOT taken THEN pg_notify('` + notifyChannel + `',
-        '{"kind":"` + kindClaim + `","lockKey":' || lock_key || ',"claim":' || claim ||
-        ',"id":"' || claim_id || '","event":' || to_json(claim_event) || '}')::text END
-FROM announced`
+UPDATE env_lock_state s SET
+    claim = greatest(s.claim + 1, ` + sqlClock + `),
+    claim_id = w.id,
+    claim_event = w.event,
+    claimed_at = statement_timestamp(),
+    claim_order = w.ord,
+    top_order = coalesce(w.ord, s.top_order),
+    claim_open = true,
+    claim_session = $8::integer,
+    claim_host = $9::text,
+    claim_pid = $10::integer,
+    token = CASE WHEN w.got THEN greatest(s.token + 1, ` + sqlClock + `) ELSE s.token END,
+    unclean_at = CASE WHEN w.got AND s.holder_id IS NOT NULL THEN clock_timestamp() ELSE s.unclean_at END,
+    holder_id = CASE WHEN w.got THEN w.id ELSE s.holder_id END,
+    holder_event = CASE WHEN w.got THEN w.event ELSE s.holder_event END,
+    holder_host = CASE WHEN w.got THEN $9::text ELSE s.holder_host END,
+    holder_pid = CASE WHEN w.got THEN $10::integer ELSE s.holder_pid END,
+    held_since = CASE WHEN w.got THEN statement_timestamp() ELSE s.held_since END
+FROM want w
+WHERE s.lock_key = w.key AND (w.ord IS NULL OR s.top_order IS NULL OR w.ord > s.top_order
+    OR w.ord = s.top_order AND (s.claim_id = w.id OR NOT s.claim_open
+        OR s.claim_order IS DISTINCT FROM w.ord
+        OR NOT EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.objsubid = 2
+            AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+            AND l.classid::bigint = ` + sessionSpace + ` AND l.objid::bigint = s.claim_session)))
+RETURNING s.lock_key, s.claim, CASE WHEN w.got THEN s.token END,
+    CASE WHEN w.got THEN extract(epoch FROM clock_timestamp() - s.unclean_at)::float8 END,
+    CASE WHEN s.waiting OR NOT w.got THEN ` + sqlNoFlush + ` END,
+    CASE WHEN s.waiting OR s.holder_id IS NOT NULL AND NOT w.got THEN pg_notify('` + notifyChannel + `',
+        '{"kind":"` + kindClaim + `","lockKey":' || s.lock_key || ',"claim":' || s.claim ||
+        ',"id":"' || s.claim_id || '","event":' || to_json(s.claim_event) || '}')::text END`
 
 	// Makes durable whatever was committed before; it locks nothing.
 	sqlFlush = `SELECT pg_logical_emit_message(true, 'locker', '')`
 
-	// Why a claim was turned away.
-	sqlTurnedAway = `
-SELECT lock_key, claim_event, top_order FROM env_lock_state WHERE lock_key = ANY ($1::bigint[])`
+	// Why a claim was not announced.
+	sqlWhyNot = `
+SELECT u.key, u.pull_request >= 0 AND NOT coalesce((
+        SELECT e.repo = u.repo AND e.pull_request = u.pull_request FROM env_locks e WHERE e.lock_key = u.key), false),
+    s.lock_key IS NULL, s.claim_event, s.top_order
+FROM unnest($1::bigint[], $2::text[], $3::integer[]) AS u(key, repo, pull_request)
+LEFT JOIN env_lock_state s ON s.lock_key = u.key`
 
 	// A claim that gave up no longer stands in the way of its own redelivery.
 	sqlWithdraw = `
@@ -258,8 +254,9 @@ type link struct {
 	db         *sql.DB
 	conn       *sql.Conn
 	socket     *watchedConn // set by DialContext
+	stall      stallWatch
 
-	lookup, addKeys, announce, flush, turnedAway, withdraw, acquire, ensure, wait, release, giveBack, heartbeat *sql.Stmt
+	lookup, addKeys, announce, flush, whyNot, withdraw, acquire, ensure, wait, release, giveBack, heartbeat *sql.Stmt
 
 	mu     sync.Mutex // guards socket and killed against kill
 	killed bool
@@ -309,7 +306,7 @@ func openLink(ctx context.Context, dsn, serviceName string, generation uint64) (
 		stmt **sql.Stmt
 		text string
 	}{
-		{&l.lookup, sqlLookup}, {&l.addKeys, sqlAddKeys}, {&l.announce, sqlAnnounce}, {&l.flush, sqlFlush}, {&l.turnedAway, sqlTurnedAway}, {&l.withdraw, sqlWithdraw},
+		{&l.lookup, sqlLookup}, {&l.addKeys, sqlAddKeys}, {&l.announce, sqlAnnounce}, {&l.flush, sqlFlush}, {&l.whyNot, sqlWhyNot}, {&l.withdraw, sqlWithdraw},
 		{&l.acquire, sqlAcquire}, {&l.ensure, sqlEnsure}, {&l.wait, sqlWait},
 		{&l.release, sqlRelease}, {&l.giveBack, sqlGiveBack}, {&l.heartbeat, sqlHeartbeat},
 	} {
@@ -539,4 +536,7 @@ func applicationName() string {
 	return name
 }
 
-var hostName, _ = os.Hostname() // "" where the system has none
+var (
+	hostName, _ = os.Hostname() // "" where the system has none
+	processID   = os.Getpid()
+)

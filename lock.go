@@ -1,6 +1,7 @@
 package locker
 
 import (
+	"container/heap"
 	"context"
 	"log/slog"
 	"sync"
@@ -130,11 +131,13 @@ const (
 type lock struct {
 	// Set when the lock is made.
 	backend backend
-	conf    LockProviderConfig
+	conf    *LockProviderConfig // the provider's; it does not change
 	claim   claim
 	onOver  func() // closes what belongs to this lock alone; nil for a provider's locks
 
-	next, prev *lock // the hub's list of the key's locks; guarded by the hub
+	next, prev *lock     // the hub's list of the key's locks; guarded by the hub
+	alarm      time.Time // when expire is called, if queued is not 0; guarded by the alarms
+	queued     int       // the place in the alarms' queue, from 1; guarded by the alarms
 
 	mu        sync.Mutex // guards everything below; never held across I/O or a call to the backend
 	phase     phase
@@ -152,12 +155,12 @@ type lock struct {
 	lost      error         // what the next Unlock has to report (C18), once
 	lostUpTo  uint64        // sessions up to this generation are gone
 	deadline  time.Time     // when the phase has lasted for too long
-	timer     *time.Timer   // calls expire at the deadline
 	unwatch   func() bool   // held: stops watching the caller's context
 	ended     error         // waiting: the wait is over, and why
-	stop      chan struct{} // waiting: closed when ended is set
-	missed    event         // waiting: the newest claim that was heard of; it may have come after the grant
-	wake      chan struct{} // waiting: capacity 1, a reason to try again
+	stop      chan struct{} // waiting: closed when ended is set; over: when Unlock has waited for long enough
+	missed    *event        // waiting: the newest claim that was heard of; it may have come after the grant
+	wake      chan struct{} // waiting: capacity 1, a reason to try again; made when Lock sleeps for the first time
+	woken     bool          // waiting: there was one before
 	left      chan struct{} // waiting: closed when Lock has left; made by the Unlock that waits for it
 }
 
@@ -308,7 +311,6 @@ func (l *lock) begin() error {
 	l.phase = waiting
 	l.began = time.Now()
 	l.stop = make(chan struct{})
-	l.wake = make(chan struct{}, 1)
 	l.armLocked(l.conf.lockTimeout)
 	return nil
 }
@@ -330,11 +332,7 @@ func (l *lock) abandon() {
 // armLocked bounds the phase that begins now.
 func (l *lock) armLocked(d time.Duration) {
 	l.deadline = time.Now().Add(d)
-	if l.timer == nil {
-		l.timer = time.AfterFunc(d, l.expire)
-	} else {
-		l.timer.Reset(d)
-	}
+	l.backend.events().alarms.set(l, l.deadline)
 }
 
 // expire ends the phase that has lasted for too long.
@@ -358,6 +356,8 @@ func (l *lock) expire() {
 		l.lost = errors.WithMessagef(ErrLockLost, "revoked %v after it was notified (%v)", l.conf.preemptionTimeout, l.cause)
 		l.endLocked()
 		news = l.revoke
+	case over:
+		l.stopLocked()
 	}
 	l.mu.Unlock()
 	if news != nil {
@@ -400,7 +400,7 @@ func (l *lock) leave(err error) {
 	l.mu.Lock()
 	l.phase = over
 	waited := time.Since(l.began)
-	l.timer.Stop()
+	l.backend.events().alarms.drop(l)
 	left, announced := l.left, l.announced
 	l.mu.Unlock()
 	if announced && !errors.Is(err, ErrLockPreempted) {
@@ -469,14 +469,27 @@ func (l *lock) acquire(ctx context.Context, announce *announcement) (_ <-chan No
 			unavailable = nil
 			l.adopt(a.newest)
 		}
-		poll := time.NewTimer(pollInterval)
-		select {
-		case <-l.wake:
-		case <-poll.C:
-		case <-l.stop:
-		case <-ctx.Done():
+		l.sleep(ctx)
+	}
+}
+
+// sleep waits for a reason to ask the database again.
+func (l *lock) sleep(ctx context.Context) {
+	l.mu.Lock()
+	if l.wake == nil {
+		l.wake = make(chan struct{}, 1)
+		if l.woken {
+			l.wake <- struct{}{}
 		}
-		poll.Stop()
+	}
+	l.mu.Unlock()
+	poll := time.NewTimer(pollInterval)
+	defer poll.Stop()
+	select {
+	case <-l.wake:
+	case <-poll.C:
+	case <-l.stop:
+	case <-ctx.Done():
 	}
 }
 
@@ -544,8 +557,8 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 	if ctx.Done() != nil {
 		l.unwatch = context.AfterFunc(ctx, func() { l.tell(contextError(ctx)) })
 	}
-	if l.missed.kind == evClaimed {
-		_, news = l.handleHeldLocked(l.missed)
+	if l.missed != nil {
+		_, news = l.handleHeldLocked(*l.missed)
 	}
 	return l.ch, waited, nil
 }
@@ -590,7 +603,7 @@ func (l *lock) observe(kind ObservationKind, after time.Duration, err error) {
 // endLocked moves a hold to over: the channel is closed, nothing fires any more.
 func (l *lock) endLocked() {
 	l.phase = over
-	l.timer.Stop()
+	l.backend.events().alarms.drop(l)
 	l.unwatchLocked()
 	close(l.ch)
 }
@@ -646,7 +659,13 @@ func (l *lock) unlock(ctx context.Context) error {
 		done := l.backend.release(ctx, l.claim)
 		l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
 		l.observe(ObservedReleased, time.Since(l.began), l.Cause())
-		return await(ctx, releaseTimeout, done)
+		if done != nil {
+			l.mu.Lock()
+			l.armLocked(releaseTimeout)
+			l.mu.Unlock()
+			defer l.backend.events().alarms.drop(l)
+		}
+		return awaitUntil(ctx, l.stop, done)
 
 	default: // over
 		err := l.lost
@@ -659,6 +678,14 @@ func (l *lock) unlock(ctx context.Context) error {
 func (l *lock) endWaitLocked(reason error) {
 	if l.ended == nil {
 		l.ended = reason
+		l.stopLocked()
+	}
+}
+
+func (l *lock) stopLocked() {
+	select {
+	case <-l.stop:
+	default:
 		close(l.stop)
 	}
 }
@@ -702,9 +729,14 @@ func (l *lock) handleWaitingLocked(ev event) {
 		if ev.from.id == l.claim.id {
 			return
 		}
-		if ev.from.number > l.missed.from.number {
-			l.missed = ev
+		if l.missed == nil || ev.from.number > l.missed.from.number {
+			newest := ev // only this copy is kept
+			l.missed = &newest
 		}
+	}
+	if l.wake == nil {
+		l.woken = true
+		return
 	}
 	select {
 	case l.wake <- struct{}{}:
@@ -742,21 +774,25 @@ func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
 
 // await waits for done, within the bounds of C18.
 func await[T any](ctx context.Context, bound time.Duration, done <-chan T) error {
+	limit := make(chan struct{})
+	defer time.AfterFunc(bound, func() { close(limit) }).Stop()
+	return awaitUntil(ctx, limit, done)
+}
+
+func awaitUntil[T any](ctx context.Context, limit <-chan struct{}, done <-chan T) error {
 	if ctx.Err() != nil {
 		return contextError(ctx)
 	}
 	if done == nil {
 		return nil
 	}
-	limit := time.NewTimer(bound)
-	defer limit.Stop()
 	select {
 	case v := <-done:
 		err, _ := any(v).(error)
 		return err
 	case <-ctx.Done():
 		return contextError(ctx)
-	case <-limit.C:
+	case <-limit:
 		return errors.New("not confirmed in time; it goes on in the background")
 	}
 }
@@ -775,6 +811,8 @@ func contextError(ctx context.Context) error {
 // hub knows which locks of a provider wait for or hold which key, and passes
 // events to them.
 type hub struct {
+	alarms alarms
+
 	mu     sync.Mutex // guards everything below, and the next and prev of the locks
 	locks  map[int64]*lock
 	count  int
@@ -866,4 +904,85 @@ func (h *hub) close() {
 	h.mu.Unlock()
 	h.broadcast(event{kind: evClosed})
 	<-h.empty
+}
+
+// alarms calls expire when a lock's deadline has come. All locks of a provider share
+// one timer, and what is set later than it fires does not touch it: a cycle that
+// ends in time sets none.
+type alarms struct {
+	mu    sync.Mutex // guards everything below, and the locks' alarm and queued; taken after a lock's mu
+	queue alarmQueue
+	timer *time.Timer
+	fires time.Time // when the timer does; zero if it is not set
+}
+
+func (a *alarms) set(l *lock, at time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	l.alarm = at
+	if l.queued > 0 {
+		heap.Fix(&a.queue, l.queued-1)
+	} else {
+		heap.Push(&a.queue, l)
+	}
+	a.wakeLocked()
+}
+
+func (a *alarms) drop(l *lock) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if l.queued > 0 {
+		heap.Remove(&a.queue, l.queued-1)
+	}
+}
+
+// wakeLocked sees to it that the timer fires in time for the first alarm.
+func (a *alarms) wakeLocked() {
+	if len(a.queue) == 0 {
+		return
+	}
+	first := a.queue[0].alarm
+	if !a.fires.IsZero() && !first.Before(a.fires) {
+		return
+	}
+	a.fires = first
+	if a.timer == nil {
+		a.timer = time.AfterFunc(time.Until(first), a.fire)
+	} else {
+		a.timer.Reset(time.Until(first))
+	}
+}
+
+func (a *alarms) fire() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.fires = time.Time{}
+	for now := time.Now(); len(a.queue) > 0 && !a.queue[0].alarm.After(now); {
+		go heap.Pop(&a.queue).(*lock).expire() // ends by itself; it may call an observer
+	}
+	a.wakeLocked()
+}
+
+// alarmQueue is a heap by alarm.
+type alarmQueue []*lock
+
+func (q alarmQueue) Len() int           { return len(q) }
+func (q alarmQueue) Less(i, j int) bool { return q[i].alarm.Before(q[j].alarm) }
+
+func (q alarmQueue) Swap(i, j int) {
+	q[i], q[j] = q[j], q[i]
+	q[i].queued, q[j].queued = i+1, j+1
+}
+
+func (q *alarmQueue) Push(l any) {
+	*q = append(*q, l.(*lock))
+	l.(*lock).queued = len(*q)
+}
+
+func (q *alarmQueue) Pop() any {
+	last := len(*q) - 1
+	l := (*q)[last]
+	(*q)[last], *q = nil, (*q)[:last]
+	l.queued = 0
+	return l
 }

@@ -2137,7 +2137,7 @@ func releaseIsBounded(e *env) {
 	for _, bound := range []time.Duration{time.Second, promisedRelease, time.Hour} {
 		// A lock whose database does not answer.
 		l := &FakePreemptableLock{}
-		e.NoError(newLock(e.ctx, &l.lock, stuck{e.store}, p.(*FakeLockProvider).conf, key, "stuck"))
+		e.NoError(newLock(e.ctx, &l.lock, stuck{e.store}, &p.(*FakeLockProvider).conf, key, "stuck"))
 		e.acquire(l)
 		ctx, cancel := context.WithTimeout(ctx, bound)
 		start := time.Now()
@@ -2433,7 +2433,7 @@ func claimedWithGrant(e *env) {
 		e.eventually(func() bool { // the lock has heard of it, though it does not know yet that it holds
 			lockOf(l).mu.Lock()
 			defer lockOf(l).mu.Unlock()
-			return lockOf(l).missed.message == "newer"
+			return lockOf(l).missed != nil && lockOf(l).missed.message == "newer"
 		})
 	}}
 	ch := e.acquire(l)

@@ -101,7 +101,7 @@ func (plp *PostgresLockProvider) New(ctx context.Context, key int64, event strin
 		return nil, errProviderZero
 	}
 	l := &PostgresLock{}
-	if err := newLock(ctx, &l.lock, plp.session, plp.conf, key, event); err != nil {
+	if err := newLock(ctx, &l.lock, plp.session, &plp.conf, key, event); err != nil {
 		return nil, err
 	}
 	return l, nil
@@ -171,7 +171,7 @@ func NewPostgresLock(ctx context.Context, db *sqlx.DB, key int64, connInfo, mess
 	}
 	s := newSession(dsn, conf)
 	pl = &PostgresLock{}
-	if err := newLock(ctx, &pl.lock, s, conf, key, message); err != nil {
+	if err := newLock(ctx, &pl.lock, s, &conf, key, message); err != nil {
 		return nil, err
 	}
 	pl.onOver = sync.OnceFunc(func() {

@@ -94,7 +94,7 @@ func NewLockProvider(kind LockProviderKind, options ...LockProviderOption) (Lock
 }
 
 // newLock fills in a lock; both providers' New.
-func newLock(ctx context.Context, l *lock, b backend, conf LockProviderConfig, key int64, event string) error {
+func newLock(ctx context.Context, l *lock, b backend, conf *LockProviderConfig, key int64, event string) error {
 	if err := checkUse(ctx, b.events()); err != nil {
 		return errors.Wrapf(err, "locker: new lock on key %d", key)
 	}

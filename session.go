@@ -5,9 +5,10 @@ import (
 	"context"
 	"crypto/rand"
 	"database/sql"
+	"database/sql/driver"
 	"encoding/binary"
+	"encoding/hex"
 	"log/slog"
-	"os"
 	"runtime"
 	"slices"
 	"sync"
@@ -53,7 +54,7 @@ type session struct {
 	held       map[int64]uuid.UUID // what the link holds: key → the ID of the holder's claim
 	started    bool
 	closing    bool
-	idling     *link         // the worker reads ahead on it; a deadline in the past ends that
+	idling     *link         // the worker reads ahead on it; a read deadline in the past ends that
 	wake       chan struct{} // capacity 1: there is work, for a worker without a link
 	done       chan struct{} // closed when the worker has ended
 
@@ -64,7 +65,8 @@ type session struct {
 	listener *listener
 	next     opKind    // whose turn it is
 	proven   bool      // a NOTIFY has arrived
-	beat     time.Time // when the next heartbeat is due
+	beat     time.Time   // when the next heartbeat is due
+	pulse    *time.Timer // wakes the worker then
 	trusted  *time.Timer
 	stuck    map[int64]stuckKey
 }
@@ -136,7 +138,13 @@ func (s *session) lookup(ctx context.Context, repo string, pr uint) (int64, erro
 }
 
 func (s *session) announce(ctx context.Context, stop <-chan struct{}, a announcement) (answer, error) {
-	r := s.do(ctx, stop, &op{kind: opAnnounce, req: request{claim: a.claim}, order: a.order, take: a.take, pull: a.pull})
+	var r result
+	for range 3 { // the second time a row that was missing is there
+		r = s.do(ctx, stop, &op{kind: opAnnounce, req: request{claim: a.claim}, order: a.order, take: a.take, pull: a.pull})
+		if !errors.Is(r.err, errRowChanged) {
+			break
+		}
+	}
 	return r.answer, r.err
 }
 
@@ -220,6 +228,12 @@ func (s *session) enqueueLocked(o *op) {
 	s.wakeUpLocked()
 }
 
+func (s *session) wakeUp() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.wakeUpLocked()
+}
+
 func (s *session) wakeUpLocked() {
 	if s.idling != nil {
 		_ = s.idling.socket.SetReadDeadline(time.Unix(1, 0)) // fails only on a connection that has ended
@@ -264,6 +278,7 @@ func (s *session) run() {
 		if err == nil {
 			opened := time.Now()
 			err = s.serve(l)
+			s.pulse.Stop()
 			s.lose(l, err)
 			l.close()
 			if err == nil || time.Since(opened) > heartbeatInterval {
@@ -353,7 +368,9 @@ func (s *session) open() (*link, error) {
 		return nil, err
 	}
 	s.stuck = map[int64]stuckKey{}
+	l.stall.cancel = func() { s.cancelStalled(l) }
 	s.beat = time.Now()
+	s.pulse = time.AfterFunc(heartbeatInterval, s.wakeUp)
 	s.mu.Lock()
 	s.trusted = time.AfterFunc(lossBound, func() {
 		s.lose(l, errors.Errorf("no heartbeat succeeded for %v", lossBound))
@@ -445,19 +462,18 @@ func (s *session) queuedLocked() (n int) {
 // error when the connection has ended.
 func (s *session) idle(l *link) error {
 	s.mu.Lock()
-	if s.workLocked() || s.closing {
+	if s.workLocked() || s.closing || !time.Now().Before(s.beat) {
 		s.mu.Unlock()
 		return nil
 	}
 	s.idling = l
-	_ = l.socket.SetReadDeadline(s.beat) // fails only on a connection that has ended, as watch will
 	s.mu.Unlock()
 
 	err := l.socket.watch()
 
 	s.mu.Lock()
 	s.idling = nil
-	_ = l.socket.SetReadDeadline(time.Time{})
+	_ = l.socket.SetReadDeadline(time.Time{}) // fails only on a connection that has ended
 	s.mu.Unlock()
 	return errors.Wrap(err, "the connection ended")
 }
@@ -560,10 +576,10 @@ func (s *session) execute(l *link, batch []*op) error {
 	if batch = s.refuseStuck(l, batch); len(batch) == 0 {
 		return nil
 	}
-	stalled := s.watchStall(l)
+	l.stall.begin()
 	ctx := context.WithoutCancel(batch[0].ctx)
 	results, err := s.statement(ctx, l, batch)
-	if stalled() && err == nil {
+	if l.stall.end() && err == nil {
 		for i := range results { // committed, but by the primary alone
 			if k := batch[i].kind; k == opAcquire || results[i].answer.outcome == granted {
 				results[i].err = errStalled
@@ -640,27 +656,71 @@ func (s *session) refuseStuck(l *link, batch []*op) []*op {
 
 var errStalled = errors.New("locker: the commit waits for a synchronous standby that does not answer")
 
-// watchStall cancels the statement that is now sent if it does not end. The
-// server's own timeouts bound all of a statement but its commit, which may wait
-// for a synchronous standby for ever, and then returns as if nothing had been. It
-// answers how to stop watching, which says whether the statement was cancelled.
-func (s *session) watchStall(l *link) (stop func() bool) {
-	cancelled := make(chan struct{})
-	timer := time.AfterFunc(stallTimeout, func() {
-		defer close(cancelled)
-		if err := cancelBackend(s.ctx, s.dsn, l.pid); err != nil {
-			s.log.Warn("locker: stalled statement could not be cancelled", slog.String("error", err.Error()))
-		}
-	})
-	return func() bool {
-		if timer.Stop() {
-			return false
-		}
-		select { // or the cancellation might hit the next statement
-		case <-cancelled:
-		case <-time.After(cancelTimeout):
-		}
-		return true
+// stallWatch cancels a statement that does not end. The server's own timeouts bound
+// all of a statement but its commit, which may wait for a synchronous standby for
+// ever, and then returns as if nothing had been.
+type stallWatch struct {
+	cancel func()
+
+	mu         sync.Mutex    // guards everything below
+	began      time.Time     // of the statement in flight; zero while there is none
+	timer      *time.Timer   // left running after a statement: to set it costs more than to look
+	running    bool          // the timer
+	cancelling chan struct{} // the statement in flight was cancelled; closed when that is over
+}
+
+func (w *stallWatch) begin() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.began = time.Now()
+	switch {
+	case w.timer == nil:
+		w.timer = time.AfterFunc(stallTimeout, w.look)
+	case !w.running:
+		w.timer.Reset(stallTimeout)
+	}
+	w.running = true
+}
+
+func (w *stallWatch) look() {
+	w.mu.Lock()
+	if left := stallTimeout - time.Since(w.began); !w.began.IsZero() && left > 0 {
+		w.timer.Reset(left)
+		w.mu.Unlock()
+		return
+	}
+	w.running = false
+	if w.began.IsZero() {
+		w.mu.Unlock()
+		return
+	}
+	over := make(chan struct{})
+	w.cancelling = over
+	w.mu.Unlock()
+	defer close(over)
+	w.cancel()
+}
+
+// end answers whether the statement was cancelled.
+func (w *stallWatch) end() bool {
+	w.mu.Lock()
+	w.began = time.Time{}
+	over := w.cancelling
+	w.cancelling = nil
+	w.mu.Unlock()
+	if over == nil {
+		return false
+	}
+	select { // or the cancellation might hit the next statement
+	case <-over:
+	case <-time.After(cancelTimeout):
+	}
+	return true
+}
+
+func (s *session) cancelStalled(l *link) {
+	if err := cancelBackend(s.ctx, s.dsn, l.pid); err != nil {
+		s.log.Warn("locker: stalled statement could not be cancelled", slog.String("error", err.Error()))
 	}
 }
 
@@ -828,105 +888,126 @@ func randomKey() int64 {
 }
 
 func (s *session) announceClaims(ctx context.Context, l *link, batch []*op) ([]result, error) {
-	keys, ids := keysAndIDs(batch)
-	n := len(batch)
-	events, repos := make(pq.StringArray, n), make(pq.StringArray, n)
-	orders, pulls := make(pq.Int64Array, n), make(pq.Int64Array, n)
-	ordered, takes := make(pq.BoolArray, n), make(pq.BoolArray, n)
-	s.mu.Lock()
-	for i, o := range batch {
-		events[i] = o.req.event
-		if o.order != nil {
-			ordered[i], orders[i] = true, *o.order
-		}
-		_, holds := s.held[o.req.key] // advisory locks are re-entrant: never try what this session holds
-		takes[i] = o.take && !holds
-		pulls[i] = -1
-		if o.pull != nil {
-			repos[i], pulls[i] = o.pull.repo, int64(o.pull.pr)
-		}
-	}
-	s.mu.Unlock()
-	results := make([]result, n)
+	results := make([]result, len(batch))
+	args, takes := s.announceArgs(l, batch)
+	announced := make([]bool, len(batch))
 	var taken pq.Int64Array
-	announced, flushed := make([]bool, n), true
-	args := []any{keys, ids, events, ordered, orders, takes, repos, pulls, l.number, hostName, os.Getpid()}
+	var unflushed bool
 	var key, number int64
 	var token sql.NullInt64
 	var age sql.NullFloat64
-	var unflushed bool
-	err := each(ctx, l.announce, args, []any{&key, &number, &token, &age, &unflushed, discard, discard}, func() {
+	var noFlush sql.NullBool
+	row := []any{&key, &number, &token, &age, &noFlush, discard}
+	err := each(ctx, l.announce, args, row, func() {
 		i := find(batch, key)
 		announced[i] = true
-		a := answer{outcome: again, newest: standing{number, batch[i].req.id}}
-		if token.Valid && takes[i] {
+		a := &results[i].answer
+		a.outcome, a.newest = again, standing{number, batch[i].req.id}
+		if token.Valid {
 			a.grant(token.Int64, age, l)
 			taken = append(taken, key)
 		}
-		results[i].answer = a
-		flushed = flushed && !unflushed
+		unflushed = unflushed || noFlush.Valid
 	})
 	if err != nil {
 		return nil, err
 	}
-	// From here on an error must not fail the batch: its keys are taken.
-	if !flushed && len(taken) > 0 {
-		if _, err := l.flush.ExecContext(ctx); err != nil {
-			if l.broken(err) {
-				return nil, err
-			}
-			for _, key := range taken {
-				results[find(batch, key)].err = err // and the key is released
-			}
+	// From here on an error fails only the keys that it is about.
+	if len(taken) > 0 && unflushed {
+		_, err = l.flush.ExecContext(ctx)
+		err = l.failKeys(batch, results, taken, err) // and they are released
+	}
+	if slices.Contains(announced, false) && err == nil {
+		err = s.whyNot(ctx, l, batch, results, announced, takes)
+	}
+	return results, err
+}
+
+// announceArgs are the arguments of sqlAnnounce, and which claims are to take
+// their keys. An array that is too short goes on with NULLs, and hardly any claim
+// needs the orders and the waits.
+func (s *session) announceArgs(l *link, batch []*op) (args []any, takes []bool) {
+	keys, ids := keysAndIDs(batch)
+	n := len(batch)
+	events, repos, pulls := make(pq.StringArray, n), make(pq.StringArray, n), make(pq.Int64Array, n)
+	takes = make([]bool, n)
+	var orders []*int64
+	var waits []*bool
+	yes := true
+	s.mu.Lock()
+	for i, o := range batch {
+		events[i] = o.req.event
+		repos[i], pulls[i] = o.pull.columns()
+		if o.order != nil {
+			orders = append(orders, make([]*int64, i-len(orders))...)
+			orders = append(orders, o.order)
+		}
+		_, holds := s.held[o.req.key] // advisory locks are re-entrant: never try what this session holds
+		takes[i] = o.take && !holds
+		if !takes[i] {
+			waits = append(waits, make([]*bool, i-len(waits))...)
+			waits = append(waits, &yes)
 		}
 	}
-	var late, tried pq.Int64Array
+	s.mu.Unlock()
+	return []any{keys, ids, events, repos, pulls, pq.Array(orders), pq.Array(waits), l.number, hostName, processID}, takes
+}
+
+// columns are the pull request as the statements take it; a pull request that is not
+// given has a number below zero.
+func (p *pullRequest) columns() (repo string, pr int64) {
+	if p == nil {
+		return "", -1
+	}
+	return p.repo, int64(p.pr)
+}
+
+// whyNot gives the claims that were not announced their errors, makes the rows that
+// are missing, and gives back the keys that were tried all the same.
+func (s *session) whyNot(ctx context.Context, l *link, batch []*op, results []result, announced, takes []bool) error {
+	var keys, pulls, missing, tried pq.Int64Array
+	var repos pq.StringArray
 	for i, o := range batch {
-		switch {
-		case announced[i]:
+		if announced[i] {
 			continue
-		case o.pull != nil: // the caller asks for the key, and then again
-			results[i].err = errKeyMoved
-		default:
-			late = append(late, o.req.key)
 		}
-		if takes[i] && o.order != nil {
+		results[i].err = errRowChanged
+		repo, pr := o.pull.columns()
+		keys, repos, pulls = append(keys, o.req.key), append(repos, repo), append(pulls, pr)
+		if takes[i] {
 			tried = append(tried, o.req.key)
 		}
 	}
-	if len(tried) > 0 {
-		if err := s.giveBack(ctx, l, tried); err != nil {
-			if l.broken(err) {
-				return nil, err
-			}
-			s.fail(batch, results, tried, err)
-		}
-	}
-	if len(late) > 0 {
-		if err := s.turnAway(ctx, l, batch, results, late); err != nil {
-			if l.broken(err) {
-				return nil, err
-			}
-			s.fail(batch, results, late, err)
-		}
-	}
-	return results, nil
-}
-
-// turnAway gives the claims that came too late their errors.
-func (s *session) turnAway(ctx context.Context, l *link, batch []*op, results []result, late pq.Int64Array) error {
-	for _, key := range late { // if its row is deleted meanwhile
-		results[find(batch, key)].err = ErrClaimOutdated
-	}
-	var key, top int64
-	var newest string
-	return each(ctx, l.turnedAway, []any{late}, []any{&key, &newest, &top}, func() {
+	var key int64
+	var moved, absent bool
+	var event sql.NullString
+	var top sql.NullInt64
+	err := each(ctx, l.whyNot, []any{keys, repos, pulls}, []any{&key, &moved, &absent, &event, &top}, func() {
 		i := find(batch, key)
-		results[i].err = outdated(*batch[i].order, top, newest)
+		switch {
+		case moved:
+			results[i].err = errKeyMoved
+		case absent:
+			missing = append(missing, key)
+		case batch[i].order != nil && top.Valid && *batch[i].order <= top.Int64:
+			results[i].err = outdated(*batch[i].order, top.Int64, event.String)
+		}
 	})
+	err = l.failKeys(batch, results, keys, err)
+	if len(missing) > 0 && err == nil {
+		_, err = l.ensure.ExecContext(ctx, missing)
+		err = l.failKeys(batch, results, missing, err)
+	}
+	if len(tried) > 0 && err == nil {
+		err = l.failKeys(batch, results, tried, s.giveBack(ctx, l, tried))
+	}
+	return err
 }
 
-var errKeyMoved = errors.New("locker: the pull request has another key")
+var (
+	errKeyMoved   = errors.New("locker: the pull request has another key")
+	errRowChanged = errors.New("locker: somebody deletes or changes the key's row in env_lock_state again and again")
+)
 
 // grant says that the link holds the key since the statement that made the
 // token; age is how long ago, in seconds, a predecessor was found dead.
@@ -943,33 +1024,49 @@ func (s *session) withdrawClaims(ctx context.Context, l *link, batch []*op) ([]r
 	return make([]result, len(batch)), err
 }
 
-func keysAndIDs(batch []*op) (pq.Int64Array, pq.StringArray) {
-	keys, ids := make(pq.Int64Array, len(batch)), make(pq.StringArray, len(batch))
+func keysAndIDs(batch []*op) (pq.Int64Array, uuidArray) {
+	keys, ids := make(pq.Int64Array, len(batch)), make(uuidArray, len(batch))
 	for i, o := range batch {
-		keys[i], ids[i] = o.req.key, o.req.id.String()
+		keys[i], ids[i] = o.req.key, o.req.id
 	}
 	return keys, ids
+}
+
+// uuidArray is an argument of type uuid[].
+type uuidArray []uuid.UUID
+
+func (a uuidArray) Value() (driver.Value, error) {
+	const width = 2 * len(uuid.UUID{})
+	text := make([]byte, 1, 2+(width+1)*len(a))
+	text[0] = '{'
+	for i, id := range a {
+		if i > 0 {
+			text = append(text, ',')
+		}
+		text = hex.AppendEncode(text, id[:])
+	}
+	return string(append(text, '}')), nil
 }
 
 func (s *session) acquireKeys(ctx context.Context, l *link, batch []*op) ([]result, error) {
 	keys, ids := keysAndIDs(batch)
 	n := len(batch)
-	claims := make(pq.Int64Array, n)
-	claimIDs, events := make(pq.StringArray, n), make(pq.StringArray, n)
+	claims, claimIDs := make(pq.Int64Array, n), make(uuidArray, n)
+	events := make(pq.StringArray, n)
 	firsts, tryables := make(pq.BoolArray, n), make(pq.BoolArray, n)
 	s.mu.Lock()
 	for i, o := range batch {
 		_, holds := s.held[o.req.key] // as above
-		claims[i], claimIDs[i] = o.req.standing.number, o.req.standing.id.String()
+		claims[i], claimIDs[i] = o.req.standing.number, o.req.standing.id
 		firsts[i], tryables[i], events[i] = o.req.first, !holds, o.req.event
 	}
 	s.mu.Unlock()
 
 	results := make([]result, len(batch))
 	var missing, refused, unheard pq.Int64Array
-	var unheardIDs pq.StringArray
+	var unheardIDs uuidArray
 	got := map[int64]bool{} // the advisory lock, but not yet the row
-	args := []any{keys, ids, claims, claimIDs, firsts, tryables, events, hostName, os.Getpid(), l.number}
+	args := []any{keys, ids, claims, claimIDs, firsts, tryables, events, hostName, processID, l.number}
 	var key int64
 	var gone, hidden, have bool
 	var valid sql.NullBool
@@ -1001,7 +1098,7 @@ func (s *session) acquireKeys(ctx context.Context, l *link, batch []*op) ([]resu
 			a.outcome = busy
 			if hidden || o.req.first || o.req.standing.id != o.req.id {
 				unheard = append(unheard, key)
-				unheardIDs = append(unheardIDs, o.req.id.String())
+				unheardIDs = append(unheardIDs, o.req.id)
 			}
 		}
 	})
@@ -1017,36 +1114,33 @@ func (s *session) acquireKeys(ctx context.Context, l *link, batch []*op) ([]resu
 		}
 	}
 	if len(missing) > 0 {
-		if _, err := l.ensure.ExecContext(ctx, missing); err != nil {
-			if l.broken(err) {
-				return nil, err
-			}
-			s.fail(batch, results, missing, err)
-		}
+		_, err = l.ensure.ExecContext(ctx, missing)
+		err = l.failKeys(batch, results, missing, err)
 	}
-	if len(unheard) > 0 {
+	if len(unheard) > 0 && err == nil {
 		// Try once more after asking to be told: the release may have been just before.
 		var asked bool
-		err := each(ctx, l.wait, []any{unheard, unheardIDs, l.number}, []any{&key, &asked, discard, discard}, func() {
+		err = each(ctx, l.wait, []any{unheard, unheardIDs, l.number}, []any{&key, &asked, discard, discard}, func() {
 			if asked {
 				results[find(batch, key)].answer.outcome = again
 			}
 		})
-		if err != nil {
-			if l.broken(err) {
-				return nil, err
-			}
-			s.fail(batch, results, unheard, err)
-		}
+		err = l.failKeys(batch, results, unheard, err)
 	}
-	return results, nil
+	return results, err
 }
 
-// fail gives the operations on keys an error; the others keep their results.
-func (s *session) fail(batch []*op, results []result, keys []int64, err error) {
-	for _, key := range keys {
-		results[find(batch, key)] = result{err: statementError(err)}
+// failKeys gives the operations on keys the error of a statement that was about
+// them alone; the others keep their results. It answers an error if the link is
+// gone.
+func (l *link) failKeys(batch []*op, results []result, keys []int64, err error) error {
+	if err == nil || l.broken(err) {
+		return err
 	}
+	for _, key := range keys {
+		results[find(batch, key)].err = statementError(err)
+	}
+	return nil
 }
 
 func (s *session) releaseKeys(ctx context.Context, l *link, batch []*op) ([]result, error) {
@@ -1085,12 +1179,13 @@ func (s *session) beatIfDue(l *link) error {
 func (s *session) heartbeat(l *link) error {
 	start := time.Now()
 	s.beat = start.Add(heartbeatInterval)
+	s.pulse.Reset(heartbeatInterval)
 	var keys pq.Int64Array
-	var ids pq.StringArray
+	var ids uuidArray
 	s.mu.Lock()
 	for key, id := range s.held {
 		keys = append(keys, key)
-		ids = append(ids, id.String())
+		ids = append(ids, id)
 	}
 	s.mu.Unlock()
 

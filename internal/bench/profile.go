@@ -238,7 +238,7 @@ func (l logged) writes() bool {
 
 func (l logged) label() string {
 	for _, k := range []struct{ sign, name string }{
-		{"pg_try_advisory_lock", "acquire"}, {"INSERT INTO env_lock_state", "announce"}, {"SET holder_id = NULL", "release"},
+		{"claim_event = w.event", "claim"}, {"pg_try_advisory_lock", "acquire"}, {"SET holder_id = NULL", "release"},
 		{"JOIN env_locks", "look-up"}, {"pg_backend_pid()", "heartbeat"},
 	} {
 		if strings.Contains(l.text, k.sign) {
