@@ -38,9 +38,15 @@ JOIN env_locks e ON e.repo = w.repo AND e.pull_request = w.pull_request`
 	// In a subquery of its own it is done once, not for every row.
 	sqlNoFlush = `(SELECT set_config('synchronous_commit', 'off', true) IS NOT NULL)`
 
+	// With the row that the first claim will look for.
 	sqlAddKeys = `
-INSERT INTO env_locks (repo, pull_request, lock_key)
-SELECT * FROM unnest($1::text[], $2::integer[], $3::bigint[])
+WITH added AS (
+    INSERT INTO env_locks (repo, pull_request, lock_key)
+    SELECT * FROM unnest($1::text[], $2::integer[], $3::bigint[])
+    ON CONFLICT DO NOTHING
+    RETURNING lock_key
+)
+INSERT INTO env_lock_state (lock_key) SELECT lock_key FROM added
 ON CONFLICT DO NOTHING`
 
 	// The claim's number is made under the row lock, so the row decides the
