@@ -193,20 +193,29 @@ FROM env_lock_state s LEFT JOIN asked a ON a.lock_key = s.lock_key WHERE s.lock_
 UPDATE env_lock_state s
 SET holder_id = NULL, holder_event = NULL, holder_host = NULL, holder_pid = NULL, held_since = NULL,
     claim_open = s.claim_open AND s.claim_id <> w.id
-FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
+FROM unnest($1::bigint[], $2::uuid[], $3::boolean[]) AS w(key, id, shared)
 WHERE s.lock_key = w.key AND s.holder_id = w.id
-RETURNING s.lock_key, pg_advisory_unlock(s.lock_key),
+RETURNING s.lock_key,
+    CASE WHEN w.shared THEN pg_advisory_unlock_shared(s.lock_key) OR pg_advisory_unlock(s.lock_key) ELSE pg_advisory_unlock(s.lock_key) END,
     ` + sqlNoFlush + `,
     CASE WHEN s.waiting OR s.claim_id <> w.id THEN pg_notify('` + notifyChannel + `',
         '{"kind":"` + kindReleased + `","lockKey":' || s.lock_key || '}')::text END`
 
-	// Frees what this session holds of the keys, and nothing else.
+	// Frees what this connection holds of the keys, and nothing else.
 	sqlGiveBack = `
-SELECT k.key, pg_advisory_unlock(k.key), ` + sqlNoFlush + `, pg_notify('` + notifyChannel + `',
-    '{"kind":"` + kindReleased + `","lockKey":' || k.key || '}')::text
-FROM unnest($1::bigint[]) AS k(key)
-WHERE EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.pid = pg_backend_pid() AND l.objsubid = 1
-    AND (l.classid::bigint << 32) | l.objid::bigint = k.key)`
+SELECT h.key, CASE h.mode WHEN 'ShareLock' THEN pg_advisory_unlock_shared(h.key) ELSE pg_advisory_unlock(h.key) END,
+    ` + sqlNoFlush + `, pg_notify('` + notifyChannel + `',
+    '{"kind":"` + kindReleased + `","lockKey":' || h.key || '}')::text
+FROM (SELECT (l.classid::bigint << 32) | l.objid::bigint AS key, l.mode FROM pg_locks l
+    WHERE l.locktype = 'advisory' AND l.pid = pg_backend_pid() AND l.objsubid = 1) h
+WHERE h.key = ANY ($1::bigint[])`
+
+	// The three steps by which a hold moves to another connection, see park.
+	sqlShare = `
+SELECT k.key, CASE WHEN pg_try_advisory_lock_shared(k.key) THEN pg_advisory_unlock(k.key) ELSE false END
+FROM unnest($1::bigint[]) AS k(key)`
+	sqlTakeOver = `SELECT k.key, pg_try_advisory_lock_shared(k.key) FROM unnest($1::bigint[]) AS k(key)`
+	sqlLetGo    = `SELECT k.key, pg_advisory_unlock_shared(k.key) FROM unnest($1::bigint[]) AS k(key)`
 
 	// The keys whose newest claim is not their holder's: what repairs a lost
 	// NOTIFY (C8). The first row always answers.
@@ -233,6 +242,11 @@ SELECT pg_backend_pid(), pg_is_in_recovery() OR current_setting('transaction_rea
     current_setting('server_version_num')::integer, current_setting('synchronous_commit'), current_user,
     to_regclass('env_locks') IS NOT NULL AND to_regclass('env_lock_state') IS NOT NULL`
 
+	// Whether the connection with that number and process is at this server.
+	sqlSameServer = `
+SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND classid::bigint = ` + sessionSpace + `
+    AND objid::bigint = $1 AND pid = $2 AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))`
+
 	sqlPrivileges = `
 SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_locks', 'INSERT')
     AND has_table_privilege('env_lock_state', 'SELECT') AND has_table_privilege('env_lock_state', 'INSERT')
@@ -250,8 +264,8 @@ const (
 
 const openTimeout = 8 * time.Second // longest that opening a session may take
 
-// link is one connection of a session: it holds the advisory locks, and they end
-// with it. It is used by the session's worker alone, except kill.
+// link is one connection of a session: it holds advisory locks, and they end with
+// it. It is used by its lane's worker alone, except kill.
 type link struct {
 	generation uint64
 	pid        int
@@ -262,7 +276,7 @@ type link struct {
 	socket     *watchedConn // set by DialContext
 	stall      stallWatch
 
-	lookup, addKeys, announce, flush, whyNot, withdraw, acquire, ensure, wait, release, giveBack, heartbeat *sql.Stmt
+	lookup, addKeys, announce, flush, whyNot, withdraw, acquire, ensure, wait, release, giveBack, share, takeOver, letGo, heartbeat *sql.Stmt
 
 	mu     sync.Mutex // guards socket and killed against kill
 	killed bool
@@ -314,7 +328,8 @@ func openLink(ctx context.Context, dsn, serviceName string, generation uint64) (
 	}{
 		{&l.lookup, sqlLookup}, {&l.addKeys, sqlAddKeys}, {&l.announce, sqlAnnounce}, {&l.flush, sqlFlush}, {&l.whyNot, sqlWhyNot}, {&l.withdraw, sqlWithdraw},
 		{&l.acquire, sqlAcquire}, {&l.ensure, sqlEnsure}, {&l.wait, sqlWait},
-		{&l.release, sqlRelease}, {&l.giveBack, sqlGiveBack}, {&l.heartbeat, sqlHeartbeat},
+		{&l.release, sqlRelease}, {&l.giveBack, sqlGiveBack},
+		{&l.share, sqlShare}, {&l.takeOver, sqlTakeOver}, {&l.letGo, sqlLetGo}, {&l.heartbeat, sqlHeartbeat},
 	} {
 		if *s.stmt, err = l.conn.PrepareContext(ctx, s.text); err != nil {
 			if e := pq.As(err); e != nil && e.Code.Class() == "42" && e.Code != "42P05" {
@@ -402,11 +417,16 @@ func (l *link) setUp() error {
 	if l.commit == "off" { // a token must be durable before it is given out
 		settings += "; SET synchronous_commit = on"
 	}
-	if _, err := l.conn.ExecContext(ctx, settings); err != nil {
-		return errors.Wrap(err, "locker: set up session")
-	}
+	_, err := l.conn.ExecContext(ctx, settings)
+	return errors.Wrap(err, "locker: set up session")
+}
+
+// takeNumber makes the session known to others, once it is set up.
+func (l *link) takeNumber() error {
+	limit := time.AfterFunc(openTimeout, l.kill)
+	defer limit.Stop()
 	l.number = int32(randomKey()>>32) | 1
-	_, err := l.conn.ExecContext(ctx, sessionLock, l.number)
+	_, err := l.conn.ExecContext(context.Background(), sessionLock, l.number)
 	return errors.Wrap(err, "locker: set up session")
 }
 
@@ -426,30 +446,6 @@ func (l *link) makeSchema(ctx context.Context, user string) error {
 		return refusedError{errors.Wrapf(err, "locker: make schema: user %q may not create tables; run the SQL in locker.SchemaSQL (schema.sql) once as a user who may", user)}
 	}
 	return errors.Wrap(err, "locker: make schema")
-}
-
-// openBriefly answers a connection beside the session, for a moment.
-func openBriefly(dsn string) (*sql.DB, error) {
-	connector, err := pq.NewConnector(dsn)
-	if err != nil {
-		return nil, errors.New("postgres URI is invalid")
-	}
-	db := sql.OpenDB(connector)
-	db.SetMaxOpenConns(1)
-	return db, nil
-}
-
-// cancelBackend cancels what the backend is doing, over a connection of its own.
-func cancelBackend(ctx context.Context, dsn string, pid int) error {
-	db, err := openBriefly(dsn)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = db.Close() }() // nothing is left to be lost
-	ctx, cancel := context.WithTimeout(ctx, cancelTimeout)
-	defer cancel()
-	_, err = db.ExecContext(ctx, `SELECT pg_cancel_backend($1)`, pid)
-	return err
 }
 
 // Dial, DialTimeout and DialContext make the link lib/pq's dialer.

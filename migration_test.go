@@ -148,8 +148,8 @@ func (m *migration) backend(p *PostgresLockProvider) int {
 	m.Helper()
 	p.session.mu.Lock()
 	defer p.session.mu.Unlock()
-	require.NotNil(m, p.session.link)
-	return p.session.link.pid
+	require.NotNil(m, p.session.lanes[0].link)
+	return p.session.lanes[0].link.pid
 }
 
 // runs waits until our session has run a statement from now on.

@@ -112,22 +112,11 @@ func (plp *PostgresLockProvider) operate(ctx context.Context, use func(ctx conte
 	if err := checkUse(ctx, plp.session.hub); err != nil {
 		return err
 	}
-	select {
-	case plp.operating <- struct{}{}:
-		defer func() { <-plp.operating }()
-	case <-ctx.Done():
-		return contextError(ctx)
-	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stop := context.AfterFunc(plp.session.ctx, cancel) // Close ends it
 	defer stop()
-	db, err := openBriefly(plp.session.dsn)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = db.Close() }() // nothing is left to be lost
-	err = use(ctx, db)
+	err := plp.session.briefly(ctx, func(db *sql.DB) error { return use(ctx, db) })
 	if e := pq.As(err); e != nil && e.Code == "42P01" {
 		return errors.WithMessage(err, "the schema is not complete: it is made on the first Lock, or by SchemaSQL")
 	}
@@ -149,5 +138,5 @@ func (plp *PostgresLockProvider) Stats() Stats {
 	s := plp.session
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return Stats{Queued: s.queuedLocked(), Held: len(s.held), Connected: s.link != nil}
+	return Stats{Queued: s.queuedLocked(), Held: len(s.held), Connected: s.lanes[0].link != nil}
 }

@@ -18,10 +18,9 @@ import (
 // loss (C26). Make it with NewLockProvider; the zero value answers errors. All
 // methods may be called concurrently.
 type PostgresLockProvider struct {
-	conf      LockProviderConfig
-	session   *session
-	operating chan struct{} // capacity 1: one operator's call at a time has a connection
-	hints     keyHints
+	conf    LockProviderConfig
+	session *session
+	hints   keyHints
 }
 
 // keyHints are the keys that pull requests had when LockKey was last asked. The
@@ -90,7 +89,7 @@ func newPostgresLockProvider(conf LockProviderConfig) (*PostgresLockProvider, er
 	if err != nil {
 		return nil, err
 	}
-	return &PostgresLockProvider{conf: conf, session: newSession(dsn, conf), operating: make(chan struct{}, 1)}, nil
+	return &PostgresLockProvider{conf: conf, session: newSession(dsn, conf)}, nil
 }
 
 // New makes a lock for key; event says why it is wanted, to whomever it
@@ -134,8 +133,8 @@ func (plp *PostgresLockProvider) Close() error {
 	}
 	plp.session.hub.close()
 	plp.session.close()
-	plp.operating <- struct{}{} // no operator's call is left
-	<-plp.operating
+	plp.session.brief <- struct{}{} // no operator's call is left
+	<-plp.session.brief
 	return nil
 }
 

@@ -209,10 +209,10 @@ func pgBackend(t testing.TB, s *session) (pid int) {
 	pgUntil(t, "the session is open", func() bool {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if s.link != nil {
-			pid = s.link.pid
+		if s.lanes[0].link != nil {
+			pid = s.lanes[0].link.pid
 		}
-		return s.link != nil
+		return s.lanes[0].link != nil
 	})
 	return pid
 }
