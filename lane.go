@@ -29,6 +29,7 @@ type lane struct {
 	link    *link       // nil: none is open
 	idling  *link       // the worker reads ahead on it; a read deadline in the past ends that
 	beats   uint32      // heartbeats of the link
+	holds   int         // at the last heartbeat
 	trusted *time.Timer // ends the session when heartbeats do not succeed for too long
 
 	// The worker's own.
@@ -48,7 +49,7 @@ type chore func(*link) error
 func (ln *lane) beginLocked(l, first *link) {
 	s := ln.session
 	l.stall.cancel = func() { s.cancelStalled(l) }
-	ln.link, ln.chores, ln.beats, ln.stuck, ln.crowded, ln.busy = l, nil, 0, map[int64]stuckKey{}, 0, 0
+	ln.link, ln.chores, ln.beats, ln.holds, ln.stuck, ln.crowded, ln.busy = l, nil, 0, 0, map[int64]stuckKey{}, 0, 0
 	ln.beat = time.Now()
 	ln.pulse = time.AfterFunc(heartbeatInterval, ln.wakeUp)
 	ln.trusted = time.AfterFunc(lossBound, func() {
@@ -96,24 +97,25 @@ func (ln *lane) serve(l *link) error {
 			return err
 		}
 		batch, c, over := ln.take()
-		switch {
-		case over:
+		if over {
 			return nil
-		case c != nil:
-			if err := c(l); err != nil {
-				return err
-			}
-		case len(batch) == 0:
-			if err := ln.idle(l); err != nil {
-				return err
-			}
-			continue
 		}
 		if len(batch) > 0 {
 			if err := ln.execute(l, batch); err != nil {
 				return err
 			}
+		}
+		if c != nil { // only now nothing is under way
+			if err := c(l); err != nil {
+				return err
+			}
+		}
+		if len(batch) > 0 {
 			ln.gather(len(batch))
+		} else if c == nil {
+			if err := ln.idle(l); err != nil {
+				return err
+			}
 		}
 	}
 }
@@ -192,7 +194,7 @@ func (ln *lane) overLocked() bool {
 // take answers the next batch: as many operations of one kind as there are, but
 // only one for each key, since the statements could not tell two apart. The
 // kinds take turns. What is to be repeated is taken alone, and before whatever else
-// is of its kind and key. With the batch comes a chore that is to be done before it.
+// is of its kind and key. With the batch comes a chore that is to be done after it.
 func (ln *lane) take() (batch []*op, c chore, over bool) {
 	s := ln.session
 	s.mu.Lock()
@@ -519,6 +521,7 @@ func (ln *lane) heartbeat(l *link) error {
 			settled = append(settled, key)
 		}
 	}
+	ln.holds = len(keys)
 	s.mu.Unlock()
 
 	type news struct {
@@ -553,7 +556,7 @@ func (ln *lane) heartbeat(l *link) error {
 	if ln.index == 0 {
 		s.park(settled)
 	} else {
-		s.reviewSecond(len(keys))
+		s.reviewSecond()
 	}
 	return nil
 }

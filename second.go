@@ -143,18 +143,18 @@ func (s *session) split() {
 }
 
 // reviewSecond is called by the second lane's worker at a heartbeat, when it has no
-// operation under way. held is what the lane holds.
-func (s *session) reviewSecond(held int) {
+// operation under way.
+func (s *session) reviewSecond() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	ln := s.lanes[1]
 	calm := ln.busy < quiet
 	ln.busy = 0
 	switch {
-	case s.duty == dutyClaims && calm, s.duty == dutyPark && held < parkUntil && s.moving == 0:
+	case s.duty == dutyClaims && calm:
 		s.duty = dutyRest
 		s.rerouteLocked()
-	case s.duty == dutyRest && calm && held == 0 && ln.beats > restBeats && ln.queuedLocked() == 0 && len(ln.chores) == 0:
+	case s.duty == dutyRest && calm && ln.holds == 0 && ln.beats > restBeats && ln.queuedLocked() == 0 && len(ln.chores) == 0:
 		ln.endLocked()
 	}
 }
@@ -169,18 +169,24 @@ func (s *session) park(settled []int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	second := s.lanes[1]
+	move := func(l *link) error { return s.share(l, settled) }
 	switch {
-	case len(settled) <= parkFrom || s.moving > 0:
+	case s.moving > 0:
+	case len(settled) <= parkFrom:
+		if s.duty == dutyPark && second.holds < parkUntil {
+			s.duty = dutyRest
+		}
 	case second.link == nil:
-		s.widenLocked()
+		s.widenLocked() // then with the next heartbeat
 	case s.duty == dutyPark:
-		s.lanes[0].choreLocked(func(l *link) error { return s.share(l, settled) })
-	default: // then with the next heartbeat
+		s.lanes[0].choreLocked(move)
+	default:
 		second.choreLocked(func(*link) error { // between two batches of the lane
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			s.duty = dutyPark
 			s.rerouteLocked()
+			s.lanes[0].choreLocked(move)
 			return nil
 		})
 	}
@@ -205,11 +211,17 @@ func (s *session) share(l *link, settled pq.Int64Array) error {
 		return nil
 	}
 	shared, err := answers(l.share, keys)
-	if err != nil && l.broken(err) {
-		return err
+	if err != nil {
+		if l.broken(err) {
+			return err
+		}
+		shared = nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if !s.aliveLocked(l) {
+		return nil // nothing is held any more
+	}
 	for _, key := range keys {
 		h := s.held[key]
 		h.shared = shared[key] || err != nil // in doubt: a release looks what it is
@@ -237,6 +249,9 @@ func (s *session) takeOver(l *link, keys, settled pq.Int64Array) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if !s.aliveLocked(l) {
+		return nil
+	}
 	for _, key := range keys {
 		h := s.held[key]
 		if taken[key] {
@@ -263,6 +278,9 @@ func (s *session) letGo(l *link, keys, settled pq.Int64Array) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if !s.aliveLocked(l) {
+		return nil
+	}
 	for _, key := range keys {
 		s.arrivedLocked(key)
 	}
