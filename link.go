@@ -49,64 +49,6 @@ WITH added AS (
 INSERT INTO env_lock_state (lock_key) SELECT lock_key FROM added
 ON CONFLICT DO NOTHING`
 
-	// The claim's number is made under the row lock, so the row decides the
-	// order. The clock in it keeps numbers growing where the row cannot: after a
-	// crash that forgot claims, or after the row was deleted. A claim with an order
-	// is turned away, by answering no row, if a higher order has been announced, or
-	// the same by somebody who still waits or holds.
-	//
-	// A claim that is to take the key at once tries if nobody holds or waits, as
-	// sqlAcquire would next. Who has the advisory lock always takes the row: a
-	// holder that it still names is dead.
-	//
-	// A commit that takes is flushed. One that notifies is not: notifying
-	// transactions commit one after the other, server-wide. So a commit that has to
-	// do both says so in the column unflushed, and sqlFlush follows it.
-	//
-	// A claim for a pull request that has another key is dropped, too. Which
-	// of the reasons it was, and a row that is missing, sqlWhyNot tells.
-	sqlAnnounce = `
-WITH want AS MATERIALIZED (
-    SELECT u.key, u.id, u.event, u.ord,
-        CASE WHEN u.wait IS NULL AND s.holder_id IS NULL AND NOT s.waiting THEN pg_try_advisory_lock(u.key) ELSE false END AS got
-    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::text[], $5::integer[], $6::bigint[], $7::boolean[])
-        AS u(key, id, event, repo, pull_request, ord, wait)
-    JOIN env_lock_state s ON s.lock_key = u.key
-    WHERE u.pull_request < 0
-        OR (SELECT e.repo = u.repo AND e.pull_request = u.pull_request FROM env_locks e WHERE e.lock_key = u.key)
-)
-UPDATE env_lock_state s SET
-    claim = greatest(s.claim + 1, ` + sqlClock + `),
-    claim_id = w.id,
-    claim_event = w.event,
-    claimed_at = statement_timestamp(),
-    claim_order = w.ord,
-    top_order = coalesce(w.ord, s.top_order),
-    claim_open = true,
-    claim_session = $8::integer,
-    claim_host = $9::text,
-    claim_pid = $10::integer,
-    token = CASE WHEN w.got THEN greatest(s.token + 1, ` + sqlClock + `) ELSE s.token END,
-    unclean_at = CASE WHEN w.got AND s.holder_id IS NOT NULL THEN clock_timestamp() ELSE s.unclean_at END,
-    holder_id = CASE WHEN w.got THEN w.id ELSE s.holder_id END,
-    holder_event = CASE WHEN w.got THEN w.event ELSE s.holder_event END,
-    holder_host = CASE WHEN w.got THEN $9::text ELSE s.holder_host END,
-    holder_pid = CASE WHEN w.got THEN $10::integer ELSE s.holder_pid END,
-    held_since = CASE WHEN w.got THEN statement_timestamp() ELSE s.held_since END
-FROM want w
-WHERE s.lock_key = w.key AND (w.ord IS NULL OR s.top_order IS NULL OR w.ord > s.top_order
-    OR w.ord = s.top_order AND (s.claim_id = w.id OR NOT s.claim_open
-        OR s.claim_order IS DISTINCT FROM w.ord
-        OR NOT EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.objsubid = 2
-            AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-            AND l.classid::bigint = ` + sessionSpace + ` AND l.objid::bigint = s.claim_session)))
-RETURNING s.lock_key, s.claim, CASE WHEN w.got THEN s.token END,
-    CASE WHEN w.got THEN extract(epoch FROM clock_timestamp() - s.unclean_at)::float8 END,
-    CASE WHEN s.waiting OR NOT w.got THEN ` + sqlNoFlush + ` END,
-    CASE WHEN s.waiting OR s.holder_id IS NOT NULL AND NOT w.got THEN pg_notify('` + notifyChannel + `',
-        '{"kind":"` + kindClaim + `","lockKey":' || s.lock_key || ',"claim":' || s.claim ||
-        ',"id":"' || s.claim_id || '","event":' || to_json(s.claim_event) || '}')::text END`
-
 	// Makes durable whatever was committed before; it locks nothing.
 	sqlFlush = `SELECT pg_logical_emit_message(true, 'locker', '')`
 
@@ -253,6 +195,74 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
     AND has_table_privilege('env_lock_state', 'UPDATE')`
 )
 
+// announceSQL is the statement by which claims become the newest of their keys.
+//
+// A claim's number is made under the row lock, so the row decides the order. The
+// clock in it keeps numbers growing where the row cannot: after a crash that forgot
+// claims, or after the row was deleted. In a batch where some have an order, a claim
+// with one is turned away, by answering no row, if a higher order has been announced,
+// or the same by somebody who still waits or holds. It is a statement of its own
+// because the server takes a tenth of a cycle to set up that condition.
+//
+// A claim that is to take the key at once tries if nobody holds or waits, as
+// sqlAcquire would next. Who has the advisory lock always takes the row: a
+// holder that it still names is dead.
+//
+// A commit that takes is flushed. One that notifies is not: notifying
+// transactions commit one after the other, server-wide. So a commit that has to
+// do both says so in the column unflushed, and sqlFlush follows it.
+//
+// A claim for a pull request that has another key is dropped, too. Which
+// of the reasons it was, and a row that is missing, sqlWhyNot tells.
+func announceSQL(ordered bool) string {
+	name, array, column, set, condition := "", "", "", "claim_order = NULL", ""
+	if ordered {
+		name, array, column = ", ord", ", $10::bigint[]", " u.ord,"
+		set = "claim_order = w.ord, top_order = coalesce(w.ord, s.top_order)"
+		condition = ` AND (w.ord IS NULL OR s.top_order IS NULL OR w.ord > s.top_order
+    OR w.ord = s.top_order AND (s.claim_id = w.id OR NOT s.claim_open
+        OR s.claim_order IS DISTINCT FROM w.ord
+        OR NOT EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.objsubid = 2
+            AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+            AND l.classid::bigint = ` + sessionSpace + ` AND l.objid::bigint = s.claim_session)))`
+	}
+	return `
+WITH want AS MATERIALIZED (
+    SELECT u.key, u.id, u.event,` + column + `
+        CASE WHEN u.wait IS NULL AND s.holder_id IS NULL AND NOT s.waiting THEN pg_try_advisory_lock(u.key) ELSE false END AS got
+    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[]` + array + `)
+        AS u(key, id, event, repo, pull_request, wait` + name + `)
+    JOIN env_lock_state s ON s.lock_key = u.key
+    LEFT JOIN env_locks e ON e.lock_key = u.key
+    WHERE u.pull_request < 0 OR e.repo = u.repo AND e.pull_request = u.pull_request
+)
+UPDATE env_lock_state s SET
+    claim = greatest(s.claim + 1, ` + sqlClock + `),
+    claim_id = w.id,
+    claim_event = w.event,
+    claimed_at = statement_timestamp(),
+    ` + set + `,
+    claim_open = true,
+    claim_session = $7::integer,
+    claim_host = $8::text,
+    claim_pid = $9::integer,
+    token = CASE WHEN w.got THEN greatest(s.token + 1, ` + sqlClock + `) ELSE s.token END,
+    unclean_at = CASE WHEN w.got AND s.holder_id IS NOT NULL THEN clock_timestamp() ELSE s.unclean_at END,
+    holder_id = CASE WHEN w.got THEN w.id ELSE s.holder_id END,
+    holder_event = CASE WHEN w.got THEN w.event ELSE s.holder_event END,
+    holder_host = CASE WHEN w.got THEN $8::text ELSE s.holder_host END,
+    holder_pid = CASE WHEN w.got THEN $9::integer ELSE s.holder_pid END,
+    held_since = CASE WHEN w.got THEN statement_timestamp() ELSE s.held_since END
+FROM want w
+WHERE s.lock_key = w.key` + condition + `
+RETURNING s.lock_key, s.claim, CASE WHEN w.got THEN s.token END,
+    CASE WHEN w.got THEN extract(epoch FROM clock_timestamp() - s.unclean_at)::float8 END,
+    CASE WHEN s.waiting OR NOT w.got THEN ` + sqlNoFlush + ` END,
+    CASE WHEN s.waiting OR s.holder_id IS NOT NULL AND NOT w.got THEN pg_notify('` + notifyChannel + `',
+        '{"kind":"` + kindClaim + `","lockKey":' || s.lock_key || ',"claim":' || s.claim ||
+        ',"id":"' || s.claim_id || '","event":' || to_json(s.claim_event) || '}')::text END`
+}
+
 // The two-key space of advisory locks, in which no lock of a user lives: under
 // schemaLock concurrent starts make the schema; in sessionSpace every session
 // locks its own number, by which others see whether it lives.
@@ -276,7 +286,7 @@ type link struct {
 	socket     *watchedConn // set by DialContext
 	stall      stallWatch
 
-	lookup, addKeys, announce, flush, whyNot, withdraw, acquire, ensure, wait, release, giveBack, share, takeOver, letGo, heartbeat *sql.Stmt
+	lookup, addKeys, announce, announceOrdered, flush, whyNot, withdraw, acquire, ensure, wait, release, giveBack, share, takeOver, letGo, heartbeat *sql.Stmt
 
 	mu     sync.Mutex // guards socket and killed against kill
 	killed bool
@@ -326,7 +336,8 @@ func openLink(ctx context.Context, dsn, serviceName string, generation uint64) (
 		stmt **sql.Stmt
 		text string
 	}{
-		{&l.lookup, sqlLookup}, {&l.addKeys, sqlAddKeys}, {&l.announce, sqlAnnounce}, {&l.flush, sqlFlush}, {&l.whyNot, sqlWhyNot}, {&l.withdraw, sqlWithdraw},
+		{&l.lookup, sqlLookup}, {&l.addKeys, sqlAddKeys}, {&l.announce, announceSQL(false)},
+		{&l.announceOrdered, announceSQL(true)}, {&l.flush, sqlFlush}, {&l.whyNot, sqlWhyNot}, {&l.withdraw, sqlWithdraw},
 		{&l.acquire, sqlAcquire}, {&l.ensure, sqlEnsure}, {&l.wait, sqlWait},
 		{&l.release, sqlRelease}, {&l.giveBack, sqlGiveBack},
 		{&l.share, sqlShare}, {&l.takeOver, sqlTakeOver}, {&l.letGo, sqlLetGo}, {&l.heartbeat, sqlHeartbeat},

@@ -83,7 +83,7 @@ func randomKey() int64 {
 
 func (ln *lane) announceClaims(ctx context.Context, l *link, batch []*op) ([]result, error) {
 	results := make([]result, len(batch))
-	args, takes := ln.announceArgs(l, batch)
+	stmt, args, takes := ln.announceArgs(l, batch)
 	announced := make([]bool, len(batch))
 	var taken pq.Int64Array
 	var unflushed bool
@@ -92,7 +92,7 @@ func (ln *lane) announceClaims(ctx context.Context, l *link, batch []*op) ([]res
 	var age sql.NullFloat64
 	var noFlush sql.NullBool
 	row := []any{&key, &number, &token, &age, &noFlush, discard}
-	err := each(ctx, l.announce, args, row, func() {
+	err := each(ctx, stmt, args, row, func() {
 		i := find(batch, key)
 		announced[i] = true
 		a := &results[i].answer
@@ -117,10 +117,10 @@ func (ln *lane) announceClaims(ctx context.Context, l *link, batch []*op) ([]res
 	return results, err
 }
 
-// announceArgs are the arguments of sqlAnnounce, and which claims are to take
-// their keys. An array that is too short goes on with NULLs, and hardly any claim
-// needs the orders and the waits.
-func (ln *lane) announceArgs(l *link, batch []*op) (args []any, takes []bool) {
+// announceArgs are the statement by which the batch is announced, its arguments, and
+// which claims are to take their keys. An array that is too short goes on with NULLs,
+// and hardly any claim needs the orders and the waits.
+func (ln *lane) announceArgs(l *link, batch []*op) (stmt *sql.Stmt, args []any, takes []bool) {
 	keys, ids := keysAndIDs(batch)
 	n := len(batch)
 	events, repos, pulls := make(pq.StringArray, n), make(pq.StringArray, n), make(pq.Int64Array, n)
@@ -144,7 +144,11 @@ func (ln *lane) announceArgs(l *link, batch []*op) (args []any, takes []bool) {
 		}
 	}
 	ln.session.mu.Unlock()
-	return []any{keys, ids, events, repos, pulls, pq.Array(orders), pq.Array(waits), l.number, hostName, processID}, takes
+	args = []any{keys, ids, events, repos, pulls, pq.Array(waits), l.number, hostName, processID}
+	if orders == nil {
+		return l.announce, args, takes
+	}
+	return l.announceOrdered, append(args, pq.Array(orders)), takes
 }
 
 // columns are the pull request as the statements take it; a pull request that is not
