@@ -112,10 +112,14 @@ func TestParking(t *testing.T) {
 	for _, ch := range told {
 		pgQuiet(t, ch)
 	}
+	done := make(chan error)
 	for _, l := range locks {
-		go func() { _ = l.Unlock(pgBackground) }()
+		go func() { done <- l.Unlock(pgBackground) }()
 	}
-	pgUntil(t, "all is free", func() bool { return len(pgAdvisory(t, db)) == 0 })
+	for range locks {
+		require.NoError(t, <-done)
+	}
+	require.Empty(t, pgAdvisory(t, db))
 	require.Zero(t, pgGet[int](t, db, `SELECT count(*) FROM env_lock_state WHERE holder_id IS NOT NULL`))
 	pgUntil(t, "the second connection is closed", func() bool { return pgConnections(t, db) == 2 })
 	require.Equal(t, first, pgBackend(t, p.session), "the session is the same")
