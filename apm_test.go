@@ -147,6 +147,16 @@ func TestAPMSpans(t *testing.T) {
 	require.NotEmpty(t, r.under(release))
 	require.Len(t, r.statements(), len(r.under(lock))+len(r.under(release)), "statements without a parent")
 	require.Equal(t, r.count(), len(r.statements())+2, "spans of another kind")
+	again := factory("octo/cat", 42, "synchronize")
+	_, err = again.Lock(ctx)
+	require.NoError(t, err)
+	require.NoError(t, again.Release(ctx))
+	require.Equal(t, r.count(), len(r.statements())+4)
+	for _, s := range r.mt.FinishedSpans() {
+		if s.ParentID() == 0 && s.SpanID() != lock.SpanID() && s.SpanID() != release.SpanID() {
+			require.Len(t, r.under(s), 1, "one statement for %s where nobody else is", s.OperationName())
+		}
+	}
 	for _, s := range r.statements() {
 		require.Equal(t, "the-sql", s.Tag(ext.ServiceName))
 		require.NotContains(t, s.Tag(ext.ResourceName), "pg_backend_pid()", "a heartbeat or a check")

@@ -28,8 +28,8 @@
 // One row per key says which claim is the newest. The statement that acquires
 // the lock checks it, so that no lost message can let an older claim win; NOTIFY
 // only makes it fast. A session-level advisory lock says who holds the key, and
-// dies with the session. All locks of a provider share one session and one
-// listening connection.
+// dies with the session. All locks of a provider share one session, of one or
+// two connections, and one that listens.
 //
 // A lock is in one of five phases and only ever moves forward:
 //

@@ -11,12 +11,12 @@ import (
 )
 
 // PostgresLockProvider makes locks on PostgreSQL, 14 or later. Every process that
-// names the same database shares them. It uses two connections and no pool,
-// however many locks it holds or waits for, and for moments one more: for a call
-// of Holders or Stop, and to cancel a commit that waits for a standby (C23: never
-// more than four). It connects when it is first used and again by itself after a
-// loss (C26). Make it with NewLockProvider; the zero value answers errors. All
-// methods may be called concurrently.
+// names the same database shares them. It uses two connections and no pool, a third
+// while many claim at once or more than 512 locks are held that last, and for
+// moments one more: for a call of Holders or Stop, or to cancel a commit that waits
+// for a standby (C23: never more than four). It connects when it is first used and
+// again by itself after a loss (C26). Make it with NewLockProvider; the zero value
+// answers errors. All methods may be called concurrently.
 type PostgresLockProvider struct {
 	conf    LockProviderConfig
 	session *session

@@ -97,7 +97,7 @@ func (b *bench) held() {
 		c, toRaw := compare(4 * time.Second) // longer than a heartbeat, so that one of them is in it
 
 		// What came before reaches the statistics with the next heartbeat.
-		idle := 9 * time.Second
+		idle := 15 * time.Second
 		if b.scale < 1 {
 			idle = 3 * time.Second
 		}

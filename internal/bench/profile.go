@@ -208,7 +208,7 @@ func (b *bench) flushes(uri string, run func() int) float64 {
 	db := openDB(uri, 1)
 	defer func() { _ = db.Close() }()
 	count := func() (n float64, err error) {
-		time.Sleep(1500 * time.Millisecond) // until the backends have reported
+		time.Sleep(5 * time.Second) // the backends report with their next heartbeat
 		err = db.QueryRowContext(b.ctx, "SELECT wal_sync FROM pg_stat_wal").Scan(&n)
 		return n, err
 	}

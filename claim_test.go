@@ -1,0 +1,196 @@
+package locker
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// What follows is about claims that announce and take at once, on a key that is
+// remembered.
+
+// C1: the rows belong to the operator, who may change them between two claims.
+func TestPostgresKeyMoved(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	f := pgLocker(t, p)
+	// cycle answers the key that is held meanwhile.
+	cycle := func(pr uint) (key int64) {
+		l := f("org/repo", pr, "push")
+		_, err := l.Lock(pgBackground)
+		require.NoError(t, err)
+		held := pgAdvisory(t, db)
+		require.Len(t, held, 1, "one key, and nothing left of another")
+		for key = range held {
+		}
+		require.NoError(t, l.Release(pgBackground))
+		require.Empty(t, pgAdvisory(t, db))
+		fromTable := pgGet[int64](t, db, `SELECT lock_key FROM env_locks WHERE repo = 'org/repo' AND pull_request = $1`, int64(pr))
+		require.Equal(t, fromTable, key)
+		return key
+	}
+	one, two := cycle(1), cycle(2)
+	require.Equal(t, one, cycle(1))
+	require.NotEqual(t, one, two)
+
+	pgExec(t, db, `UPDATE env_locks SET lock_key = 777 WHERE pull_request = 1`)
+	require.Equal(t, int64(777), cycle(1))
+	pgExec(t, db, `DELETE FROM env_locks WHERE pull_request = 1`)
+	require.NotEqual(t, int64(777), cycle(1))
+
+	// Another pull request has the key that is remembered.
+	one = cycle(1)
+	pgExec(t, db, `UPDATE env_locks SET lock_key = 778 WHERE pull_request = 1`)
+	pgExec(t, db, `UPDATE env_locks SET lock_key = $1 WHERE pull_request = 2`, one)
+	require.Equal(t, one, cycle(2))
+	require.Equal(t, int64(778), cycle(1))
+
+	// The row of the key is gone, then all of them.
+	pgExec(t, db, `DELETE FROM env_lock_state WHERE lock_key = 778`)
+	cycle(1)
+	pgExec(t, db, `TRUNCATE env_locks, env_lock_state`)
+	cycle(1)
+	cycle(2)
+}
+
+// A claim that comes too late by its order gives back the key that it may have got.
+func TestPostgresLateClaimTakesNothing(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	f := pgLocker(t, p)
+	first := f("org/repo", 1, "new").Order(5)
+	_, err := first.Lock(pgBackground)
+	require.NoError(t, err)
+	require.NoError(t, first.Release(pgBackground))
+	_, err = f("org/repo", 1, "old").Order(3).Lock(pgBackground)
+	require.ErrorIs(t, err, ErrClaimOutdated)
+	require.Empty(t, pgAdvisory(t, db))
+	last := f("org/repo", 1, "newer").Order(6)
+	_, err = last.Lock(pgBackground)
+	require.NoError(t, err)
+	require.NoError(t, last.Release(pgBackground))
+}
+
+// inOneBatch has the worker wait until number operations have been queued by f.
+func inOneBatch(t *testing.T, s *session, number int, f func()) {
+	t.Helper()
+	ready, done := make(chan struct{}), make(chan struct{})
+	s.mu.Lock()
+	s.lanes[0].choreLocked(func(*link) error {
+		close(ready)
+		pgUntil(t, "the operations are queued", func() bool {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.lanes[0].queuedLocked() == number
+		})
+		close(done)
+		return nil
+	})
+	s.mu.Unlock()
+	<-ready
+	f()
+	<-done
+}
+
+// C15: a token is durable before it is given out, also if another claim of its batch
+// notifies and the batch is not flushed. Where that fails, what was taken is not
+// given out, and is free.
+func TestPostgresTakenAndNotified(t *testing.T) {
+	t.Parallel()
+	for name, flush := range map[string]string{
+		"it is flushed": sqlFlush,
+		"it fails":      `SELECT 1 / (random() * 0)::integer`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			uri := newDatabase(t)
+			db := pgDB(t, uri)
+			p, q := pgProvider(t, uri), pgProvider(t, uri)
+			fp, fq := pgLocker(t, p), pgLocker(t, q)
+			for pr := range uint(2) { // makes the rows, and the provider remembers the keys
+				l := fp("org/repo", pr, "before")
+				_, err := l.Lock(pgBackground)
+				require.NoError(t, err)
+				require.NoError(t, l.Release(pgBackground))
+			}
+			holder := fq("org/repo", 0, "holder")
+			told, err := holder.Lock(pgBackground)
+			require.NoError(t, err)
+
+			s := p.session
+			ran := make(chan error, 1)
+			s.mu.Lock()
+			s.lanes[0].choreLocked(func(l *link) (err error) {
+				l.flush, err = l.conn.PrepareContext(pgBackground, flush)
+				ran <- err
+				return err
+			})
+			s.mu.Unlock()
+			require.NoError(t, <-ran)
+			errs := [2]chan error{make(chan error, 1), make(chan error, 1)}
+			locks := [2]*PreemptiveLocker{fp("org/repo", 0, "waits"), fp("org/repo", 1, "takes")}
+			inOneBatch(t, s, 2, func() {
+				for i, l := range locks {
+					go func() {
+						_, err := l.Lock(pgBackground)
+						errs[i] <- err
+					}()
+				}
+			})
+			err = pgReceive(t, "the one that takes", errs[1])
+			require.Equal(t, "waits", pgReceive(t, "the holder is told", told).Message)
+			if name == "it fails" {
+				require.ErrorContains(t, err, "division by zero")
+				key, err := q.LockKey(pgBackground, "org/repo", 1)
+				require.NoError(t, err)
+				pgUntil(t, "the key is free", func() bool { return pgAdvisory(t, db)[key] == 0 })
+			} else {
+				require.NoError(t, err)
+				require.NoError(t, locks[1].Release(pgBackground))
+			}
+			require.NoError(t, holder.Release(pgBackground))
+			require.NoError(t, pgReceive(t, "the one that waits", errs[0]))
+			require.NoError(t, locks[0].Release(pgBackground))
+		})
+	}
+}
+
+// All deadlines of a provider share a timer: an observer that takes its time delays
+// nobody else's.
+func TestDeadlinesDoNotWaitForEachOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		observed := make(chan struct{})
+		p, err := NewLockProvider(FakeLockProviderKind, WithMaxLockDuration(time.Minute), WithPreemptionTimeout(time.Second),
+			WithObserver(func(o Observation) {
+				if o.Kind == ObservedNotified && o.Key == 1 {
+					<-observed
+				}
+			}))
+		require.NoError(t, err)
+		var told []<-chan NotificationPayload
+		for key := range int64(3) {
+			l, err := p.New(pgBackground, key+1, "push")
+			require.NoError(t, err)
+			ch, err := l.Lock(pgBackground)
+			require.NoError(t, err)
+			told = append(told, ch)
+			time.Sleep(time.Second)
+		}
+		start := time.Now()
+		for i, ch := range told {
+			<-ch
+			require.Equal(t, time.Minute-time.Duration(3-i)*time.Second, time.Since(start))
+		}
+		for _, ch := range told {
+			_, ok := <-ch
+			require.False(t, ok, "revoked")
+		}
+		close(observed)
+	})
+}
