@@ -36,6 +36,24 @@ func moveAway(t *testing.T, s *session, keys ...int64) {
 	s.lanes[0].choreLocked(func(l *link) error { return s.share(l, keys) })
 }
 
+// idle returns when the chores that there were are done.
+func idle(t *testing.T, s *session) {
+	t.Helper()
+	done := make(chan struct{}, 2)
+	for range 3 { // the steps of a move
+		s.mu.Lock()
+		for _, ln := range s.lanes {
+			ln.choreLocked(func(*link) error {
+				done <- struct{}{}
+				return nil
+			})
+		}
+		s.mu.Unlock()
+		pgReceive(t, "a chore", done)
+		pgReceive(t, "a chore", done)
+	}
+}
+
 // moved answers a key's hold once it does not move any more.
 func moved(t *testing.T, s *session, key int64) (h hold) {
 	t.Helper()
@@ -134,6 +152,8 @@ func TestParkedHold(t *testing.T) {
 	l, told := pgHold(t, p, 1, "first")
 	moveAway(t, p.session, 1)
 	require.Equal(t, uint8(1), moved(t, p.session, 1).lane)
+	moveAway(t, p.session, 1, 2) // one is moved already, the other not held
+	idle(t, p.session)
 	require.Equal(t, map[int64]int{1: secondBackend(t, p.session)}, pgAdvisory(t, db))
 	require.False(t, pgGet[bool](t, db, `SELECT pg_try_advisory_lock(1)`))
 
@@ -311,11 +331,7 @@ func TestReleaseWhileMoving(t *testing.T) {
 		for range locks {
 			require.NoError(t, <-done)
 		}
-		pgUntil(t, "no move is under way", func() bool {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			return s.moving == 0 && len(s.lanes[0].chores)+len(s.lanes[1].chores) == 0
-		})
+		idle(t, s)
 		require.Empty(t, pgAdvisory(t, db), "round %d", round)
 		require.Zero(t, p.Stats().Held)
 	}
@@ -339,12 +355,18 @@ func TestMoveWithFullLockTable(t *testing.T) {
 	for i, err := 1000, error(nil); err == nil; i++ {
 		_, err = conn.ExecContext(pgBackground, `SELECT pg_advisory_lock($1)`, i)
 	}
+	_, err = conn.ExecContext(pgBackground, `SELECT pg_advisory_unlock(1000), pg_advisory_unlock(1001)`) // the step fails halfway
+	require.NoError(t, err)
 	moveAway(t, s, 1, 2, 3, 4, 5)
 	require.Equal(t, uint8(0), moved(t, s, 5).lane)
+	var left int
+	require.NoError(t, conn.QueryRowContext(pgBackground, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND pid = $1`,
+		secondBackend(t, s)).Scan(&left))
+	require.Zero(t, left, "what the second connection got before")
 	for _, ch := range told {
 		pgQuiet(t, ch)
 	}
-	_, err = conn.ExecContext(pgBackground, `SELECT pg_advisory_unlock(i) FROM generate_series(1000, 1020) AS i`)
+	_, err = conn.ExecContext(pgBackground, `SELECT pg_advisory_unlock(i) FROM generate_series(1002, 1022) AS i`)
 	require.NoError(t, err)
 	other := pgDB(t, uri)
 	require.False(t, pgGet[bool](t, other, `SELECT pg_try_advisory_lock(1)`))
