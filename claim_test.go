@@ -77,6 +77,33 @@ func TestPostgresLateClaimTakesNothing(t *testing.T) {
 	require.NoError(t, last.Release(pgBackground))
 }
 
+// Where it cannot be given back, the session ends with it: a key that nobody holds must
+// not stay locked.
+func TestPostgresLateClaimCannotGiveBack(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	f := pgLocker(t, p)
+	first := f("org/repo", 1, "new").Order(5)
+	_, err := first.Lock(pgBackground)
+	require.NoError(t, err)
+	require.NoError(t, first.Release(pgBackground))
+	s := p.session
+	ready := make(chan error, 1)
+	s.mu.Lock()
+	s.lanes[0].choreLocked(func(l *link) (err error) {
+		l.giveBack, err = l.conn.PrepareContext(pgBackground, `SELECT 1 / (cardinality($1::bigint[]) * 0)`)
+		ready <- err
+		return err
+	})
+	s.mu.Unlock()
+	require.NoError(t, pgReceive(t, "the statement", ready))
+	_, err = f("org/repo", 1, "old").Order(3).Lock(pgBackground)
+	require.ErrorContains(t, err, "give keys back")
+	pgUntil(t, "nothing stays locked", func() bool { return len(pgAdvisory(t, db)) == 0 })
+}
+
 // inOneBatch has the worker wait until number operations have been queued by f.
 func inOneBatch(t *testing.T, s *session, number int, f func()) {
 	t.Helper()

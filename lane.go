@@ -21,7 +21,7 @@ import (
 type lane struct {
 	session *session
 	index   uint8
-	wake    chan struct{} // capacity 1: there is work, for a worker without a link
+	wake    chan struct{} // capacity 1: there is work, for the first lane's worker while it has no link
 
 	// Guarded by the session's mu.
 	queues  [opKinds][]*op
@@ -29,6 +29,7 @@ type lane struct {
 	link    *link       // nil: none is open
 	idling  *link       // the worker reads ahead on it; a read deadline in the past ends that
 	beats   uint32      // heartbeats of the link
+	since   uint32      // second: the beats when its duty began
 	holds   int         // at the last heartbeat
 	trusted *time.Timer // ends the session when heartbeats do not succeed for too long
 
@@ -48,8 +49,8 @@ type chore func(*link) error
 // beginLocked gives the lane a link; first is that of the first lane.
 func (ln *lane) beginLocked(l, first *link) {
 	s := ln.session
-	l.stall.cancel = func() { s.cancelStalled(l) }
-	ln.link, ln.chores, ln.beats, ln.holds, ln.stuck, ln.crowded, ln.busy = l, nil, 0, 0, map[int64]stuckKey{}, 0, 0
+	l.stall.cancel = func() bool { return s.cancelStalled(l) }
+	ln.link, ln.chores, ln.beats, ln.since, ln.holds, ln.stuck, ln.crowded, ln.busy = l, nil, 0, 0, 0, map[int64]stuckKey{}, 0, 0
 	ln.beat = time.Now()
 	ln.pulse = time.AfterFunc(heartbeatInterval, ln.wakeUp)
 	ln.trusted = time.AfterFunc(lossBound, func() {
@@ -96,7 +97,7 @@ func (ln *lane) serve(l *link) error {
 		if err := ln.beatIfDue(l); err != nil {
 			return err
 		}
-		batch, c, over := ln.take()
+		batch, c, over := ln.take(l)
 		if over {
 			return nil
 		}
@@ -157,7 +158,7 @@ func (ln *lane) queuedLocked() (n int) {
 func (ln *lane) idle(l *link) error {
 	s := ln.session
 	s.mu.Lock()
-	if ln.workLocked() || len(ln.chores) > 0 || ln.overLocked() || !time.Now().Before(ln.beat) {
+	if ln.link != l || ln.workLocked() || len(ln.chores) > 0 || ln.overLocked() || !time.Now().Before(ln.beat) {
 		s.mu.Unlock()
 		return nil
 	}
@@ -183,22 +184,26 @@ func (ln *lane) workLocked() bool {
 	return false
 }
 
-// overLocked says whether the worker may leave: the lane has been ended, or the
-// session closes and nothing is left to do.
+// overLocked says whether the worker may leave: the session closes and nothing is
+// left to do.
 func (ln *lane) overLocked() bool {
 	s := ln.session
 	idle := ln.queuedLocked() == 0 && len(ln.chores) == 0
-	return ln.index > 0 && ln.link == nil || s.closing && idle && s.moving == 0 && (ln.index > 0 || s.second == nil)
+	return s.closing && idle && s.moving == 0 && (ln.index > 0 || s.second == nil)
 }
 
 // take answers the next batch: as many operations of one kind as there are, but
 // only one for each key, since the statements could not tell two apart. The
 // kinds take turns. What is to be repeated is taken alone, and before whatever else
 // is of its kind and key. With the batch comes a chore that is to be done after it.
-func (ln *lane) take() (batch []*op, c chore, over bool) {
+// When the lane's link has been ended, or is not needed any more, it is over.
+func (ln *lane) take(l *link) (batch []*op, c chore, over bool) {
 	s := ln.session
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if ln.link != l {
+		return nil, nil, true
+	}
 	if len(ln.chores) > 0 {
 		c, ln.chores = ln.chores[0], ln.chores[1:]
 	}
@@ -244,10 +249,6 @@ func (ln *lane) take() (batch []*op, c chore, over bool) {
 // so that only the one at fault gets the error.
 func (ln *lane) execute(l *link, batch []*op) error {
 	s := ln.session
-	if err := ln.beatIfDue(l); err != nil {
-		ln.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err}))
-		return err
-	}
 	if batch = ln.refuseStuck(l, batch); len(batch) == 0 {
 		return nil
 	}
@@ -296,8 +297,14 @@ func (ln *lane) execute(l *link, batch []*op) error {
 		return nil
 	}
 	s.mu.Lock()
-	ln.queues[opRepeat] = append(ln.queues[opRepeat], batch...)
+	lost := ln.link != l
+	if !lost {
+		ln.queues[opRepeat] = append(ln.queues[opRepeat], batch...)
+	}
 	s.mu.Unlock()
+	if lost {
+		ln.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err}))
+	}
 	return nil
 }
 
@@ -335,7 +342,7 @@ var errStalled = errors.New("locker: the commit waits for a synchronous standby 
 // all of a statement but its commit, which may wait for a synchronous standby for
 // ever, and then returns as if nothing had been.
 type stallWatch struct {
-	cancel func()
+	cancel func() bool
 
 	mu         sync.Mutex    // guards everything below
 	began      time.Time     // of the statement in flight; zero while there is none
@@ -372,8 +379,14 @@ func (w *stallWatch) look() {
 	over := make(chan struct{})
 	w.cancelling = over
 	w.mu.Unlock()
-	defer close(over)
-	w.cancel()
+	cancelled := w.cancel()
+	close(over)
+	if !cancelled { // no connection was to be had
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.running = true
+		w.timer.Reset(time.Second)
+	}
 }
 
 // end answers whether the statement was cancelled.
@@ -517,7 +530,7 @@ func (ln *lane) heartbeat(l *link) error {
 			continue
 		}
 		keys, ids = append(keys, key), append(ids, h.id)
-		if h.beat+1 < ln.beats && !h.shared {
+		if ln.index == 0 && h.beat+1 < ln.beats && !h.shared {
 			settled = append(settled, key)
 		}
 	}

@@ -76,9 +76,9 @@ WITH want AS MATERIALIZED (
     SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::bigint[], $4::uuid[], $5::boolean[], $6::boolean[], $7::text[])
         AS w(key, id, claim, claim_id, first, tryable, event)
 ), seen AS MATERIALIZED (
-    SELECT w.*, s.lock_key IS NULL AS missing, 
-        s.holder_id IS NULL OR s.claim_id = w.id AND (s.claim_session <> $10::integer OR NOT s.claim_open) AS hidden, s.claim AS newest, s.claim_id AS newest_id,
-        s.claim_event AS newest_event, w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id AS valid
+    SELECT w.*, s.lock_key IS NULL AS missing,
+        s.holder_id IS NULL OR s.claim_id = w.id AND (s.claim_session <> $10::integer OR NOT s.claim_open) AS hidden,
+        s.claim AS newest, s.claim_id AS newest_id, s.claim_event AS newest_event, w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id AS valid
     FROM want w LEFT JOIN env_lock_state s ON s.lock_key = w.key
 ), tried AS MATERIALIZED (
     SELECT seen.*, CASE WHEN NOT missing AND valid AND tryable THEN pg_try_advisory_lock(key) ELSE false END AS got
@@ -152,9 +152,12 @@ FROM (SELECT (l.classid::bigint << 32) | l.objid::bigint AS key, l.mode FROM pg_
     WHERE l.locktype = 'advisory' AND l.pid = pg_backend_pid() AND l.objsubid = 1) h
 WHERE h.key = ANY ($1::bigint[])`
 
-	// The three steps by which a hold moves to another connection, see park.
+	// The three steps by which a hold moves to another connection, see park. The
+	// first finds nothing to exchange where a release failed halfway.
 	sqlShare = `
-SELECT k.key, CASE WHEN pg_try_advisory_lock_shared(k.key) THEN pg_advisory_unlock(k.key) ELSE false END
+SELECT k.key, CASE WHEN NOT pg_try_advisory_lock_shared(k.key) THEN false
+    WHEN pg_advisory_unlock(k.key) THEN true
+    ELSE pg_advisory_unlock_shared(k.key) IS NULL END
 FROM unnest($1::bigint[]) AS k(key)`
 	sqlTakeOver = `SELECT k.key, pg_try_advisory_lock_shared(k.key) FROM unnest($1::bigint[]) AS k(key)`
 	sqlLetGo    = `SELECT k.key, pg_advisory_unlock_shared(k.key) FROM unnest($1::bigint[]) AS k(key)`

@@ -655,6 +655,7 @@ func (l *lock) unlock(ctx context.Context) error {
 
 	case held, notified:
 		l.endLocked()
+		l.deadline = time.Now().Add(releaseTimeout) // an alarm that is on its way was for the hold
 		l.mu.Unlock()
 		done := l.backend.release(ctx, l.claim)
 		l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
@@ -904,6 +905,7 @@ func (h *hub) close() {
 	h.mu.Unlock()
 	h.broadcast(event{kind: evClosed})
 	<-h.empty
+	h.alarms.stop()
 }
 
 // alarms calls expire when a lock's deadline has come. All locks of a provider share
@@ -933,6 +935,16 @@ func (a *alarms) drop(l *lock) {
 	defer a.mu.Unlock()
 	if l.queued > 0 {
 		heap.Remove(&a.queue, l.queued-1)
+	}
+}
+
+// stop ends the timer. What is set afterwards starts it again.
+func (a *alarms) stop() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.timer != nil && len(a.queue) == 0 {
+		a.timer.Stop()
+		a.fires = time.Time{}
 	}
 }
 

@@ -116,7 +116,7 @@ func (plp *PostgresLockProvider) operate(ctx context.Context, use func(ctx conte
 	defer cancel()
 	stop := context.AfterFunc(plp.session.ctx, cancel) // Close ends it
 	defer stop()
-	err := plp.session.briefly(ctx, func(db *sql.DB) error { return use(ctx, db) })
+	err := plp.session.briefly(ctx, use)
 	if e := pq.As(err); e != nil && e.Code == "42P01" {
 		return errors.WithMessage(err, "the schema is not complete: it is made on the first Lock, or by SchemaSQL")
 	}

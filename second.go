@@ -13,7 +13,7 @@ import (
 
 const (
 	crowd      = 64   // operations in a batch that are many
-	crowdedFor = 64   // so many more batches than not have to be that large before the lanes split the keys
+	crowdedFor = 64   // lead of large batches over others at which the lanes split the keys
 	quiet      = 3000 // operations of the second lane between two heartbeats below which one lane will do
 
 	parkFrom  = 512 // holds that have lasted on the first lane, above which they are parked
@@ -103,6 +103,8 @@ func (s *session) openSecond(ctx context.Context, first *link) (*link, error) {
 	}
 	stop := context.AfterFunc(ctx, l.kill)
 	defer stop()
+	limit := time.AfterFunc(openTimeout, l.kill)
+	defer limit.Stop()
 	l.number = first.number
 	var same bool
 	if err = l.setUp(); err == nil {
@@ -137,9 +139,15 @@ func (s *session) split() {
 	case s.lanes[1].link == nil:
 		s.widenLocked()
 	case s.duty == dutyRest:
-		s.duty = dutyClaims
-		s.rerouteLocked()
+		s.takeDutyLocked(dutyClaims)
 	}
+}
+
+// takeDutyLocked gives the second lane another duty. The lane whose keys become the
+// other's must not have an operation under way.
+func (s *session) takeDutyLocked(d duty) {
+	s.duty, s.lanes[1].since = d, s.lanes[1].beats
+	s.rerouteLocked()
 }
 
 // reviewSecond is called by the second lane's worker at a heartbeat, when it has no
@@ -148,13 +156,12 @@ func (s *session) reviewSecond() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	ln := s.lanes[1]
-	calm := ln.busy < quiet
+	calm := ln.busy < quiet && ln.beats > ln.since+1 // a whole interval of it
 	ln.busy = 0
 	switch {
 	case s.duty == dutyClaims && calm:
-		s.duty = dutyRest
-		s.rerouteLocked()
-	case s.duty == dutyRest && calm && ln.holds == 0 && ln.beats > restBeats && ln.queuedLocked() == 0 && len(ln.chores) == 0:
+		s.takeDutyLocked(dutyRest)
+	case s.duty == dutyRest && calm && ln.holds == 0 && ln.beats > ln.since+restBeats && ln.queuedLocked() == 0 && len(ln.chores) == 0:
 		ln.endLocked()
 	}
 }
@@ -174,7 +181,7 @@ func (s *session) park(settled []int64) {
 	case s.moving > 0:
 	case len(settled) <= parkFrom:
 		if s.duty == dutyPark && second.holds < parkUntil {
-			s.duty = dutyRest
+			s.takeDutyLocked(dutyRest)
 		}
 	case second.link == nil:
 		s.widenLocked() // then with the next heartbeat
@@ -184,8 +191,7 @@ func (s *session) park(settled []int64) {
 		second.choreLocked(func(*link) error { // between two batches of the lane
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			s.duty = dutyPark
-			s.rerouteLocked()
+			s.takeDutyLocked(dutyPark)
 			s.lanes[0].choreLocked(move)
 			return nil
 		})
@@ -211,26 +217,24 @@ func (s *session) share(l *link, settled pq.Int64Array) error {
 		return nil
 	}
 	shared, err := answers(l.share, keys)
-	if err != nil {
-		if l.broken(err) {
-			return err
-		}
-		shared = nil
+	if err != nil && l.broken(err) {
+		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.aliveLocked(l) {
 		return nil // nothing is held any more
 	}
-	for _, key := range keys {
+	keys = slices.DeleteFunc(keys, func(key int64) bool {
 		h := s.held[key]
-		h.shared = shared[key] || err != nil // in doubt: a release looks what it is
+		h.shared = shared[key] || err != nil // in doubt: a release looks which it is
 		s.held[key] = h
-		if !shared[key] {
+		stays := !shared[key] || err != nil
+		if stays {
 			s.arrivedLocked(key)
 		}
-	}
-	keys = slices.DeleteFunc(keys, func(key int64) bool { return !shared[key] })
+		return stays
+	})
 	s.lanes[1].choreLocked(func(l *link) error { return s.takeOver(l, keys, settled) })
 	return nil
 }
@@ -252,17 +256,17 @@ func (s *session) takeOver(l *link, keys, settled pq.Int64Array) error {
 	if !s.aliveLocked(l) {
 		return nil
 	}
-	for _, key := range keys {
-		h := s.held[key]
-		if taken[key] {
-			h.lane = 1
-			s.held[key] = h
-		} else {
+	keys = slices.DeleteFunc(keys, func(key int64) bool {
+		if !taken[key] {
 			s.arrivedLocked(key)
+			return true
 		}
-	}
+		h := s.held[key]
+		h.lane = 1
+		s.held[key] = h
+		return false
+	})
 	s.rerouteLocked()
-	keys = slices.DeleteFunc(keys, func(key int64) bool { return !taken[key] })
 	s.lanes[0].choreLocked(func(l *link) error { return s.letGo(l, keys, settled) })
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/lib/pq"
 	"github.com/preemptable/locker/internal/pgserver"
 	"github.com/stretchr/testify/require"
 )
@@ -34,6 +35,33 @@ func moveAway(t *testing.T, s *session, keys ...int64) {
 	defer s.mu.Unlock()
 	s.duty = dutyPark
 	s.lanes[0].choreLocked(func(l *link) error { return s.share(l, keys) })
+}
+
+// occupy keeps a lane's worker busy until the function that it answers is called.
+func occupy(t *testing.T, s *session, index int) (goOn func()) {
+	t.Helper()
+	begun, end := make(chan struct{}), make(chan struct{})
+	s.mu.Lock()
+	s.lanes[index].choreLocked(func(*link) error {
+		close(begun)
+		<-end
+		return nil
+	})
+	s.mu.Unlock()
+	pgReceive(t, "the lane is busy", begun)
+	goOn = sync.OnceFunc(func() { close(end) })
+	t.Cleanup(goOn)
+	return goOn
+}
+
+// queued returns when a lane has that many operations of a kind in its queue.
+func queued(t *testing.T, s *session, index int, kind opKind, number int) {
+	t.Helper()
+	pgUntil(t, "the operations are queued", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return len(s.lanes[index].queues[kind]) == number
+	})
 }
 
 // idle returns when the chores that there were are done.
@@ -554,4 +582,172 @@ func TestCloseWithSecondConnection(t *testing.T) {
 	}
 	pgUntil(t, "no connection is left", func() bool { return pgConnections(t, db) == 0 })
 	require.Zero(t, pgGet[int](t, db, `SELECT count(*) FROM env_lock_state WHERE holder_id IS NOT NULL`))
+}
+
+// A batch of releases fails halfway, and a move comes before it is repeated: what is
+// free already must not be locked again.
+func TestMoveAfterHalfRelease(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	s := p.session
+	locks, _ := holdMany(t, p, 3)
+	openSecondLane(t, s)
+	tx, err := db.BeginTx(pgBackground, nil)
+	require.NoError(t, err)
+	pgExec(t, tx, `SELECT FROM env_lock_state WHERE lock_key = 3 FOR UPDATE`)
+	goOn := occupy(t, s, 0)
+	done := make(chan error)
+	for _, l := range locks {
+		go func() { done <- l.Unlock(pgBackground) }()
+	}
+	queued(t, s, 0, opRelease, 3)
+	s.mu.Lock()
+	s.duty = dutyPark
+	s.lanes[0].choreLocked(func(l *link) error { // after the batch, before its repetition
+		err := s.share(l, []int64{1, 2, 3})
+		_ = tx.Rollback()
+		return err
+	})
+	s.mu.Unlock()
+	goOn()
+	for range locks {
+		require.NoError(t, pgReceive(t, "the release", done))
+	}
+	idle(t, s)
+	require.Empty(t, pgAdvisory(t, db))
+}
+
+// What is queued for one connection when the other is lost waits for the next session.
+func TestQueuedWhenTheOtherIsLost(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	s := pgProviderInUse(t, p).session
+	openSecondLane(t, s)
+	goOn := occupy(t, s, 0)
+	done := make(chan error)
+	const number = 5
+	for i := range number {
+		l := pgNew(t, p, int64(i+10), "queued")
+		go func() { done <- l.Notify(pgBackground) }()
+	}
+	queued(t, s, 0, opAnnounce, number)
+	pgTerminate(t, db, secondBackend(t, s))
+	pgUntil(t, "the session is lost", func() bool { return !p.Stats().Connected })
+	goOn()
+	for range number {
+		require.NoError(t, pgReceive(t, "the claim", done))
+	}
+}
+
+// A batch that fails after its lane has ended is answered: nobody would repeat it.
+func TestFailedBatchOfAnEndedLane(t *testing.T) {
+	t.Parallel()
+	p := pgProvider(t, newDatabase(t))
+	s := pgProviderInUse(t, p).session
+	s.mu.Lock()
+	first := s.lanes[0].link
+	s.mu.Unlock()
+	l, err := s.openSecond(pgBackground, first)
+	require.NoError(t, err)
+	defer l.close()
+	l.stall.cancel = func() bool { return true }
+	l.release, err = l.conn.PrepareContext(pgBackground, `SELECT 1 / (cardinality($1::bigint[]) * 0), $2::uuid[], $3::boolean[], 0`)
+	require.NoError(t, err)
+	var batch []*op
+	for key := range int64(2) {
+		batch = append(batch, &op{kind: opRelease, ctx: pgBackground, req: request{claim: claim{key: key}}, freed: make(chan error, 1)})
+	}
+	require.NoError(t, s.lanes[1].execute(l, batch), "the link is not broken")
+	for _, o := range batch {
+		require.ErrorIs(t, pgReceive(t, "the answer", o.freed), ErrLockLost)
+	}
+	require.Zero(t, p.Stats().Queued)
+}
+
+// The session is lost while the second connection is in the middle of a statement: it
+// is cut, and what follows does not wait for the statement.
+func TestLossInterruptsTheOther(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	s := pgProviderInUse(t, p).session
+	openSecondLane(t, s)
+	ended := make(chan error, 1)
+	s.mu.Lock()
+	s.lanes[1].choreLocked(func(l *link) error {
+		_, err := l.conn.ExecContext(pgBackground, `SELECT pg_sleep(60)`)
+		ended <- err
+		return err
+	})
+	s.mu.Unlock()
+	second := secondBackend(t, s)
+	pgUntil(t, "it sleeps", func() bool {
+		return pgGet[bool](t, db, `SELECT query LIKE '%pg_sleep%' FROM pg_stat_activity WHERE pid = $1`, second)
+	})
+	pgTerminate(t, db, pgBackend(t, s))
+	require.Nil(t, pq.As(pgReceive(t, "the statement", ended)), "it was not the server's timeout that ended it")
+	next, _ := pgHold(t, p, 1, "in the next session")
+	require.NoError(t, next.Unlock(pgBackground))
+}
+
+// A second connection that is open when the session has been lost is of no use.
+func TestSecondConnectionTooLate(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	p := pgProvider(t, uri)
+	s := pgProviderInUse(t, p).session
+	s.mu.Lock()
+	now := s.lanes[0].link
+	s.mu.Unlock()
+	before := &link{generation: now.generation, number: now.number, pid: now.pid}
+	require.NoError(t, s.runSecond(pgBackground, before))
+	s.mu.Lock()
+	require.Nil(t, s.lanes[1].link)
+	s.mu.Unlock()
+	require.Equal(t, 2, pgConnections(t, pgDB(t, uri)))
+}
+
+// Close carries out what is queued on either connection, and ends no move halfway.
+func TestCloseWaitsForBothConnections(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	s := p.session
+	locks, _ := holdMany(t, p, 4)
+	moveAway(t, s, 1, 2)
+	require.Equal(t, uint8(1), moved(t, s, 2).lane)
+	goOn := occupy(t, s, 1)
+	s.mu.Lock()
+	s.lanes[0].choreLocked(func(l *link) error { return s.share(l, []int64{3}) })
+	s.mu.Unlock()
+	pgUntil(t, "a key moves", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.moving == 1
+	})
+	done := make(chan error)
+	for _, l := range locks {
+		go func() { done <- l.Unlock(pgBackground) }()
+	}
+	queued(t, s, 1, opRelease, 2)
+	closed := make(chan error)
+	go func() { closed <- p.Close() }()
+	pgUntil(t, "it closes", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.closing
+	})
+	goOn()
+	for range locks {
+		require.NoError(t, pgReceive(t, "the release", done))
+	}
+	require.NoError(t, pgReceive(t, "Close", closed))
+	require.Zero(t, pgGet[int](t, db, `SELECT count(*) FROM env_lock_state WHERE holder_id IS NOT NULL`))
+	require.Zero(t, pgConnections(t, db))
 }

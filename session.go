@@ -299,7 +299,9 @@ func (s *session) run() {
 		if err == nil {
 			opened := time.Now()
 			err = s.lanes[0].serve(l)
-			s.lose(l, err)
+			if !s.lose(l, err) {
+				err = errReleaseLost // by somebody else, who has told why
+			}
 			l.close()
 			s.awaitSecond()
 			if err == nil || time.Since(opened) > heartbeatInterval {
@@ -350,7 +352,7 @@ func (s *session) refuseQueued(reason error) {
 	}
 	var failed []*op
 	s.mu.Lock()
-	queues := &s.lanes[0].queues // the other lane has nothing
+	queues := &s.lanes[0].queues // the second lane has none without a session
 	for k, q := range queues {
 		queues[k] = slices.DeleteFunc(q, func(o *op) bool {
 			fail := all || time.Since(o.queued) > patience || o.state == opAbandoned
@@ -431,21 +433,23 @@ func (s *session) proveNotify(l *link) error {
 	}
 }
 
-// cancelStalled cancels what a link is doing.
-func (s *session) cancelStalled(l *link) {
+// cancelStalled cancels what a link is doing, and answers whether it could.
+func (s *session) cancelStalled(l *link) bool {
 	ctx, cancel := context.WithTimeout(s.ctx, cancelTimeout)
 	defer cancel()
-	err := s.briefly(ctx, func(db *sql.DB) error {
+	err := s.briefly(ctx, func(ctx context.Context, db *sql.DB) error {
 		_, err := db.ExecContext(ctx, `SELECT pg_cancel_backend($1)`, l.pid)
 		return err
 	})
 	if err != nil {
 		s.log.Warn("locker: stalled statement could not be cancelled", slog.String("error", err.Error()))
 	}
+	return err == nil
 }
 
-// briefly lends a connection beside those of the lanes. There is one at a time.
-func (s *session) briefly(ctx context.Context, use func(db *sql.DB) error) error {
+// briefly lends a connection beside those of the lanes. There is one at a time, and
+// it is cut when ctx is done: lib/pq would open another to cancel a statement.
+func (s *session) briefly(ctx context.Context, use func(ctx context.Context, db *sql.DB) error) error {
 	select {
 	case s.brief <- struct{}{}:
 		defer func() { <-s.brief }()
@@ -456,10 +460,18 @@ func (s *session) briefly(ctx context.Context, use func(db *sql.DB) error) error
 	if err != nil {
 		return errors.New("postgres URI is invalid")
 	}
-	db := sql.OpenDB(connector)
-	db.SetMaxOpenConns(1)
-	defer func() { _ = db.Close() }() // nothing is left to be lost
-	return use(db)
+	l := &link{}
+	connector.Dialer(l)
+	stop := context.AfterFunc(ctx, l.kill)
+	defer stop()
+	l.db = sql.OpenDB(connector)
+	l.db.SetMaxOpenConns(1)
+	defer l.close() // nothing is left to be lost
+	err = use(context.WithoutCancel(ctx), l.db)
+	if err != nil && ctx.Err() != nil {
+		err = contextError(ctx)
+	}
+	return err
 }
 
 // aliveLocked says whether the session that a link belongs to is still open.
@@ -470,12 +482,13 @@ func (s *session) aliveLocked(l *link) bool {
 
 // lose ends the links of both lanes, of which l is the first's, and tells everybody
 // who depends on them. It may be called more than once, by anybody; after the first
-// time it does nothing.
-func (s *session) lose(l *link, cause error) {
+// time it does nothing and answers false. Without a cause, at the end of close,
+// nothing is held or queued any more.
+func (s *session) lose(l *link, cause error) bool {
 	s.mu.Lock()
 	if l == nil || s.lanes[0].link != l {
 		s.mu.Unlock()
-		return
+		return false
 	}
 	second := s.lanes[1].link
 	held := len(s.held)
@@ -506,13 +519,14 @@ func (s *session) lose(l *link, cause error) {
 		second.kill()
 	}
 	if cause == nil {
-		return
+		return true
 	}
 	l.kill()
 	for _, o := range releases {
 		s.lanes[0].finish(nil, []*op{o}, []result{{err: errReleaseLost}})
 	}
 	s.log.Warn("locker: session lost", slog.Int("held", held), slog.String("cause", cause.Error()), slog.Int("backend_pid", l.pid))
+	return true
 }
 
 // notified takes a payload from the listener.

@@ -197,7 +197,7 @@ func (ln *lane) whyNot(ctx context.Context, l *link, batch []*op, results []resu
 		err = l.failKeys(batch, results, missing, err)
 	}
 	if len(tried) > 0 && err == nil {
-		err = l.failKeys(batch, results, tried, ln.giveBack(ctx, l, tried))
+		err = ln.giveBack(ctx, l, tried)
 	}
 	return err
 }
