@@ -5,6 +5,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/uuid"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
@@ -220,4 +222,49 @@ func TestDeadlinesDoNotWaitForEachOther(t *testing.T) {
 		}
 		close(observed)
 	})
+}
+
+// Ten thousand callers at once: who came first is served first, and who does something
+// else, such as give back a key, does not wait for all of them.
+func TestPostgresTenThousandCallers(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	p := pgProvider(t, uri)
+	held, _ := pgHold(t, p, 1<<40, "gives back meanwhile")
+	s := p.session
+	const callers = 10_000
+	pgExec(t, pgDB(t, uri), `INSERT INTO env_lock_state (lock_key) SELECT generate_series(1, $1)`, callers)
+	goOn := occupy(t, s, 0)
+	all := make([]*op, callers)
+	s.mu.Lock()
+	for i := range all {
+		c := claim{key: int64((i*7919)%callers + 1), id: uuid.New(), event: "all at once"}
+		all[i] = &op{kind: opAnnounce, ctx: pgBackground, req: request{claim: c}, done: make(chan result, 1)}
+		s.enqueueLocked(all[i])
+	}
+	s.mu.Unlock()
+	// answered counts who has an answer; they are those who came first.
+	answered := func() (n int) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for i, o := range all {
+			if o.state == opDone {
+				n++
+				require.Equal(t, i+1, n, "who came later was served before")
+			}
+		}
+		return n
+	}
+	released := make(chan int, 1)
+	go func() {
+		assert.NoError(t, held.Unlock(pgBackground))
+		released <- answered()
+	}()
+	queued(t, s, 0, opRelease, 1)
+	goOn()
+	pgUntil(t, "all are answered", func() bool { return answered() == callers })
+	require.Less(t, pgReceive(t, "the release", released), callers, "it came last, but does not wait for all")
+	for _, o := range all {
+		require.NoError(t, (<-o.done).err)
+	}
 }

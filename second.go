@@ -19,7 +19,7 @@ const (
 	parkFrom  = 512 // holds that have lasted on the first lane, above which they are parked
 	parkUntil = 128 // holds on the second lane, below which it is not theirs alone any more
 
-	restBeats = 3 // heartbeats for a duty to be found
+	restBeats = 3 // heartbeats without a duty, after which the second lane is closed
 
 	widenPause = 10 * time.Second // after the second lane could not be opened
 )
