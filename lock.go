@@ -311,7 +311,7 @@ func (l *lock) begin() error {
 	l.phase = waiting
 	l.began = time.Now()
 	l.stop = make(chan struct{})
-	l.armLocked(l.conf.lockTimeout)
+	l.armLocked(l.began.Add(l.conf.lockTimeout))
 	return nil
 }
 
@@ -329,9 +329,9 @@ func (l *lock) abandon() {
 	}
 }
 
-// armLocked bounds the phase that begins now.
-func (l *lock) armLocked(d time.Duration) {
-	l.deadline = time.Now().Add(d)
+// armLocked bounds the phase.
+func (l *lock) armLocked(deadline time.Time) {
+	l.deadline = deadline
 	l.backend.events().alarms.set(l, l.deadline)
 }
 
@@ -350,7 +350,7 @@ func (l *lock) expire() {
 		news = l.notifyLocked(ErrMaxLockDuration, l.ownPayload(ErrMaxLockDuration))
 	case notified:
 		if time.Now().Before(l.shielded) {
-			l.armLocked(time.Until(l.shielded))
+			l.armLocked(l.shielded)
 			break
 		}
 		l.lost = errors.WithMessagef(ErrLockLost, "revoked %v after it was notified (%v)", l.conf.preemptionTimeout, l.cause)
@@ -391,7 +391,7 @@ func (l *lock) Unshield() {
 	defer l.mu.Unlock()
 	l.shielded = time.Time{}
 	if l.phase == notified {
-		l.armLocked(time.Until(l.revokeAt))
+		l.armLocked(l.revokeAt)
 	}
 }
 
@@ -544,8 +544,9 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 	case ctx.Err() != nil:
 		return nil, 0, contextError(ctx)
 	}
-	waited = time.Since(l.began)
-	l.began = time.Now()
+	now := time.Now()
+	waited = now.Sub(l.began)
+	l.began = now
 	l.phase = held
 	l.placed = true
 	l.standing = a.newest
@@ -553,7 +554,7 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 	l.token = a.token
 	l.drain = a.drain
 	l.ch = make(chan NotificationPayload, 1)
-	l.armLocked(l.conf.maxLockDuration)
+	l.armLocked(now.Add(l.conf.maxLockDuration))
 	if ctx.Done() != nil {
 		l.unwatch = context.AfterFunc(ctx, func() { l.tell(contextError(ctx)) })
 	}
@@ -588,7 +589,7 @@ func (l *lock) notifyLocked(cause error, payload NotificationPayload) func() {
 	l.cause = cause
 	l.unwatchLocked()
 	l.revokeAt = time.Now().Add(l.conf.preemptionTimeout)
-	l.armLocked(l.conf.preemptionTimeout)
+	l.armLocked(l.revokeAt)
 	l.ch <- payload // never blocks: capacity 1, and a lock is notified once
 	after := time.Since(l.began)
 	return func() { l.observe(ObservedNotified, after, cause) }
@@ -655,15 +656,15 @@ func (l *lock) unlock(ctx context.Context) error {
 
 	case held, notified:
 		l.endLocked()
-		l.deadline = time.Now().Add(releaseTimeout) // an alarm that is on its way was for the hold
+		now := time.Now()
+		lasted, limit := now.Sub(l.began), now.Add(releaseTimeout)
+		l.deadline = limit // an alarm that is on its way was for the hold
 		l.mu.Unlock()
 		done := l.backend.release(ctx, l.claim)
 		l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
-		l.observe(ObservedReleased, time.Since(l.began), l.Cause())
+		l.observe(ObservedReleased, lasted, l.Cause())
 		if done != nil {
-			l.mu.Lock()
-			l.armLocked(releaseTimeout)
-			l.mu.Unlock()
+			l.backend.events().alarms.set(l, limit)
 			defer l.backend.events().alarms.drop(l)
 		}
 		return awaitUntil(ctx, l.stop, done)

@@ -117,7 +117,8 @@ type PreemptiveLocker struct {
 	order   *int64
 	stage   stage
 	aborted bool               // locking: Release was called
-	cancel  context.CancelFunc // ends what Lock is doing; called by Release
+	calls   context.Context    // see abortable; nil before it is needed
+	cancel  context.CancelFunc // ends calls
 	waiting PreemptableLock    // locking: the lock, once there is one
 	left    chan struct{}      // locking: closed when Lock has left; made by the Release that waits for it
 	lock    PreemptableLock    // locked and later
@@ -222,15 +223,13 @@ func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayl
 	span, ctx := p.startSpan(ctx, "lock")
 	defer func() { p.finishSpan(span, err) }()
 
-	abortable, cancel := context.WithCancel(ctx)
-	if err := p.begin(cancel); err != nil {
-		cancel()
+	if err := p.begin(); err != nil {
 		return nil, err
 	}
-	lock, ch, err := p.acquire(ctx, abortable)
+	lock, ch, err := p.acquire(ctx)
 	err = p.arrive(lock, err)
 	if err != nil {
-		cancel()
+		p.abort()
 		if lock != nil {
 			_ = unlockDetached(ctx, lock)
 		}
@@ -265,7 +264,6 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 		}
 		left, lock = p.left, p.waiting
 		p.aborted = true
-		p.cancel()
 	case locked:
 		p.stage = released
 	}
@@ -275,6 +273,7 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 	case unlocked:
 		err = errors.New("Release before Lock")
 	case locking:
+		p.abort()
 		if lock != nil {
 			if own := ownLock(lock); own != nil {
 				own.abandon()
@@ -284,7 +283,7 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 		err = await(ctx, releaseTimeout-time.Since(start), left)
 	case locked:
 		err = unlockBounded(ctx, lock)
-		p.cancel()
+		p.abort()
 	}
 	return errors.WithMessagef(err, "locker: release %q#%d", p.repo, p.pr)
 }
@@ -450,61 +449,89 @@ func (p *PreemptiveLocker) usable(ctx context.Context) error {
 	return nil
 }
 
-func (p *PreemptiveLocker) begin(cancel context.CancelFunc) error {
+func (p *PreemptiveLocker) begin() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.stage != unlocked {
 		return errors.New("locker: Lock was called before on this PreemptiveLocker (it is single use)")
 	}
 	p.stage = locking
-	p.cancel = cancel
 	return nil
 }
 
+// abortable is ctx, and ends with Release, too. What does not block needs none, nor
+// does the wait of this package's own locks, which Unlock ends.
+func (p *PreemptiveLocker) abortable(ctx context.Context) context.Context {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.calls == nil {
+		p.calls, p.cancel = context.WithCancel(ctx)
+		if p.aborted {
+			p.cancel()
+		}
+	}
+	return p.calls
+}
+
+// abort ends what abortable has answered.
+func (p *PreemptiveLocker) abort() {
+	p.mu.Lock()
+	cancel := p.cancel
+	p.mu.Unlock()
+	if cancel != nil {
+		cancel()
+	}
+}
+
 // acquire claims the key and waits for it and for the lock delay. It answers the
-// lock, once there is one, also with an error. Release ends abortable, which comes
-// from ctx.
-func (p *PreemptiveLocker) acquire(ctx, abortable context.Context) (PreemptableLock, <-chan NotificationPayload, error) {
+// lock, once there is one, also with an error.
+func (p *PreemptiveLocker) acquire(ctx context.Context) (PreemptableLock, <-chan NotificationPayload, error) {
 	if err := checkRepo(p.repo, p.pr); err != nil {
 		return nil, nil, err
 	}
-	if own, ok := p.provider.(*PostgresLockProvider); ok {
+	calls := ctx
+	switch own := p.provider.(type) {
+	case *PostgresLockProvider:
 		pull := pullRequest{p.repo, p.pr}
 		if key, ok := own.hints.get(pull); ok {
-			lock, ch, err := p.claim(ctx, abortable, key, &pull)
+			lock, ch, err := p.claim(ctx, ctx, key, &pull)
 			if !errors.Is(err, errKeyMoved) {
 				return lock, ch, err
 			}
 		}
+		calls = p.abortable(ctx)
+	case *FakeLockProvider: // does not block
+	default:
+		calls = p.abortable(ctx)
 	}
-	key, err := p.provider.LockKey(abortable, p.repo, p.pr)
+	key, err := p.provider.LockKey(calls, p.repo, p.pr)
 	if err != nil {
 		return nil, nil, err
 	}
-	return p.claim(ctx, abortable, key, nil)
+	return p.claim(ctx, calls, key, nil)
 }
 
-func (p *PreemptiveLocker) claim(ctx, abortable context.Context, key int64, pull *pullRequest) (PreemptableLock, <-chan NotificationPayload, error) {
+func (p *PreemptiveLocker) claim(ctx, calls context.Context, key int64, pull *pullRequest) (PreemptableLock, <-chan NotificationPayload, error) {
 	p.mu.Lock()
 	p.key = key
 	p.mu.Unlock()
-	lock, err := p.provider.New(abortable, key, p.event)
+	lock, err := p.provider.New(calls, key, p.event)
 	if err != nil {
 		return nil, nil, err
 	}
 	if isNil(lock) {
 		return nil, nil, errors.New("lock provider answered no lock")
 	}
-	ch, err := p.announceAndLock(ctx, abortable, lock, pull)
+	ch, err := p.announceAndLock(ctx, lock, pull)
 	if err != nil {
 		return lock, nil, err
 	}
-	return lock, ch, p.delay(abortable, lock, ch)
+	return lock, ch, p.delay(ctx, lock, ch)
 }
 
 // announceAndLock announces the claim and waits for the key. A lock of this package
 // does both at once (C9).
-func (p *PreemptiveLocker) announceAndLock(ctx, abortable context.Context, lock PreemptableLock, pull *pullRequest) (<-chan NotificationPayload, error) {
+func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock PreemptableLock, pull *pullRequest) (<-chan NotificationPayload, error) {
 	p.mu.Lock()
 	order := p.order
 	p.mu.Unlock()
@@ -516,7 +543,7 @@ func (p *PreemptiveLocker) announceAndLock(ctx, abortable context.Context, lock 
 	}
 	own := ownLock(lock)
 	if own == nil {
-		if err := lock.Notify(withOrder(abortable)); err != nil {
+		if err := lock.Notify(withOrder(p.abortable(ctx))); err != nil {
 			return nil, err
 		}
 	}
@@ -527,10 +554,10 @@ func (p *PreemptiveLocker) announceAndLock(ctx, abortable context.Context, lock 
 	switch {
 	case aborted:
 		return nil, errReleasedWait
-	case own != nil: // its wait is ended by Unlock: to watch one context less is worth much
+	case own != nil:
 		return own.announceAndLock(withOrder(ctx), pull)
 	}
-	return lock.Lock(abortable)
+	return lock.Lock(p.abortable(ctx))
 }
 
 // delay waits for the lock delay (C11).
@@ -544,6 +571,7 @@ func (p *PreemptiveLocker) delay(ctx context.Context, lock PreemptableLock, ch <
 	if d <= 0 {
 		return nil
 	}
+	ctx = p.abortable(ctx)
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
