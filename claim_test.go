@@ -106,6 +106,44 @@ func TestPostgresLateClaimCannotGiveBack(t *testing.T) {
 	pgUntil(t, "nothing stays locked", func() bool { return len(pgAdvisory(t, db)) == 0 })
 }
 
+// C21, C22: while the server is away a claim on a key that is remembered ends for the same
+// reasons as any other.
+func TestPostgresClaimDuringOutage(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	px := newProxy(t, "", uri, nil)
+	p := pgProvider(t, px.uri(t, uri), WithLockTimeout(time.Second))
+	q := pgProvider(t, px.uri(t, uri))
+	var lockers []*PreemptiveLocker
+	for i, f := range []PreemptiveLockerFactory{pgLocker(t, p), pgLocker(t, q)} {
+		l := f("org/repo", uint(i), "before")
+		_, err := l.Lock(pgBackground)
+		require.NoError(t, err)
+		require.NoError(t, l.Release(pgBackground))
+		lockers = append(lockers, f("org/repo", uint(i), "during"))
+	}
+	px.close()
+	for _, provider := range []*PostgresLockProvider{p, q} {
+		pgUntil(t, "the session is lost", func() bool { return !provider.Stats().Connected })
+	}
+	_, err := lockers[0].Lock(pgBackground)
+	require.ErrorIs(t, err, ErrLockTimeout)
+	require.ErrorContains(t, err, "not available", "and the reason is told")
+
+	failed := make(chan error, 1)
+	go func() {
+		_, err := lockers[1].Lock(pgBackground)
+		failed <- err
+	}()
+	pgUntil(t, "it has been tried", func() bool {
+		q.session.mu.Lock()
+		defer q.session.mu.Unlock()
+		return q.session.trouble != nil && q.session.queuedLocked() == 1
+	})
+	require.NoError(t, q.Close())
+	require.ErrorIs(t, pgReceive(t, "the claim", failed), ErrProviderClosed)
+}
+
 // inOneBatch has the worker wait until number operations have been queued by f.
 func inOneBatch(t *testing.T, s *session, number int, f func()) {
 	t.Helper()

@@ -24,16 +24,16 @@ type lane struct {
 	wake    chan struct{} // capacity 1: there is work, for the first lane's worker while it has no link
 
 	// Guarded by the session's mu.
-	queues  [opKinds][]*op
-	chores  []chore
-	link    *link       // nil: none is open
-	idling  *link       // the worker reads ahead on it; a read deadline in the past ends that
-	beats   uint32      // heartbeats of the link
-	since   uint32      // second: the beats when its duty began
-	holds   int         // at the last heartbeat
-	trusted *time.Timer // ends the session when heartbeats do not succeed for too long
+	queues [opKinds][]*op
+	chores []chore
+	link   *link  // nil: none is open
+	idling *link  // the worker reads ahead on it; a read deadline in the past ends that
+	beats  uint32 // heartbeats of the link
+	since  uint32 // second: the beats when its duty began
+	holds  int    // at the last heartbeat
 
-	// The worker's own.
+	// The worker's own; whoever loses the session stops trusted.
+	trusted *time.Timer // ends the session when heartbeats do not succeed for too long
 	next    opKind      // whose turn it is
 	beat    time.Time   // when the next heartbeat is due
 	pulse   *time.Timer // wakes the worker then
@@ -422,10 +422,11 @@ func (ln *lane) undo(ctx context.Context, l *link, batch []*op) error {
 		}
 	}
 	s.mu.Unlock()
-	return ln.giveBack(ctx, l, keys)
+	return l.free(ctx, keys)
 }
 
-func (ln *lane) giveBack(ctx context.Context, l *link, keys []int64) error {
+// free gives back whatever the link holds of the keys.
+func (l *link) free(ctx context.Context, keys []int64) error {
 	_, err := l.giveBack.ExecContext(ctx, pq.Array(keys))
 	if err != nil && !l.broken(err) {
 		// What was freed stays free. The notification may have found no room in the

@@ -24,9 +24,9 @@ import (
 //go:embed schema.sql
 var SchemaSQL string
 
-// The statements. All take arrays, so that one of them serves any number of
-// locks; the arrays are sorted by key, so that two sessions never lock rows in
-// opposite order.
+// The statements. They take arrays, so that one of them serves any number of
+// locks; those that write have them sorted by key, so that two connections never lock
+// rows in opposite order.
 const (
 	sqlLookup = `
 SELECT w.ord, e.lock_key
@@ -152,8 +152,9 @@ FROM (SELECT (l.classid::bigint << 32) | l.objid::bigint AS key, l.mode FROM pg_
     WHERE l.locktype = 'advisory' AND l.pid = pg_backend_pid() AND l.objsubid = 1) h
 WHERE h.key = ANY ($1::bigint[])`
 
-	// The three steps by which a hold moves to another connection, see park. The
-	// first finds nothing to exchange where a release failed halfway.
+	// The three steps by which a hold moves to another connection, see park. Where a
+	// release failed halfway the first finds nothing to exchange, and puts back what it
+	// took: IS NULL is false, but not known to the planner.
 	sqlShare = `
 SELECT k.key, CASE WHEN NOT pg_try_advisory_lock_shared(k.key) THEN false
     WHEN pg_advisory_unlock(k.key) THEN true
@@ -211,9 +212,9 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
 // sqlAcquire would next. Who has the advisory lock always takes the row: a
 // holder that it still names is dead.
 //
-// A commit that takes is flushed. One that notifies is not: notifying
-// transactions commit one after the other, server-wide. So a commit that has to
-// do both says so in the column unflushed, and sqlFlush follows it.
+// A commit that only takes is flushed. One that notifies is not: notifying
+// transactions commit one after the other, server-wide. The fifth column is set if the
+// commit is not flushed; if it took a key all the same, sqlFlush follows.
 //
 // A claim for a pull request that has another key is dropped, too. Which
 // of the reasons it was, and a row that is missing, sqlWhyNot tells.

@@ -439,6 +439,9 @@ func (l *lock) acquire(ctx context.Context, announce *announcement) (_ <-chan No
 			a, err = l.announce(ctx, l.stop, *announce)
 			announce = nil
 			if err != nil && !errors.Is(err, errStopped) {
+				if ended := l.waitEnded(ctx, err); ended != nil { // what ended the wait counts, the error explains it
+					err = ended
+				}
 				return nil, 0, errors.WithMessagef(err, "announce %q", l.claim.event)
 			}
 		} else {
@@ -939,7 +942,7 @@ func (a *alarms) drop(l *lock) {
 	}
 }
 
-// stop ends the timer. What is set afterwards starts it again.
+// stop ends the timer, unless a lock needs it. What is set afterwards starts it again.
 func (a *alarms) stop() {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -43,7 +43,7 @@ func (h *keyHints) get(pull pullRequest) (key int64, ok bool) {
 func (h *keyHints) set(pull pullRequest, key int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.keys == nil || len(h.keys) >= maxHints {
+	if _, known := h.keys[pull]; !known && (h.keys == nil || len(h.keys) >= maxHints) {
 		h.keys = map[pullRequest]int64{}
 	}
 	h.keys[pull] = key

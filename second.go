@@ -12,9 +12,9 @@ import (
 )
 
 const (
-	crowd      = 64   // operations in a batch that are many
-	crowdedFor = 64   // lead of large batches over others at which the lanes split the keys
-	quiet      = 3000 // operations of the second lane between two heartbeats below which one lane will do
+	crowd      = 64   // a batch of so many operations is large
+	crowdedFor = 64   // the lanes split the keys when so many more batches were large than not
+	quiet      = 3000 // with fewer operations between two heartbeats the second lane gives its keys back
 
 	parkFrom  = 512 // holds that have lasted on the first lane, above which they are parked
 	parkUntil = 128 // holds on the second lane, below which it is not theirs alone any more
@@ -27,8 +27,10 @@ const (
 // duty is what the second lane is for. It is opened when there is a duty for it, and
 // closed when there is none and it holds nothing.
 //
-//	rest → claims → rest    while there is more to do than one connection gets done
-//	rest or claims → park → rest    while more is held than a fast connection can
+//	rest → claims → rest            while there is more to do than one connection gets done
+//	rest or claims → park → rest    while so much is held that the first connection would be slow
+//
+// While holds are parked there the keys are not split.
 //
 // Every transaction of a connection pays for each advisory lock that the connection
 // holds, 55 ms for a million. So holds that last are parked on the second lane,
@@ -43,10 +45,10 @@ const (
 
 // widenLocked opens the second lane.
 func (s *session) widenLocked() {
-	if s.second != nil || s.closing || time.Now().Before(s.widenAfter) {
+	first := s.lanes[0].link
+	if first == nil || s.second != nil || s.closing || time.Now().Before(s.widenAfter) {
 		return
 	}
-	first := s.lanes[0].link
 	ctx, abort := context.WithCancel(s.ctx)
 	over := make(chan struct{})
 	s.second, s.abort = over, abort
@@ -180,7 +182,7 @@ func (s *session) park(settled []int64) {
 	switch {
 	case s.moving > 0:
 	case len(settled) <= parkFrom:
-		if s.duty == dutyPark && second.holds < parkUntil {
+		if s.duty == dutyPark && second.beats > second.since+1 && second.holds < parkUntil { // counted since
 			s.takeDutyLocked(dutyRest)
 		}
 	case second.link == nil:
@@ -247,7 +249,7 @@ func (s *session) takeOver(l *link, keys, settled pq.Int64Array) error {
 			return err
 		}
 		taken = nil
-		if err := s.lanes[1].giveBack(context.Background(), l, keys); err != nil {
+		if err := l.free(context.Background(), keys); err != nil {
 			return err
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/lib/pq"
+	"github.com/pkg/errors"
 	"github.com/preemptable/locker/internal/pgserver"
 	"github.com/stretchr/testify/require"
 )
@@ -33,7 +34,7 @@ func moveAway(t *testing.T, s *session, keys ...int64) {
 	openSecondLane(t, s)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.duty = dutyPark
+	s.takeDutyLocked(dutyPark)
 	s.lanes[0].choreLocked(func(l *link) error { return s.share(l, keys) })
 }
 
@@ -180,6 +181,10 @@ func TestParkedHold(t *testing.T) {
 	l, told := pgHold(t, p, 1, "first")
 	moveAway(t, p.session, 1)
 	require.Equal(t, uint8(1), moved(t, p.session, 1).lane)
+	p.session.park(nil) // the first lane's heartbeat, before the second has counted what it has got
+	p.session.mu.Lock()
+	require.Equal(t, dutyPark, p.session.duty)
+	p.session.mu.Unlock()
 	moveAway(t, p.session, 1, 2) // one is moved already, the other not held
 	idle(t, p.session)
 	require.Equal(t, map[int64]int{1: secondBackend(t, p.session)}, pgAdvisory(t, db))
@@ -750,4 +755,21 @@ func TestCloseWaitsForBothConnections(t *testing.T) {
 	require.NoError(t, pgReceive(t, "Close", closed))
 	require.Zero(t, pgGet[int](t, db, `SELECT count(*) FROM env_lock_state WHERE holder_id IS NOT NULL`))
 	require.Zero(t, pgConnections(t, db))
+}
+
+// The session is lost when the first lane is about to open the second.
+func TestWidenAfterLoss(t *testing.T) {
+	t.Parallel()
+	p := pgProvider(t, newDatabase(t))
+	s := pgProviderInUse(t, p).session
+	s.mu.Lock()
+	first := s.lanes[0].link
+	s.mu.Unlock()
+	require.True(t, s.lose(first, errors.New("test")))
+	require.False(t, s.lose(first, errors.New("test")))
+	s.split()
+	s.park(make([]int64, parkFrom+1))
+	s.awaitSecond()
+	l, _ := pgHold(t, p, 1, "in the next session")
+	require.NoError(t, l.Unlock(pgBackground))
 }

@@ -32,8 +32,8 @@ const (
 //
 // The first lane and the listener start with the first operation and end with
 // close; a link that is lost is replaced when there is work again. The second lane
-// comes and goes, see duty. The session is lost as a whole: with the link of one
-// lane ends that of the other.
+// comes and goes, see duty. The session is lost as a whole: if one link is lost, so
+// is the other.
 type session struct {
 	dsn         string
 	serviceName string
@@ -55,7 +55,7 @@ type session struct {
 	done       chan struct{} // closed when the first lane's worker has ended
 	brief      chan struct{} // capacity 1: who has a connection beside these, for a moment (C23)
 
-	ctx  context.Context // ends with close; only the opening of links depends on it
+	ctx  context.Context // ends with close; what is opened depends on it, not what is sent
 	stop context.CancelFunc
 
 	// The first lane's worker's own.
@@ -435,7 +435,7 @@ func (s *session) proveNotify(l *link) error {
 
 // cancelStalled cancels what a link is doing, and answers whether it could.
 func (s *session) cancelStalled(l *link) bool {
-	ctx, cancel := context.WithTimeout(s.ctx, cancelTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), cancelTimeout) // also while the session closes
 	defer cancel()
 	err := s.briefly(ctx, func(ctx context.Context, db *sql.DB) error {
 		_, err := db.ExecContext(ctx, `SELECT pg_cancel_backend($1)`, l.pid)

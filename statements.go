@@ -197,7 +197,7 @@ func (ln *lane) whyNot(ctx context.Context, l *link, batch []*op, results []resu
 		err = l.failKeys(batch, results, missing, err)
 	}
 	if len(tried) > 0 && err == nil {
-		err = ln.giveBack(ctx, l, tried)
+		err = l.free(ctx, tried)
 	}
 	return err
 }
@@ -274,8 +274,8 @@ func (ln *lane) acquireKeys(ctx context.Context, l *link, batch []*op) ([]result
 	var age sql.NullFloat64
 	row := []any{&key, &gone, &hidden, &valid, &have, &number, &id, &newestEvent, &token, &age}
 	err := each(ctx, l.acquire, args, row, func() {
-		o := batch[find(batch, key)]
-		a := &results[find(batch, key)].answer
+		i := find(batch, key)
+		o, a := batch[i], &results[i].answer
 		if number.Valid {
 			a.newest = standing{number.Int64, id.UUID}
 		}
@@ -307,7 +307,7 @@ func (ln *lane) acquireKeys(ctx context.Context, l *link, batch []*op) ([]result
 		refused = append(refused, key)
 	}
 	if len(refused) > 0 { // a newer claim came in between
-		if err := ln.giveBack(ctx, l, refused); err != nil {
+		if err := l.free(ctx, refused); err != nil {
 			return nil, err
 		}
 	}
@@ -368,7 +368,7 @@ func (ln *lane) releaseKeys(ctx context.Context, l *link, batch []*op) ([]result
 		}
 	}
 	if len(rest) > 0 { // somebody deleted the rows
-		if err := ln.giveBack(ctx, l, rest); err != nil {
+		if err := l.free(ctx, rest); err != nil {
 			return nil, err
 		}
 	}
