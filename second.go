@@ -61,7 +61,7 @@ func (s *session) widenLocked() {
 		s.second, s.abort = nil, nil
 		if err != nil {
 			s.widenAfter = time.Now().Add(widenPause)
-			s.log.Warn("locker: second connection could not be opened", slog.String("error", err.Error()))
+			s.log.Warn("locker: third connection could not be opened", slog.String("error", err.Error()))
 		}
 		s.lanes[0].wakeUpLocked()
 	}()
@@ -113,7 +113,7 @@ func (s *session) openSecond(ctx context.Context, first *link) (*link, error) {
 		err = l.conn.QueryRowContext(context.Background(), sqlSameServer, first.number, first.pid).Scan(&same)
 	}
 	if err == nil && !same {
-		err = errors.New("locker: the second connection reached another server than the first")
+		err = errors.New("locker: the third connection reached another server than the first")
 	}
 	if err != nil {
 		l.close()

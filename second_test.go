@@ -534,7 +534,7 @@ func TestNoSecondConnection(t *testing.T) {
 	s.widenLocked()
 	s.mu.Unlock()
 	s.awaitSecond()
-	require.Contains(t, log.String(), "second connection could not be opened")
+	require.Contains(t, log.String(), "third connection could not be opened")
 	s.mu.Lock()
 	s.widenLocked()
 	require.Nil(t, s.second, "not again at once")

@@ -138,7 +138,7 @@ func (b *bench) held() {
 				Group: group, Name: "one more, in the first second", X: float64(level), Unit: "ms", Ours: early.ours.figure(), Floor: early.floor.figure(),
 				What: "with 1 held", Ratio: early.ratio(),
 			}, row{
-				Group: group, Name: "time until most are on the second connection", Unit: "ms", Ours: value(ms(settled)), Floor: value(3000), What: "a heartbeat",
+				Group: group, Name: "time until most are on the third connection", Unit: "ms", Ours: value(ms(settled)), Floor: value(3000), What: "a heartbeat",
 			}, row{
 				Group: group, Name: "memory a lock", Unit: "B", Ours: value(bytes), Floor: value(rawBytes),
 				What: "a channel, a timer, two map entries", Target: last(atMost(2048)),
