@@ -37,7 +37,10 @@ func benchFactory(b *testing.B, uri string, options ...LockProviderOption) Preem
 }
 
 func lockAndRelease(f PreemptiveLockerFactory, pr uint) error {
-	l := f("r", pr, "benchmark")
+	return goRound(f("r", pr, "benchmark"))
+}
+
+func goRound(l *PreemptiveLocker) error {
 	if _, err := l.Lock(context.Background()); err != nil {
 		return err
 	}

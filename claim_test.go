@@ -66,17 +66,11 @@ func TestPostgresLateClaimTakesNothing(t *testing.T) {
 	db := pgDB(t, uri)
 	p := pgProvider(t, uri)
 	f := pgLocker(t, p)
-	first := f("org/repo", 1, "new").Order(5)
-	_, err := first.Lock(pgBackground)
-	require.NoError(t, err)
-	require.NoError(t, first.Release(pgBackground))
-	_, err = f("org/repo", 1, "old").Order(3).Lock(pgBackground)
+	require.NoError(t, goRound(f("org/repo", 1, "new").Order(5)))
+	_, err := f("org/repo", 1, "old").Order(3).Lock(pgBackground)
 	require.ErrorIs(t, err, ErrClaimOutdated)
 	require.Empty(t, pgAdvisory(t, db))
-	last := f("org/repo", 1, "newer").Order(6)
-	_, err = last.Lock(pgBackground)
-	require.NoError(t, err)
-	require.NoError(t, last.Release(pgBackground))
+	require.NoError(t, goRound(f("org/repo", 1, "newer").Order(6)))
 }
 
 // Where it cannot be given back, the session ends with it: a key that nobody holds must
@@ -87,21 +81,12 @@ func TestPostgresLateClaimCannotGiveBack(t *testing.T) {
 	db := pgDB(t, uri)
 	p := pgProvider(t, uri)
 	f := pgLocker(t, p)
-	first := f("org/repo", 1, "new").Order(5)
-	_, err := first.Lock(pgBackground)
-	require.NoError(t, err)
-	require.NoError(t, first.Release(pgBackground))
-	s := p.session
-	ready := make(chan error, 1)
-	s.mu.Lock()
-	s.lanes[0].choreLocked(func(l *link) (err error) {
+	require.NoError(t, goRound(f("org/repo", 1, "new").Order(5)))
+	require.NoError(t, onLane(t, p.session, 0, func(l *link) (err error) {
 		l.giveBack, err = l.conn.PrepareContext(pgBackground, `SELECT 1 / (cardinality($1::bigint[]) * 0)`)
-		ready <- err
 		return err
-	})
-	s.mu.Unlock()
-	require.NoError(t, pgReceive(t, "the statement", ready))
-	_, err = f("org/repo", 1, "old").Order(3).Lock(pgBackground)
+	}))
+	_, err := f("org/repo", 1, "old").Order(3).Lock(pgBackground)
 	require.ErrorContains(t, err, "give keys back")
 	pgUntil(t, "nothing stays locked", func() bool { return len(pgAdvisory(t, db)) == 0 })
 }
@@ -116,10 +101,7 @@ func TestPostgresClaimDuringOutage(t *testing.T) {
 	q := pgProvider(t, px.uri(t, uri))
 	var lockers []*PreemptiveLocker
 	for i, f := range []PreemptiveLockerFactory{pgLocker(t, p), pgLocker(t, q)} {
-		l := f("org/repo", uint(i), "before")
-		_, err := l.Lock(pgBackground)
-		require.NoError(t, err)
-		require.NoError(t, l.Release(pgBackground))
+		require.NoError(t, goRound(f("org/repo", uint(i), "before")))
 		lockers = append(lockers, f("org/repo", uint(i), "during"))
 	}
 	px.close()
@@ -181,28 +163,19 @@ func TestPostgresTakenAndNotified(t *testing.T) {
 			p, q := pgProvider(t, uri), pgProvider(t, uri)
 			fp, fq := pgLocker(t, p), pgLocker(t, q)
 			for pr := range uint(2) { // makes the rows, and the provider remembers the keys
-				l := fp("org/repo", pr, "before")
-				_, err := l.Lock(pgBackground)
-				require.NoError(t, err)
-				require.NoError(t, l.Release(pgBackground))
+				require.NoError(t, goRound(fp("org/repo", pr, "before")))
 			}
 			holder := fq("org/repo", 0, "holder")
 			told, err := holder.Lock(pgBackground)
 			require.NoError(t, err)
 
-			s := p.session
-			ran := make(chan error, 1)
-			s.mu.Lock()
-			s.lanes[0].choreLocked(func(l *link) (err error) {
+			require.NoError(t, onLane(t, p.session, 0, func(l *link) (err error) {
 				l.flush, err = l.conn.PrepareContext(pgBackground, flush)
-				ran <- err
 				return err
-			})
-			s.mu.Unlock()
-			require.NoError(t, <-ran)
+			}))
 			errs := [2]chan error{make(chan error, 1), make(chan error, 1)}
 			locks := [2]*PreemptiveLocker{fp("org/repo", 0, "waits"), fp("org/repo", 1, "takes")}
-			inOneBatch(t, s, 2, func() {
+			inOneBatch(t, p.session, 2, func() {
 				for i, l := range locks {
 					go func() {
 						_, err := l.Lock(pgBackground)

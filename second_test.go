@@ -38,6 +38,20 @@ func moveAway(t *testing.T, s *session, keys ...int64) {
 	s.lanes[0].choreLocked(func(l *link) error { return s.share(l, keys) })
 }
 
+// onLane has a lane's worker call f, and answers its error.
+func onLane(t *testing.T, s *session, index int, f chore) error {
+	t.Helper()
+	done := make(chan error, 1)
+	s.mu.Lock()
+	s.lanes[index].choreLocked(func(l *link) error {
+		err := f(l)
+		done <- err
+		return err
+	})
+	s.mu.Unlock()
+	return pgReceive(t, "the chore", done)
+}
+
 // occupy keeps a lane's worker busy until the function that it answers is called.
 func occupy(t *testing.T, s *session, index int) (goOn func()) {
 	t.Helper()
@@ -68,18 +82,10 @@ func queued(t *testing.T, s *session, index int, kind opKind, number int) {
 // idle returns when the chores that there were are done.
 func idle(t *testing.T, s *session) {
 	t.Helper()
-	done := make(chan struct{}, 2)
 	for range 3 { // the steps of a move
-		s.mu.Lock()
-		for _, ln := range s.lanes {
-			ln.choreLocked(func(*link) error {
-				done <- struct{}{}
-				return nil
-			})
+		for i := range s.lanes {
+			require.NoError(t, onLane(t, s, i, func(*link) error { return nil }))
 		}
-		s.mu.Unlock()
-		pgReceive(t, "a chore", done)
-		pgReceive(t, "a chore", done)
 	}
 }
 
@@ -421,10 +427,10 @@ func TestMoveInDoubt(t *testing.T) {
 	s := p.session
 	locks, told := holdMany(t, p, 3)
 	openSecondLane(t, s)
-	done := make(chan error, 1)
 	s.mu.Lock()
 	s.duty = dutyPark
-	s.lanes[0].choreLocked(func(l *link) (err error) {
+	s.mu.Unlock()
+	require.NoError(t, onLane(t, s, 0, func(l *link) (err error) {
 		good := l.share
 		defer func() { l.share = good }()
 		l.share, err = l.conn.PrepareContext(pgBackground, `
@@ -433,11 +439,8 @@ func TestMoveInDoubt(t *testing.T) {
 		if err == nil {
 			err = s.share(l, []int64{1, 2, 3})
 		}
-		done <- err
 		return err
-	})
-	s.mu.Unlock()
-	require.NoError(t, pgReceive(t, "the step", done))
+	}))
 	for key := range int64(3) {
 		require.Equal(t, uint8(0), moved(t, s, key+1).lane)
 		pgQuiet(t, told[key])
