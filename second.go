@@ -21,7 +21,7 @@ const (
 
 	restBeats = 3 // heartbeats without a duty, after which the second lane is closed
 
-	widenPause = 10 * time.Second // after the second lane could not be opened
+	widenPause = 10 * time.Second // after the second lane could not be opened, or its link was lost
 )
 
 // duty is what the second lane is for. It is opened when there is a duty for it, and
@@ -56,12 +56,14 @@ func (s *session) widenLocked() {
 		defer close(over)
 		defer abort()
 		err := s.runSecond(ctx, first)
+		if err != nil {
+			s.log.Warn("locker: third connection could not be opened", slog.String("error", err.Error()))
+		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.second, s.abort = nil, nil
 		if err != nil {
 			s.widenAfter = time.Now().Add(widenPause)
-			s.log.Warn("locker: third connection could not be opened", slog.String("error", err.Error()))
 		}
 		s.lanes[0].wakeUpLocked()
 	}()
@@ -87,12 +89,14 @@ func (s *session) runSecond(ctx context.Context, first *link) error {
 	if !begun {
 		return nil
 	}
-	if err := ln.serve(l); err != nil {
-		s.lose(first, err)
-	}
+	err = ln.serve(l)
+	lost := err != nil && s.lose(first, err)
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	ln.endLocked()
-	s.mu.Unlock()
+	if lost { // and if somebody ends it whenever it is there, the first had better be alone
+		s.widenAfter = time.Now().Add(widenPause)
+	}
 	return nil
 }
 
