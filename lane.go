@@ -50,7 +50,9 @@ type chore func(*link) error
 func (ln *lane) beginLocked(l, first *link) {
 	s := ln.session
 	l.stall.cancel = func() bool { return s.cancelStalled(l) }
-	ln.link, ln.chores, ln.beats, ln.since, ln.holds, ln.stuck, ln.crowded, ln.busy = l, nil, 0, 0, 0, map[int64]stuckKey{}, 0, 0
+	ln.link, ln.chores = l, nil
+	ln.beats, ln.since, ln.holds = 0, 0, 0
+	ln.stuck, ln.crowded, ln.busy = map[int64]stuckKey{}, 0, 0
 	ln.beat = time.Now()
 	ln.pulse = time.AfterFunc(heartbeatInterval, ln.wakeUp)
 	ln.trusted = time.AfterFunc(lossBound, func() {

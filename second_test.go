@@ -249,8 +249,7 @@ func TestLossOfEitherConnection(t *testing.T) {
 	}
 }
 
-// A parked connection that goes silent is noticed like any other, and while there is
-// none the heartbeats of both keep the server's lease.
+// The second connection has heartbeats of its own, which keep the server's lease (C25).
 func TestParkedHeartbeat(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
