@@ -16,6 +16,13 @@ import (
 
 // What follows is about the second connection of a provider (C23).
 
+// underLock calls f with the session's mutex, also when f fails the test.
+func underLock(s *session, f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f()
+}
+
 // openSecondLane opens the second lane without a need.
 func openSecondLane(t *testing.T, s *session) {
 	t.Helper()
@@ -188,9 +195,9 @@ func TestParkedHold(t *testing.T) {
 	moveAway(t, p.session, 1)
 	require.Equal(t, uint8(1), moved(t, p.session, 1).lane)
 	p.session.park(nil) // the first lane's heartbeat, before the second has counted what it has got
-	p.session.mu.Lock()
-	require.Equal(t, dutyPark, p.session.duty)
-	p.session.mu.Unlock()
+	underLock(p.session, func() {
+		require.Equal(t, dutyPark, p.session.duty)
+	})
 	moveAway(t, p.session, 1, 2) // one is moved already, the other not held
 	idle(t, p.session)
 	require.Equal(t, map[int64]int{1: secondBackend(t, p.session)}, pgAdvisory(t, db))
@@ -240,9 +247,9 @@ func TestLossOfEitherConnection(t *testing.T) {
 			require.ErrorIs(t, l2.Unlock(pgBackground), ErrLockLost)
 			next, _ := pgHold(t, p, 1, "in the next session")
 			require.NoError(t, next.Unlock(pgBackground))
-			p.session.mu.Lock()
-			require.Equal(t, name == "the second", time.Now().Before(p.session.widenAfter), "the second is left alone for a while")
-			p.session.mu.Unlock()
+			underLock(p.session, func() {
+				require.Equal(t, name == "the second", time.Now().Before(p.session.widenAfter), "the second is left alone for a while")
+			})
 			require.Equal(t, 2, pgConnections(t, db))
 			require.Empty(t, pgAdvisory(t, db))
 		})
@@ -291,10 +298,10 @@ func TestMoveWithWaiterInServer(t *testing.T) {
 	pgUntil(t, "it waits", waits)
 	moveAway(t, p.session, 1, 2)
 	require.Equal(t, uint8(1), moved(t, p.session, 2).lane)
-	p.session.mu.Lock()
-	require.Equal(t, uint8(0), p.session.held[1].lane)
-	require.Zero(t, p.session.moving)
-	p.session.mu.Unlock()
+	underLock(p.session, func() {
+		require.Equal(t, uint8(0), p.session.held[1].lane)
+		require.Zero(t, p.session.moving)
+	})
 	require.True(t, waits())
 	pgQuiet(t, told1)
 	pgQuiet(t, told2)
@@ -507,9 +514,9 @@ func TestSplitUnderLoad(t *testing.T) {
 	})
 	require.Equal(t, 3, pgConnections(t, db))
 	s := p.session
-	s.mu.Lock()
-	require.Equal(t, dutyClaims, s.duty)
-	s.mu.Unlock()
+	underLock(s, func() {
+		require.Equal(t, dutyClaims, s.duty)
+	})
 	stopped()
 	running.Wait()
 	require.Empty(t, pgAdvisory(t, db))
@@ -540,10 +547,10 @@ func TestNoSecondConnection(t *testing.T) {
 	s.mu.Unlock()
 	s.awaitSecond()
 	require.Contains(t, log.String(), "third connection could not be opened")
-	s.mu.Lock()
-	s.widenLocked()
-	require.Nil(t, s.second, "not again at once")
-	s.mu.Unlock()
+	underLock(s, func() {
+		s.widenLocked()
+		require.Nil(t, s.second, "not again at once")
+	})
 	pgQuiet(t, told)
 	require.NoError(t, l.Unlock(pgBackground))
 	require.NoError(t, p.Close())
@@ -716,9 +723,9 @@ func TestSecondConnectionTooLate(t *testing.T) {
 	s.mu.Unlock()
 	before := &link{generation: now.generation, number: now.number, pid: now.pid}
 	require.NoError(t, s.runSecond(pgBackground, before))
-	s.mu.Lock()
-	require.Nil(t, s.lanes[1].link)
-	s.mu.Unlock()
+	underLock(s, func() {
+		require.Nil(t, s.lanes[1].link)
+	})
 	require.Equal(t, 2, pgConnections(t, pgDB(t, uri)))
 }
 
