@@ -250,7 +250,7 @@ func TestPostgresTenThousandCallers(t *testing.T) {
 	s.mu.Lock()
 	for i := range all {
 		c := claim{key: int64((i*7919)%callers + 1), id: uuid.New(), event: "all at once"}
-		all[i] = &op{kind: opAnnounce, ctx: pgBackground, req: request{claim: c}, done: make(chan result, 1)}
+		all[i] = newOp(pgBackground, opAnnounce, c)
 		s.enqueueLocked(all[i])
 	}
 	s.mu.Unlock()
@@ -276,6 +276,7 @@ func TestPostgresTenThousandCallers(t *testing.T) {
 	pgUntil(t, "all are answered", func() bool { return answered() == callers })
 	require.Less(t, pgReceive(t, "the release", released), callers, "it came last, but does not wait for all")
 	for _, o := range all {
-		require.NoError(t, (<-o.done).err)
+		<-o.done
+		require.NoError(t, o.err)
 	}
 }

@@ -187,7 +187,7 @@ func (m *memory) acquire(_ context.Context, _ <-chan struct{}, r request) (answe
 	return a, nil
 }
 
-func (m *memory) release(_ context.Context, c claim) <-chan error {
+func (m *memory) release(_ context.Context, c claim) *op {
 	m.mu.Lock()
 	row := m.rowLocked(c.key)
 	freed := row.holder == c.id && row.locked

@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lib/pq"
+	"github.com/lib/pq/oid"
 	"github.com/pkg/errors"
 )
 
@@ -38,8 +39,10 @@ type lane struct {
 	beat    time.Time   // when the next heartbeat is due
 	pulse   *time.Timer // wakes the worker then
 	stuck   map[int64]stuckKey
-	crowded int // batches that were large, less those that were not
-	busy    int // operations since the last heartbeat
+	batch   []*op          // under way; the next one is made in the same place
+	taken   map[int64]bool // of take, likewise
+	crowded int            // batches that were large, less those that were not
+	busy    int            // operations since the last heartbeat
 }
 
 // chore is what a lane's worker does between two batches. Its error means that the
@@ -201,6 +204,7 @@ func (ln *lane) overLocked() bool {
 // When the lane's link has been ended, or is not needed any more, it is over.
 func (ln *lane) take(l *link) (batch []*op, c chore, over bool) {
 	s := ln.session
+	batch = ln.batch[:0]
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if ln.link != l {
@@ -217,7 +221,8 @@ func (ln *lane) take(l *link) (batch []*op, c chore, over bool) {
 			continue
 		}
 		limit := maxBatch
-		keys := make(map[int64]bool, min(len(q), maxBatch))
+		keys := ln.taken
+		clear(keys)
 		if kind == opRepeat {
 			limit = 1
 		} else {
@@ -240,8 +245,12 @@ func (ln *lane) take(l *link) (batch []*op, c chore, over bool) {
 			break
 		}
 	}
+	ln.batch = batch
 	slices.SortFunc(batch, func(a, b *op) int {
-		return cmp.Or(cmp.Compare(a.req.key, b.req.key), cmp.Compare(a.repo, b.repo), cmp.Compare(a.pr, b.pr))
+		if a.kind == opLookup && b.kind == opLookup { // no keys yet
+			return cmp.Or(cmp.Compare(a.pull.repo, b.pull.repo), cmp.Compare(a.pull.pr, b.pull.pr))
+		}
+		return cmp.Compare(a.req.key, b.req.key)
 	})
 	return batch, c, len(batch) == 0 && c == nil && ln.overLocked()
 }
@@ -256,46 +265,47 @@ func (ln *lane) execute(l *link, batch []*op) error {
 	}
 	l.stall.begin()
 	ctx := context.WithoutCancel(batch[0].ctx)
-	results, err := ln.statement(ctx, l, batch)
+	err := ln.statement(ctx, l, batch)
 	if l.stall.end() && err == nil {
-		for i := range results { // committed, but by the primary alone
-			if k := batch[i].kind; k == opAcquire || results[i].answer.outcome == granted {
-				results[i].err = errStalled
+		for _, o := range batch { // committed, but by the primary alone
+			if o.kind == opAcquire || o.answer.outcome == granted {
+				o.err = errStalled
 			}
 		}
 	}
 	if err == nil {
-		ln.finish(l, batch, results)
+		ln.finish(l, batch, nil)
 		return nil
 	}
 	if l.broken(err) {
 		if batch[0].kind == opLookup { // harmless to repeat in the next session
 			s.mu.Lock()
-			ln.queues[opLookup] = append(batch, ln.queues[opLookup]...)
+			ln.queues[opLookup] = slices.Concat(batch, ln.queues[opLookup])
 			s.mu.Unlock()
 		} else {
-			ln.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err}))
+			ln.finish(l, batch, &joinedError{errUnavailable, err})
 		}
 		return err
 	}
 	alone := len(batch) == 1
 	if err2 := ln.undo(ctx, l, batch); err2 != nil {
-		ln.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err2}))
+		ln.finish(l, batch, &joinedError{errUnavailable, err2})
 		return err2
 	}
 	if alone {
-		if batch[0].kind == opRelease && isLockTableFull(err) { // giving back made room
-			_, err = ln.statement(ctx, l, batch)
+		o := batch[0]
+		if o.kind == opRelease && isLockTableFull(err) { // giving back made room
+			err = ln.statement(ctx, l, batch)
 		}
-		if batch[0].kind == opRelease && err != nil { // the key is free; the row still names the holder, so its successor waits the delay
-			s.log.Warn("locker: released without clearing the holder", slog.Int64("key", batch[0].req.key), slog.String("error", err.Error()))
+		if o.kind == opRelease && err != nil { // the key is free; the row still names the holder, so its successor waits the delay
+			s.log.Warn("locker: released without clearing the holder", slog.Int64("key", o.req.key), slog.String("error", err.Error()))
 			err = nil
 		}
 		err = statementError(err)
 		if errors.Is(err, errRowLocked) {
-			ln.stuck[batch[0].req.key] = stuckKey{time.Now().Add(stuckPause), err}
+			ln.stuck[o.req.key] = stuckKey{time.Now().Add(stuckPause), err}
 		}
-		ln.finish(l, batch, []result{{err: err}})
+		ln.finish(l, batch, err)
 		return nil
 	}
 	s.mu.Lock()
@@ -305,7 +315,7 @@ func (ln *lane) execute(l *link, batch []*op) error {
 	}
 	s.mu.Unlock()
 	if lost {
-		ln.finish(l, batch, allFailed(batch, &joinedError{errUnavailable, err}))
+		ln.finish(l, batch, &joinedError{errUnavailable, err})
 	}
 	return nil
 }
@@ -328,7 +338,7 @@ func (ln *lane) refuseStuck(l *link, batch []*op) []*op {
 		stuck, ok := ln.stuck[o.req.key]
 		switch {
 		case ok && time.Now().Before(stuck.until):
-			ln.finish(l, []*op{o}, []result{{err: stuck.err}})
+			ln.finish(l, []*op{o}, stuck.err)
 			continue
 		case ok:
 			delete(ln.stuck, o.req.key)
@@ -429,21 +439,13 @@ func (ln *lane) undo(ctx context.Context, l *link, batch []*op) error {
 
 // free gives back whatever the link holds of the keys.
 func (l *link) free(ctx context.Context, keys []int64) error {
-	_, err := l.giveBack.ExecContext(ctx, pq.Array(keys))
+	_, err := l.giveBack.ExecContext(ctx, int64Array(keys))
 	if err != nil && !l.broken(err) {
 		// What was freed stays free. The notification may have found no room in the
 		// lock table; what is free already is not notified again.
-		_, err = l.giveBack.ExecContext(ctx, pq.Array(keys))
+		_, err = l.giveBack.ExecContext(ctx, int64Array(keys))
 	}
 	return errors.Wrap(err, "locker: give keys back")
-}
-
-func allFailed(batch []*op, err error) []result {
-	results := make([]result, len(batch))
-	for i := range results {
-		results[i].err = err
-	}
-	return results
 }
 
 // statementError says what an operator can do about a statement that failed.
@@ -470,43 +472,41 @@ func (l *link) broken(err error) bool {
 	return e == nil || e.Fatal()
 }
 
-// finish hands out results. It registers what the link now holds, and releases
-// what was acquired for a caller that is gone.
-func (ln *lane) finish(l *link, batch []*op, results []result) {
+// finish hands out results, or err to all of the batch. It registers what the link
+// now holds, and releases what was acquired for a caller that is gone.
+func (ln *lane) finish(l *link, batch []*op, err error) {
 	s := ln.session
 	s.mu.Lock()
 	alive := s.aliveLocked(l)
-	for i, o := range batch {
-		r := &results[i]
+	for _, o := range batch {
+		if err != nil {
+			o.result = result{err: err}
+		}
 		switch {
 		case o.kind == opRelease:
 			if s.held[o.req.key].id == o.req.id { // not a successor's
 				delete(s.held, o.req.key)
 			}
-			if errors.Is(r.err, errUnavailable) {
-				r.err = errReleaseLost
+			if errors.Is(o.err, errUnavailable) {
+				o.err = errReleaseLost
 			}
-		case r.answer.outcome != granted:
-			if o.kind == opAnnounce && o.state == opAbandoned && r.err == nil && alive {
-				s.enqueueLocked(&op{kind: opWithdraw, ctx: o.ctx, req: o.req, done: make(chan result, 1)})
+		case o.answer.outcome != granted:
+			if o.kind == opAnnounce && o.state == opAbandoned && o.err == nil && alive {
+				s.enqueueLocked(newOp(o.ctx, opWithdraw, o.req.claim))
 			}
 		case !alive:
-			*r = result{err: &joinedError{errUnavailable, errReleaseLost}}
+			o.result = result{err: &joinedError{errUnavailable, errReleaseLost}}
 		default:
 			s.held[o.req.key] = hold{id: o.req.id, lane: ln.index, beat: ln.beats}
-			if o.state == opAbandoned || r.err != nil {
-				s.enqueueLocked(&op{kind: opRelease, ctx: o.ctx, req: o.req, freed: make(chan error, 1)})
+			if o.state == opAbandoned || o.err != nil {
+				s.enqueueLocked(newOp(o.ctx, opRelease, o.req.claim))
 			}
 		}
 		o.state = opDone
 	}
 	s.mu.Unlock()
-	for i, o := range batch {
-		if o.kind == opRelease {
-			o.freed <- results[i].err
-		} else {
-			o.done <- results[i]
-		}
+	for _, o := range batch {
+		o.done <- struct{}{} // and then it may be recycled
 	}
 }
 
@@ -524,20 +524,21 @@ func (ln *lane) heartbeat(l *link) error {
 	start := time.Now()
 	ln.beat = start.Add(heartbeatInterval)
 	ln.pulse.Reset(heartbeatInterval)
-	var keys, settled pq.Int64Array
-	var ids uuidArray
+	var settled []int64
 	s.mu.Lock()
 	ln.beats++
+	keys, ids := newArray(oid.T_int8, ln.holds, 8), newArray(oid.T_uuid, ln.holds, len(uuid.UUID{}))
 	for key, h := range s.held {
 		if h.lane != ln.index {
 			continue
 		}
-		keys, ids = append(keys, key), append(ids, h.id)
+		keys.addInt64(key)
+		ids.addUUID(h.id)
 		if ln.index == 0 && h.beat+1 < ln.beats && !h.shared {
 			settled = append(settled, key)
 		}
 	}
-	ln.holds = len(keys)
+	ln.holds = keys.len()
 	s.mu.Unlock()
 
 	type news struct {

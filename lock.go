@@ -26,9 +26,8 @@ type backend interface {
 	// done or stop is closed.
 	acquire(ctx context.Context, stop <-chan struct{}, r request) (answer, error)
 	// release gives a granted key back. It is begun when the call returns and
-	// cannot be cancelled; the channel answers once. A nil channel means that
-	// it is done.
-	release(ctx context.Context, c claim) <-chan error
+	// cannot be cancelled. What it answers tells when it is done; nil: it is.
+	release(ctx context.Context, c claim) *op
 	// events is where the lock subscribes while it waits or holds.
 	events() *hub
 }
@@ -622,14 +621,14 @@ func (l *lock) unwatchLocked() {
 // revoke takes the key from a holder that did not release it in time (C14); the
 // lock is over already.
 func (l *lock) revoke() {
-	done := l.backend.release(context.Background(), l.claim)
+	release := l.backend.release(context.Background(), l.claim)
 	l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
 	l.conf.logger.Warn("locker: lock revoked: its holder did not release it in time",
 		slog.Int64("key", l.claim.key), slog.String("event", l.claim.event),
 		slog.Duration("after", l.conf.preemptionTimeout), slog.String("cause", l.Cause().Error()))
 	l.observe(ObservedRevoked, time.Since(l.began), l.Cause())
 	if l.onOver != nil {
-		_ = await(context.Background(), releaseTimeout, done)
+		_ = await(context.Background(), releaseTimeout, release.done)
 		l.onOver()
 	}
 }
@@ -663,14 +662,21 @@ func (l *lock) unlock(ctx context.Context) error {
 		lasted, limit := now.Sub(l.began), now.Add(releaseTimeout)
 		l.deadline = limit // an alarm that is on its way was for the hold
 		l.mu.Unlock()
-		done := l.backend.release(ctx, l.claim)
+		release := l.backend.release(ctx, l.claim)
 		l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
 		l.observe(ObservedReleased, lasted, l.Cause())
-		if done != nil {
-			l.backend.events().alarms.set(l, limit)
-			defer l.backend.events().alarms.drop(l)
+		if release == nil {
+			if ctx.Err() != nil {
+				return contextError(ctx)
+			}
+			return nil
 		}
-		return awaitUntil(ctx, l.stop, done)
+		l.backend.events().alarms.set(l, limit)
+		defer l.backend.events().alarms.drop(l)
+		if err := awaitUntil(ctx, l.stop, release.done); err != nil {
+			return err
+		}
+		return release.recycle().err
 
 	default: // over
 		err := l.lost
@@ -778,23 +784,19 @@ func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
 }
 
 // await waits for done, within the bounds of C18.
-func await[T any](ctx context.Context, bound time.Duration, done <-chan T) error {
+func await(ctx context.Context, bound time.Duration, done <-chan struct{}) error {
 	limit := make(chan struct{})
 	defer time.AfterFunc(bound, func() { close(limit) }).Stop()
 	return awaitUntil(ctx, limit, done)
 }
 
-func awaitUntil[T any](ctx context.Context, limit <-chan struct{}, done <-chan T) error {
+func awaitUntil(ctx context.Context, limit, done <-chan struct{}) error {
 	if ctx.Err() != nil {
 		return contextError(ctx)
 	}
-	if done == nil {
-		return nil
-	}
 	select {
-	case v := <-done:
-		err, _ := any(v).(error)
-		return err
+	case <-done:
+		return nil
 	case <-ctx.Done():
 		return contextError(ctx)
 	case <-limit:

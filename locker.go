@@ -252,7 +252,6 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 	span, ctx := p.startSpan(ctx, "release")
 	defer func() { p.finishSpan(span, err) }()
 
-	start := time.Now()
 	p.mu.Lock()
 	stage := p.stage
 	var left chan struct{}
@@ -273,6 +272,7 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 	case unlocked:
 		err = errors.New("Release before Lock")
 	case locking:
+		start := time.Now()
 		p.abort()
 		if lock != nil {
 			if own := ownLock(lock); own != nil {
@@ -285,7 +285,10 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 		err = unlockBounded(ctx, lock)
 		p.abort()
 	}
-	return errors.WithMessagef(err, "locker: release %q#%d", p.repo, p.pr)
+	if err != nil {
+		return errors.WithMessagef(err, "locker: release %q#%d", p.repo, p.pr)
+	}
+	return nil
 }
 
 // Do locks, runs f and releases (C16). The context given to f is derived from

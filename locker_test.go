@@ -2124,9 +2124,9 @@ func releaseDoesNotWait(e *env) {
 // stuck is a database that never confirms a release.
 type stuck struct{ backend }
 
-func (s stuck) release(ctx context.Context, c claim) <-chan error {
+func (s stuck) release(ctx context.Context, c claim) *op {
 	s.backend.release(ctx, c)
-	return make(chan error)
+	return &op{done: make(chan struct{})}
 }
 
 func releaseIsBounded(e *env) {
@@ -2623,7 +2623,7 @@ type witness struct {
 	known chan bool
 }
 
-func (w witness) release(ctx context.Context, c claim) <-chan error {
+func (w witness) release(ctx context.Context, c claim) *op {
 	h := w.backend.events()
 	h.mu.Lock()
 	w.known <- h.locks[c.key] != nil

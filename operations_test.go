@@ -106,7 +106,9 @@ func TestPostgresLateRelease(t *testing.T) {
 	const key = 7
 	l, ch := pgHold(t, p, key, "successor")
 	late := claim{key: key, id: uuid.New(), event: "predecessor"}
-	require.ErrorIs(t, <-p.session.release(pgBackground, late), ErrLockLost)
+	released := p.session.release(pgBackground, late)
+	pgReceive(t, "the answer", released.done)
+	require.ErrorIs(t, released.err, ErrLockLost)
 	pgQuiet(t, ch)
 	_, held := pgAdvisory(t, pgDB(t, p.session.dsn))[key]
 	require.True(t, held, "the successor's key was freed")

@@ -237,9 +237,9 @@ func checkRepo(repo string, pr uint) error {
 }
 
 // sessionDSN answers the connection string that sessions use: the caller's,
-// with a name for pg_stat_activity, a bound for connecting and, when several
-// hosts are named, the demand for the one that takes writes. Its errors never
-// quote the string, which may hold a password (C31).
+// with a name for pg_stat_activity, a bound for connecting, arguments in binary and,
+// when several hosts are named, the demand for the one that takes writes. Its errors
+// never quote the string, which may hold a password (C31).
 func sessionDSN(uri string) (string, error) {
 	if strings.TrimSpace(uri) == "" {
 		return "", errors.New("locker: postgres URI is empty")
@@ -254,7 +254,7 @@ func sessionDSN(uri string) (string, error) {
 			return "", invalid
 		}
 	}
-	extra := url.Values{}
+	extra := url.Values{"binary_parameters": {"yes"}} // see array
 	if cfg.ApplicationName == "" && cfg.FallbackApplicationName == "" {
 		extra.Set("fallback_application_name", applicationName())
 	}

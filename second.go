@@ -7,7 +7,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/lib/pq"
 	"github.com/pkg/errors"
 )
 
@@ -205,8 +204,8 @@ func (s *session) park(settled []int64) {
 }
 
 // share is the first step, on the first lane.
-func (s *session) share(l *link, settled pq.Int64Array) error {
-	var keys pq.Int64Array
+func (s *session) share(l *link, settled []int64) error {
+	var keys []int64
 	s.mu.Lock()
 	for len(settled) > 0 && len(keys) < maxBatch && s.duty == dutyPark && !s.closing {
 		key := settled[0]
@@ -246,7 +245,7 @@ func (s *session) share(l *link, settled pq.Int64Array) error {
 }
 
 // takeOver is the second step, on the second lane.
-func (s *session) takeOver(l *link, keys, settled pq.Int64Array) error {
+func (s *session) takeOver(l *link, keys, settled []int64) error {
 	taken, err := answers(l.takeOver, keys)
 	if err != nil {
 		if l.broken(err) {
@@ -278,7 +277,7 @@ func (s *session) takeOver(l *link, keys, settled pq.Int64Array) error {
 }
 
 // letGo is the third step, on the first lane.
-func (s *session) letGo(l *link, keys, settled pq.Int64Array) error {
+func (s *session) letGo(l *link, keys, settled []int64) error {
 	_, err := answers(l.letGo, keys)
 	if err != nil && !l.broken(err) {
 		_, err = answers(l.letGo, keys) // what was let go of stays so
@@ -315,10 +314,10 @@ func (s *session) movingLocked(o *op) bool {
 }
 
 // answers asks a statement a yes or no for each key.
-func answers(stmt *sql.Stmt, keys pq.Int64Array) (map[int64]bool, error) {
+func answers(stmt *sql.Stmt, keys []int64) (map[int64]bool, error) {
 	all := make(map[int64]bool, len(keys))
 	var key int64
 	var yes bool
-	err := each(context.Background(), stmt, []any{keys}, []any{&key, &yes}, func() { all[key] = yes })
+	err := each(context.Background(), stmt, []any{int64Array(keys)}, []any{&key, &yes}, func() { all[key] = yes })
 	return all, err
 }

@@ -676,11 +676,12 @@ func TestFailedBatchOfAnEndedLane(t *testing.T) {
 	require.NoError(t, err)
 	var batch []*op
 	for key := range int64(2) {
-		batch = append(batch, &op{kind: opRelease, ctx: pgBackground, req: request{claim: claim{key: key}}, freed: make(chan error, 1)})
+		batch = append(batch, newOp(pgBackground, opRelease, claim{key: key}))
 	}
 	require.NoError(t, s.lanes[1].execute(l, batch), "the link is not broken")
 	for _, o := range batch {
-		require.ErrorIs(t, pgReceive(t, "the answer", o.freed), ErrLockLost)
+		pgReceive(t, "the answer", o.done)
+		require.ErrorIs(t, o.err, ErrLockLost)
 	}
 	require.Zero(t, p.Stats().Queued)
 }

@@ -73,26 +73,42 @@ type hold struct {
 }
 
 // op is one operation of a caller. The caller waits on its channel; the worker
-// answers exactly once.
+// answers exactly once. Whoever has read that answer may recycle it.
 type op struct {
 	kind   opKind
+	state  opState         // guarded by session.mu
+	take   bool            // announce: see announcement
 	ctx    context.Context // the caller's, for its span
-	repo   string          // lookup
-	pr     uint            // lookup
-	req    request         // acquire: all of it; announce and release: the claim
+	pull   *pullRequest    // lookup; announce: see announcement
 	order  *int64          // announce: see announcement
-	take   bool            // announce
-	pull   *pullRequest    // announce
+	req    request         // acquire: all of it; announce, withdraw and release: the claim
 	queued time.Time
-	state  opState     // guarded by session.mu
-	done   chan result // capacity 1
-	freed  chan error  // release, instead of done; capacity 1
+	result               // the worker's, until done
+	done   chan struct{} // capacity 1
 }
 
 type result struct {
-	key    int64  // lookup
-	answer answer // announce and acquire
-	err    error
+	answered bool   // a row was about it
+	tried    bool   // announce: the statement was to take the key
+	key      int64  // lookup
+	answer   answer // announce and acquire
+	err      error
+}
+
+var ops = sync.Pool{New: func() any { return &op{done: make(chan struct{}, 1)} }}
+
+func newOp(ctx context.Context, kind opKind, c claim) *op {
+	o := ops.Get().(*op)
+	o.ctx, o.kind, o.req.claim = ctx, kind, c
+	return o
+}
+
+// recycle answers the operation's result; afterwards it is somebody else's.
+func (o *op) recycle() result {
+	r := o.result
+	*o = op{done: o.done}
+	ops.Put(o)
+	return r
 }
 
 type opKind int
@@ -125,7 +141,7 @@ func newSession(dsn string, conf LockProviderConfig) *session {
 		brief: make(chan struct{}, 1),
 	}
 	for i := range s.lanes {
-		s.lanes[i] = &lane{session: s, index: uint8(i), wake: make(chan struct{}, 1)}
+		s.lanes[i] = &lane{session: s, index: uint8(i), wake: make(chan struct{}, 1), taken: map[int64]bool{}}
 	}
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	if conf.postgres != nil {
@@ -137,14 +153,18 @@ func newSession(dsn string, conf LockProviderConfig) *session {
 func (s *session) events() *hub { return s.hub }
 
 func (s *session) lookup(ctx context.Context, repo string, pr uint) (int64, error) {
-	r := s.do(ctx, nil, &op{kind: opLookup, repo: repo, pr: pr})
+	o := newOp(ctx, opLookup, claim{})
+	o.pull = &pullRequest{repo, pr}
+	r := s.do(nil, o)
 	return r.key, r.err
 }
 
 func (s *session) announce(ctx context.Context, stop <-chan struct{}, a announcement) (answer, error) {
 	var r result
 	for range 3 { // the second time a row that was missing is there
-		r = s.do(ctx, stop, &op{kind: opAnnounce, req: request{claim: a.claim}, order: a.order, take: a.take, pull: a.pull})
+		o := newOp(ctx, opAnnounce, a.claim)
+		o.order, o.take, o.pull = a.order, a.take, a.pull
+		r = s.do(stop, o)
 		if !errors.Is(r.err, errRowChanged) {
 			break
 		}
@@ -156,17 +176,19 @@ func (s *session) withdraw(c claim) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.lanes[0].link != nil && !s.closing { // without a link the database knows
-		s.enqueueLocked(&op{kind: opWithdraw, ctx: context.Background(), req: request{claim: c}, done: make(chan result, 1)})
+		s.enqueueLocked(newOp(context.Background(), opWithdraw, c))
 	}
 }
 
 func (s *session) acquire(ctx context.Context, stop <-chan struct{}, r request) (answer, error) {
-	res := s.do(ctx, stop, &op{kind: opAcquire, req: r})
+	o := newOp(ctx, opAcquire, claim{})
+	o.req = r
+	res := s.do(stop, o)
 	return res.answer, res.err
 }
 
-func (s *session) release(ctx context.Context, c claim) <-chan error {
-	o := &op{kind: opRelease, ctx: ctx, req: request{claim: c}, freed: make(chan error, 1)}
+func (s *session) release(ctx context.Context, c claim) *op {
+	o := newOp(ctx, opRelease, c)
 	s.mu.Lock()
 	h, holds := s.held[c.key]
 	holds = holds && h.id == c.id // not a successor's
@@ -175,19 +197,19 @@ func (s *session) release(ctx context.Context, c claim) <-chan error {
 	}
 	s.mu.Unlock()
 	if !holds {
-		o.freed <- errReleaseLost
+		o.err = errReleaseLost
+		o.done <- struct{}{}
 	}
-	return o.freed
+	return o
 }
 
 var errReleaseLost = errors.WithMessage(ErrLockLost, "session lost")
 
-// do has the worker carry out an operation. If ctx or stop ends first, an
+// do has the worker carry out an operation. If its context or stop ends first, an
 // operation that is still queued is dropped, and a key that an abandoned one
 // acquires is released.
-func (s *session) do(ctx context.Context, stop <-chan struct{}, o *op) result {
-	o.ctx = ctx
-	o.done = make(chan result, 1)
+func (s *session) do(stop <-chan struct{}, o *op) result {
+	ctx := o.ctx
 	s.mu.Lock()
 	if s.closing {
 		s.mu.Unlock()
@@ -197,8 +219,8 @@ func (s *session) do(ctx context.Context, stop <-chan struct{}, o *op) result {
 	s.mu.Unlock()
 	reason := errStopped
 	select {
-	case r := <-o.done:
-		return r
+	case <-o.done:
+		return o.recycle()
 	case <-stop:
 	case <-ctx.Done():
 		reason = contextError(ctx)
@@ -212,7 +234,8 @@ func (s *session) do(ctx context.Context, stop <-chan struct{}, o *op) result {
 	s.mu.Unlock()
 	switch {
 	case done:
-		return <-o.done
+		<-o.done
+		return o.recycle()
 	case trouble == nil:
 	case reason == errStopped:
 		reason = &joinedError{errUnavailable, trouble}
@@ -363,9 +386,7 @@ func (s *session) refuseQueued(reason error) {
 		})
 	}
 	s.mu.Unlock()
-	for _, o := range failed {
-		s.lanes[0].finish(nil, []*op{o}, []result{{err: reason}})
-	}
+	s.lanes[0].finish(nil, failed, reason)
 }
 
 // open makes the next link and proves that it can work (C27).
@@ -522,9 +543,7 @@ func (s *session) lose(l *link, cause error) bool {
 		return true
 	}
 	l.kill()
-	for _, o := range releases {
-		s.lanes[0].finish(nil, []*op{o}, []result{{err: errReleaseLost}})
-	}
+	s.lanes[0].finish(nil, releases, errReleaseLost)
 	s.log.Warn("locker: session lost", slog.Int("held", held), slog.String("cause", cause.Error()), slog.Int("backend_pid", l.pid))
 	return true
 }

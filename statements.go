@@ -5,19 +5,21 @@ import (
 	"context"
 	"crypto/rand"
 	"database/sql"
-	"database/sql/driver"
 	"encoding/binary"
-	"encoding/hex"
 	"slices"
 	"time"
 
 	"github.com/google/uuid"
-	"github.com/lib/pq"
+	"github.com/lib/pq/oid"
 	"github.com/pkg/errors"
 )
 
-// statement carries out a batch and answers the results in its order.
-func (ln *lane) statement(ctx context.Context, l *link, batch []*op) ([]result, error) {
+// statement carries out a batch. The results are with the operations; an error is
+// that of all.
+func (ln *lane) statement(ctx context.Context, l *link, batch []*op) error {
+	for _, o := range batch {
+		o.result = result{}
+	}
 	switch batch[0].kind {
 	case opLookup:
 		return ln.lookupKeys(ctx, l, batch)
@@ -33,44 +35,39 @@ func (ln *lane) statement(ctx context.Context, l *link, batch []*op) ([]result, 
 }
 
 // lookupKeys finds the keys of pull requests, and makes those that are missing.
-func (ln *lane) lookupKeys(ctx context.Context, l *link, batch []*op) ([]result, error) {
-	results := make([]result, len(batch))
-	todo := make([]int, len(batch)) // indexes of the batch
-	for i := range todo {
-		todo[i] = i
-	}
+func (ln *lane) lookupKeys(ctx context.Context, l *link, batch []*op) error {
+	todo := slices.Clone(batch)
 	for attempt := range 4 {
-		var repos pq.StringArray
-		var prs, keys pq.Int64Array
-		for _, i := range todo {
-			repos = append(repos, batch[i].repo)
-			prs = append(prs, int64(batch[i].pr))
-			keys = append(keys, randomKey())
+		repos := newArray(oid.T_text, len(todo), 32)
+		prs, keys := newArray(oid.T_int4, len(todo), 4), newArray(oid.T_int8, len(todo), 8)
+		for _, o := range todo {
+			repos.addText(o.pull.repo)
+			prs.addInt32(int32(o.pull.pr))
+			keys.addInt64(randomKey())
 		}
 		if attempt > 0 { // the second time the rows are missing, later a random key was taken
 			if _, err := l.addKeys.ExecContext(ctx, repos, prs, keys); err != nil {
-				return nil, err
+				return err
 			}
 		}
-		found := make([]bool, len(batch))
 		var ord int
 		var key int64
 		err := each(ctx, l.lookup, []any{repos, prs}, []any{&ord, &key}, func() {
-			i := todo[ord-1]
-			results[i].key, found[i] = key, true
+			o := todo[ord-1]
+			o.key, o.answered = key, true
 		})
 		if err != nil {
-			return nil, err
+			return err
 		}
-		todo = slices.DeleteFunc(todo, func(i int) bool { return found[i] })
+		todo = slices.DeleteFunc(todo, func(o *op) bool { return o.answered })
 		if len(todo) == 0 {
-			return results, nil
+			return nil
 		}
 	}
-	for _, i := range todo {
-		results[i].err = errors.New("locker: env_locks did not take a new key")
+	for _, o := range todo {
+		o.err = errors.New("locker: env_locks did not take a new key")
 	}
-	return results, nil
+	return nil
 }
 
 // randomKey is a positive number: a key that no other pull request has, all but
@@ -81,11 +78,9 @@ func randomKey() int64 {
 	return int64(binary.BigEndian.Uint64(b[:])>>1) | 1
 }
 
-func (ln *lane) announceClaims(ctx context.Context, l *link, batch []*op) ([]result, error) {
-	results := make([]result, len(batch))
-	stmt, args, takes := ln.announceArgs(l, batch)
-	announced := make([]bool, len(batch))
-	var taken pq.Int64Array
+func (ln *lane) announceClaims(ctx context.Context, l *link, batch []*op) error {
+	stmt, args := ln.announceArgs(l, batch)
+	var taken []int64
 	var unflushed bool
 	var key, number int64
 	var token sql.NullInt64
@@ -93,108 +88,112 @@ func (ln *lane) announceClaims(ctx context.Context, l *link, batch []*op) ([]res
 	var noFlush sql.NullBool
 	row := []any{&key, &number, &token, &age, &noFlush, discard}
 	err := each(ctx, stmt, args, row, func() {
-		i := find(batch, key)
-		announced[i] = true
-		a := &results[i].answer
-		a.outcome, a.newest = again, standing{number, batch[i].req.id}
+		o := find(batch, key)
+		o.answered = true
+		o.answer.outcome, o.answer.newest = again, standing{number, o.req.id}
 		if token.Valid {
-			a.grant(token.Int64, age, l)
+			o.answer.grant(token.Int64, age, l)
 			taken = append(taken, key)
 		}
 		unflushed = unflushed || noFlush.Valid
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	// From here on an error fails only the keys that it is about.
 	if len(taken) > 0 && unflushed {
 		_, err = l.flush.ExecContext(ctx)
-		err = l.failKeys(batch, results, taken, err) // and they are released
+		err = l.failKeys(batch, taken, err) // and they are released
 	}
-	if slices.Contains(announced, false) && err == nil {
-		err = ln.whyNot(ctx, l, batch, results, announced, takes)
+	if err == nil {
+		err = ln.whyNot(ctx, l, batch)
 	}
-	return results, err
+	return err
 }
 
-// announceArgs are the statement by which the batch is announced, its arguments, and
-// which claims are to take their keys. An array that is too short goes on with NULLs,
-// and hardly any claim needs the orders and the waits.
-func (ln *lane) announceArgs(l *link, batch []*op) (stmt *sql.Stmt, args []any, takes []bool) {
-	keys, ids := keysAndIDs(batch)
+// announceArgs are the statement by which the batch is announced and its arguments.
+// An array that is too short goes on with NULLs, and hardly any claim needs the
+// orders and the waits.
+func (ln *lane) announceArgs(l *link, batch []*op) (*sql.Stmt, []any) {
 	n := len(batch)
-	events, repos, pulls := make(pq.StringArray, n), make(pq.StringArray, n), make(pq.Int64Array, n)
-	takes = make([]bool, n)
-	var orders []*int64
-	var waits []*bool
-	yes := true
+	keys, ids := keysAndIDs(batch)
+	events, repos := newArray(oid.T_text, n, 32), newArray(oid.T_text, n, 32)
+	pulls := newArray(oid.T_int4, n, 4)
+	var orders, waits array
 	ln.session.mu.Lock()
-	for i, o := range batch {
-		events[i] = o.req.event
-		repos[i], pulls[i] = o.pull.columns()
-		if o.order != nil {
-			orders = append(orders, make([]*int64, i-len(orders))...)
-			orders = append(orders, o.order)
-		}
+	for _, o := range batch {
 		_, holds := ln.session.held[o.req.key] // advisory locks are re-entrant: never try what this session holds
-		takes[i] = o.take && !holds
-		if !takes[i] {
-			waits = append(waits, make([]*bool, i-len(waits))...)
-			waits = append(waits, &yes)
-		}
+		o.tried = o.take && !holds
 	}
 	ln.session.mu.Unlock()
-	args = []any{keys, ids, events, repos, pulls, pq.Array(waits), l.number, hostName, processID}
-	if orders == nil {
-		return l.announce, args, takes
+	for i, o := range batch {
+		repo, pr := o.pull.columns()
+		events.addText(o.req.event)
+		repos.addText(repo)
+		pulls.addInt32(pr)
+		if o.order != nil {
+			orders.addAt(i, oid.T_int8).addInt64(*o.order)
+		}
+		if !o.tried {
+			waits.addAt(i, oid.T_bool).addBool(true)
+		}
 	}
-	return l.announceOrdered, append(args, pq.Array(orders)), takes
+	args := []any{keys, ids, events, repos, pulls, waits, l.number, hostName, processID}
+	if orders == nil {
+		return l.announce, args
+	}
+	return l.announceOrdered, append(args, orders)
 }
 
 // columns are the pull request as the statements take it; a pull request that is not
 // given has a number below zero.
-func (p *pullRequest) columns() (repo string, pr int64) {
+func (p *pullRequest) columns() (repo string, pr int32) {
 	if p == nil {
 		return "", -1
 	}
-	return p.repo, int64(p.pr)
+	return p.repo, int32(p.pr)
 }
 
 // whyNot gives the claims that were not announced their errors, makes the rows that
 // are missing, and gives back the keys that were tried all the same.
-func (ln *lane) whyNot(ctx context.Context, l *link, batch []*op, results []result, announced, takes []bool) error {
-	var keys, pulls, missing, tried pq.Int64Array
-	var repos pq.StringArray
-	for i, o := range batch {
-		if announced[i] {
+func (ln *lane) whyNot(ctx context.Context, l *link, batch []*op) error {
+	var keys, missing, tried []int64
+	repos, pulls := newArray(oid.T_text, 0, 0), newArray(oid.T_int4, 0, 0)
+	for _, o := range batch {
+		if o.answered {
 			continue
 		}
-		results[i].err = errRowChanged
+		o.err = errRowChanged
 		repo, pr := o.pull.columns()
-		keys, repos, pulls = append(keys, o.req.key), append(repos, repo), append(pulls, pr)
-		if takes[i] {
+		keys = append(keys, o.req.key)
+		repos.addText(repo)
+		pulls.addInt32(pr)
+		if o.tried {
 			tried = append(tried, o.req.key)
 		}
+	}
+	if len(keys) == 0 {
+		return nil
 	}
 	var key int64
 	var moved, absent bool
 	var event sql.NullString
 	var top sql.NullInt64
-	err := each(ctx, l.whyNot, []any{keys, repos, pulls}, []any{&key, &moved, &absent, &event, &top}, func() {
-		i := find(batch, key)
+	err := each(ctx, l.whyNot, []any{int64Array(keys), repos, pulls}, []any{&key, &moved, &absent, &event, &top}, func() {
+		o := find(batch, key)
 		switch {
 		case moved:
-			results[i].err = errKeyMoved
+			o.err = errKeyMoved
 		case absent:
 			missing = append(missing, key)
-		case batch[i].order != nil && top.Valid && *batch[i].order <= top.Int64:
-			results[i].err = outdated(*batch[i].order, top.Int64, event.String)
+		case o.order != nil && top.Valid && *o.order <= top.Int64:
+			o.err = outdated(*o.order, top.Int64, event.String)
 		}
 	})
-	err = l.failKeys(batch, results, keys, err)
+	err = l.failKeys(batch, keys, err)
 	if len(missing) > 0 && err == nil {
-		_, err = l.ensure.ExecContext(ctx, missing)
-		err = l.failKeys(batch, results, missing, err)
+		_, err = l.ensure.ExecContext(ctx, int64Array(missing))
+		err = l.failKeys(batch, missing, err)
 	}
 	if len(tried) > 0 && err == nil {
 		err = l.free(ctx, tried)
@@ -216,53 +215,42 @@ func (a *answer) grant(token int64, age sql.NullFloat64, l *link) {
 	}
 }
 
-func (ln *lane) withdrawClaims(ctx context.Context, l *link, batch []*op) ([]result, error) {
+func (ln *lane) withdrawClaims(ctx context.Context, l *link, batch []*op) error {
 	keys, ids := keysAndIDs(batch)
 	_, err := l.withdraw.ExecContext(ctx, keys, ids)
-	return make([]result, len(batch)), err
+	return err
 }
 
-func keysAndIDs(batch []*op) (pq.Int64Array, uuidArray) {
-	keys, ids := make(pq.Int64Array, len(batch)), make(uuidArray, len(batch))
-	for i, o := range batch {
-		keys[i], ids[i] = o.req.key, o.req.id
+func keysAndIDs(batch []*op) (keys, ids array) {
+	keys, ids = newArray(oid.T_int8, len(batch), 8), newArray(oid.T_uuid, len(batch), len(uuid.UUID{}))
+	for _, o := range batch {
+		keys.addInt64(o.req.key)
+		ids.addUUID(o.req.id)
 	}
 	return keys, ids
 }
 
-// uuidArray is an argument of type uuid[].
-type uuidArray []uuid.UUID
-
-func (a uuidArray) Value() (driver.Value, error) {
-	const width = 2 * len(uuid.UUID{})
-	text := make([]byte, 1, 2+(width+1)*len(a))
-	text[0] = '{'
-	for i, id := range a {
-		if i > 0 {
-			text = append(text, ',')
-		}
-		text = hex.AppendEncode(text, id[:])
-	}
-	return string(append(text, '}')), nil
-}
-
-func (ln *lane) acquireKeys(ctx context.Context, l *link, batch []*op) ([]result, error) {
-	keys, ids := keysAndIDs(batch)
+func (ln *lane) acquireKeys(ctx context.Context, l *link, batch []*op) error {
 	n := len(batch)
-	claims, claimIDs := make(pq.Int64Array, n), make(uuidArray, n)
-	events := make(pq.StringArray, n)
-	firsts, tryables := make(pq.BoolArray, n), make(pq.BoolArray, n)
+	keys, ids := keysAndIDs(batch)
+	claims, claimIDs := newArray(oid.T_int8, n, 8), newArray(oid.T_uuid, n, len(uuid.UUID{}))
+	firsts, tryables := newArray(oid.T_bool, n, 1), newArray(oid.T_bool, n, 1)
+	events := newArray(oid.T_text, n, 32)
+	for _, o := range batch {
+		claims.addInt64(o.req.standing.number)
+		claimIDs.addUUID(o.req.standing.id)
+		firsts.addBool(o.req.first)
+		events.addText(o.req.event)
+	}
 	ln.session.mu.Lock()
-	for i, o := range batch {
+	for _, o := range batch {
 		_, holds := ln.session.held[o.req.key] // as above
-		claims[i], claimIDs[i] = o.req.standing.number, o.req.standing.id
-		firsts[i], tryables[i], events[i] = o.req.first, !holds, o.req.event
+		tryables.addBool(!holds)
 	}
 	ln.session.mu.Unlock()
 
-	results := make([]result, len(batch))
-	var missing, refused, unheard pq.Int64Array
-	var unheardIDs uuidArray
+	var missing, refused, unheard []int64
+	unheardIDs := newArray(oid.T_uuid, 0, 0)
 	got := map[int64]bool{} // the advisory lock, but not yet the row
 	args := []any{keys, ids, claims, claimIDs, firsts, tryables, events, hostName, processID, l.number}
 	var key int64
@@ -274,8 +262,8 @@ func (ln *lane) acquireKeys(ctx context.Context, l *link, batch []*op) ([]result
 	var age sql.NullFloat64
 	row := []any{&key, &gone, &hidden, &valid, &have, &number, &id, &newestEvent, &token, &age}
 	err := each(ctx, l.acquire, args, row, func() {
-		i := find(batch, key)
-		o, a := batch[i], &results[i].answer
+		o := find(batch, key)
+		a := &o.answer
 		if number.Valid {
 			a.newest = standing{number.Int64, id.UUID}
 		}
@@ -296,89 +284,84 @@ func (ln *lane) acquireKeys(ctx context.Context, l *link, batch []*op) ([]result
 			a.outcome = busy
 			if hidden || o.req.first || o.req.standing.id != o.req.id {
 				unheard = append(unheard, key)
-				unheardIDs = append(unheardIDs, o.req.id)
+				unheardIDs.addUUID(o.req.id)
 			}
 		}
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for key := range got {
 		refused = append(refused, key)
 	}
 	if len(refused) > 0 { // a newer claim came in between
 		if err := l.free(ctx, refused); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	if len(missing) > 0 {
-		_, err = l.ensure.ExecContext(ctx, missing)
-		err = l.failKeys(batch, results, missing, err)
+		_, err = l.ensure.ExecContext(ctx, int64Array(missing))
+		err = l.failKeys(batch, missing, err)
 	}
 	if len(unheard) > 0 && err == nil {
 		// Try once more after asking to be told: the release may have been just before.
 		var asked bool
-		err = each(ctx, l.wait, []any{unheard, unheardIDs, l.number}, []any{&key, &asked, discard, discard}, func() {
+		err = each(ctx, l.wait, []any{int64Array(unheard), unheardIDs, l.number}, []any{&key, &asked, discard, discard}, func() {
 			if asked {
-				results[find(batch, key)].answer.outcome = again
+				find(batch, key).answer.outcome = again
 			}
 		})
-		err = l.failKeys(batch, results, unheard, err)
+		err = l.failKeys(batch, unheard, err)
 	}
-	return results, err
+	return err
 }
 
 // failKeys gives the operations on keys the error of a statement that was about
 // them alone; the others keep their results. It answers an error if the link is
 // gone.
-func (l *link) failKeys(batch []*op, results []result, keys []int64, err error) error {
+func (l *link) failKeys(batch []*op, keys []int64, err error) error {
 	if err == nil || l.broken(err) {
 		return err
 	}
 	for _, key := range keys {
-		results[find(batch, key)].err = statementError(err)
+		find(batch, key).err = statementError(err)
 	}
 	return nil
 }
 
-func (ln *lane) releaseKeys(ctx context.Context, l *link, batch []*op) ([]result, error) {
+func (ln *lane) releaseKeys(ctx context.Context, l *link, batch []*op) error {
 	keys, ids := keysAndIDs(batch)
-	var shared []*bool
-	yes := true
+	var shared array
 	ln.session.mu.Lock()
-	for i, key := range keys {
-		if ln.session.held[key].shared {
-			shared = append(shared, make([]*bool, i-len(shared))...)
-			shared = append(shared, &yes)
+	for i, o := range batch {
+		if ln.session.held[o.req.key].shared {
+			shared.addAt(i, oid.T_bool).addBool(true)
 		}
 	}
 	ln.session.mu.Unlock()
-	cleared := make([]bool, len(batch))
 	var key int64
-	err := each(ctx, l.release, []any{keys, ids, pq.Array(shared)}, []any{&key, discard, discard, discard}, func() {
-		cleared[find(batch, key)] = true
+	err := each(ctx, l.release, []any{keys, ids, shared}, []any{&key, discard, discard, discard}, func() {
+		find(batch, key).answered = true
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	var rest []int64
-	for i, key := range keys {
-		if !cleared[i] {
-			rest = append(rest, key)
+	for _, o := range batch {
+		if !o.answered {
+			rest = append(rest, o.req.key)
 		}
 	}
 	if len(rest) > 0 { // somebody deleted the rows
-		if err := l.free(ctx, rest); err != nil {
-			return nil, err
-		}
+		return l.free(ctx, rest)
 	}
-	return make([]result, len(batch)), nil
+	return nil
 }
 
-// find is the place of key's operation in a batch that is sorted by key.
-func find(batch []*op, key int64) int {
+// find is key's operation in a batch that is sorted by key.
+func find(batch []*op, key int64) *op {
 	i, _ := slices.BinarySearchFunc(batch, key, func(o *op, key int64) int { return cmp.Compare(o.req.key, key) })
-	return i
+	return batch[i]
 }
 
 // discard takes a column that only has a side effect.

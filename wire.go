@@ -1,0 +1,86 @@
+package locker
+
+import (
+	"encoding/binary"
+
+	"github.com/google/uuid"
+	"github.com/lib/pq/oid"
+)
+
+// array is an argument of a one-dimensional array type in PostgreSQL's binary
+// format, as array_recv reads it. Against text it saves the server a tenth of a
+// statement, and us most of the memory.
+type array []byte
+
+// newArray answers an empty array with room for n elements of size bytes.
+func newArray(element oid.Oid, n, size int) array {
+	const dimensions, flags, lower = 1, 0, 1
+	a := make(array, 0, arrayHeader+n*(4+size))
+	a = binary.BigEndian.AppendUint32(a, dimensions)
+	a = binary.BigEndian.AppendUint32(a, flags)
+	a = binary.BigEndian.AppendUint32(a, uint32(element))
+	a = binary.BigEndian.AppendUint32(a, 0)
+	return binary.BigEndian.AppendUint32(a, lower)
+}
+
+const (
+	arrayLength = 12 // where the header has the number of elements
+	arrayHeader = 20
+)
+
+func (a *array) len() int { return int(binary.BigEndian.Uint32((*a)[arrayLength:])) }
+
+// add begins an element of size bytes, which follow.
+func (a *array) add(size int) {
+	binary.BigEndian.PutUint32((*a)[arrayLength:], uint32(a.len()+1))
+	*a = binary.BigEndian.AppendUint32(*a, uint32(size))
+}
+
+// addAt answers the array itself, filled up with NULLs to n elements.
+func (a *array) addAt(n int, element oid.Oid) *array {
+	const null = -1
+	if *a == nil {
+		*a = newArray(element, 0, 0)
+	}
+	for a.len() < n {
+		a.add(null)
+	}
+	return a
+}
+
+func (a *array) addInt64(v int64) {
+	a.add(8)
+	*a = binary.BigEndian.AppendUint64(*a, uint64(v))
+}
+
+func (a *array) addInt32(v int32) {
+	a.add(4)
+	*a = binary.BigEndian.AppendUint32(*a, uint32(v))
+}
+
+func (a *array) addBool(v bool) {
+	a.add(1)
+	var b byte
+	if v {
+		b = 1
+	}
+	*a = append(*a, b)
+}
+
+func (a *array) addText(v string) {
+	a.add(len(v))
+	*a = append(*a, v...)
+}
+
+func (a *array) addUUID(v uuid.UUID) {
+	a.add(len(v))
+	*a = append(*a, v[:]...)
+}
+
+func int64Array(values []int64) array {
+	a := newArray(oid.T_int8, len(values), 8)
+	for _, v := range values {
+		a.addInt64(v)
+	}
+	return a
+}
