@@ -659,12 +659,12 @@ func (l *lock) unlock(ctx context.Context) error {
 	case held, notified:
 		l.endLocked()
 		now := time.Now()
-		lasted, limit := now.Sub(l.began), now.Add(releaseTimeout)
+		lasted, limit, cause := now.Sub(l.began), now.Add(releaseTimeout), l.cause
 		l.deadline = limit // an alarm that is on its way was for the hold
 		l.mu.Unlock()
 		release := l.backend.release(ctx, l.claim)
 		l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
-		l.observe(ObservedReleased, lasted, l.Cause())
+		l.observe(ObservedReleased, lasted, cause)
 		if release == nil {
 			if ctx.Err() != nil {
 				return contextError(ctx)
