@@ -181,7 +181,7 @@ func TestInputURIMeaning(t *testing.T) {
 		"postgres://user@[::1]:5433/db", "postgres://a,b,c/db", "postgres://a,b/db?port=1,2&target_session_attrs=standby",
 		"postgres://host/db?search_path=a%2Cb&options=-c%20geqo%3Doff&work_mem=64MB",
 		"host=h", "host=h port=7 user=u password=" + secret + " dbname=d", `user='a b' password='\'\\` + secret + `' dbname=d`,
-		"host=a,b target_session_attrs=any", "host=/sockets dbname=d", "password=postgres://x host=h", "password='mysql://x' host=h",
+		"postgres://host/db?binary_parameters=no", "host=h binary_parameters=no", "host=a,b target_session_attrs=any", "host=/sockets dbname=d", "password=postgres://x host=h", "password='mysql://x' host=h",
 	} {
 		want, err := pq.NewConfig(uri)
 		require.NoError(t, err, uri)
@@ -192,6 +192,7 @@ func TestInputURIMeaning(t *testing.T) {
 
 		assert.NotZero(t, got.ConnectTimeout, uri)
 		assert.NotEmpty(t, got.ApplicationName, uri)
+		assert.True(t, got.BinaryParameters, uri)
 		if len(want.Multi) > 0 && (want.TargetSessionAttrs == "" || want.TargetSessionAttrs == pq.TargetSessionAttrsAny) {
 			want.TargetSessionAttrs = pq.TargetSessionAttrsReadWrite
 		}

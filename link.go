@@ -49,6 +49,8 @@ WITH added AS (
 INSERT INTO env_lock_state (lock_key) SELECT lock_key FROM added
 ON CONFLICT DO NOTHING`
 
+	sqlProve = `SELECT pg_notify('` + notifyChannel + `', $1)`
+
 	// Makes durable whatever was committed before; it locks nothing.
 	sqlFlush = `SELECT pg_logical_emit_message(true, 'locker', '')`
 
@@ -72,17 +74,17 @@ RETURNING s.lock_key, ` + sqlNoFlush
 	// every claim before. SET sees whether the old holder was still there under
 	// the row lock.
 	sqlAcquire = `
-WITH want AS MATERIALIZED (
-    SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::bigint[], $4::uuid[], $5::boolean[], $6::boolean[], $7::text[])
-        AS w(key, id, claim, claim_id, first, tryable, event)
-), seen AS MATERIALIZED (
-    SELECT w.*, s.lock_key IS NULL AS missing,
-        s.holder_id IS NULL OR s.claim_id = w.id AND (s.claim_session <> $10::integer OR NOT s.claim_open) AS hidden,
-        s.claim AS newest, s.claim_id AS newest_id, s.claim_event AS newest_event, w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id AS valid
-    FROM want w LEFT JOIN env_lock_state s ON s.lock_key = w.key
-), tried AS MATERIALIZED (
+WITH tried AS MATERIALIZED (
     SELECT seen.*, CASE WHEN NOT missing AND valid AND tryable THEN pg_try_advisory_lock(key) ELSE false END AS got
-    FROM seen
+    FROM (
+        SELECT w.*, s.lock_key IS NULL AS missing,
+            s.holder_id IS NULL OR s.claim_id = w.id AND (s.claim_session <> $10::integer OR NOT s.claim_open) AS hidden,
+            s.claim AS newest, s.claim_id AS newest_id, s.claim_event AS newest_event,
+            w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id AS valid
+        FROM unnest($1::bigint[], $2::uuid[], $3::bigint[], $4::uuid[], $5::boolean[], $6::boolean[], $7::text[])
+            AS w(key, id, claim, claim_id, first, tryable, event)
+        LEFT JOIN env_lock_state s ON s.lock_key = w.key
+    ) seen
 ), taken AS (
     UPDATE env_lock_state s SET
         claim = CASE WHEN t.first THEN s.claim ELSE greatest(s.claim, t.claim) END,
@@ -290,7 +292,7 @@ type link struct {
 	socket     *watchedConn // set by DialContext
 	stall      stallWatch
 
-	lookup, addKeys, announce, announceOrdered, flush, whyNot, withdraw, acquire, ensure, wait, release, giveBack, share, takeOver, letGo, heartbeat *sql.Stmt
+	prove, lookup, addKeys, announce, announceOrdered, flush, whyNot, withdraw, acquire, ensure, wait, release, giveBack, share, takeOver, letGo, heartbeat *sql.Stmt
 
 	mu     sync.Mutex // guards socket and killed against kill
 	killed bool
@@ -340,7 +342,7 @@ func openLink(ctx context.Context, dsn, serviceName string, generation uint64) (
 		stmt **sql.Stmt
 		text string
 	}{
-		{&l.lookup, sqlLookup}, {&l.addKeys, sqlAddKeys}, {&l.announce, announceSQL(false)},
+		{&l.prove, sqlProve}, {&l.lookup, sqlLookup}, {&l.addKeys, sqlAddKeys}, {&l.announce, announceSQL(false)},
 		{&l.announceOrdered, announceSQL(true)}, {&l.flush, sqlFlush}, {&l.whyNot, sqlWhyNot}, {&l.withdraw, sqlWithdraw},
 		{&l.acquire, sqlAcquire}, {&l.ensure, sqlEnsure}, {&l.wait, sqlWait},
 		{&l.release, sqlRelease}, {&l.giveBack, sqlGiveBack},

@@ -426,8 +426,9 @@ func (s *session) open() (*link, error) {
 	return l, nil
 }
 
-// proveNotify sends a notification to ourselves. Later it may be missing for a
-// while: that costs speed, not safety.
+// proveNotify sends a notification to ourselves, by a statement that was prepared
+// before: it also proves that such statements last. Later a notification may be
+// missing for a while: that costs speed, not safety.
 func (s *session) proveNotify(l *link) error {
 	limit := time.AfterFunc(openTimeout, l.kill)
 	defer limit.Stop()
@@ -436,7 +437,7 @@ func (s *session) proveNotify(l *link) error {
 	payload := `{"kind":"` + kindCheck + `","id":"` + nonce.String() + `"}`
 	deadline := time.After(checkTimeout)
 	for {
-		if _, err := l.conn.ExecContext(context.Background(), `SELECT pg_notify($1, $2)`, notifyChannel, payload); err != nil {
+		if _, err := l.prove.ExecContext(context.Background(), payload); err != nil {
 			return errors.Wrap(poolerError(err), "locker: check that NOTIFY arrives")
 		}
 		select {

@@ -1,0 +1,62 @@
+package locker
+
+import (
+	"math"
+	"strings"
+	"testing"
+
+	"github.com/google/uuid"
+	"github.com/lib/pq"
+	"github.com/lib/pq/oid"
+	"github.com/stretchr/testify/require"
+)
+
+// PostgreSQL reads the binary arrays as it reads lib/pq's in text.
+func TestPostgresArrays(t *testing.T) {
+	t.Parallel()
+	dsn, err := sessionDSN(newDatabase(t))
+	require.NoError(t, err)
+	db := pgDB(t, dsn)
+	texts := []string{"", "a", "null", "NULL", `{"x",}\`, "\u2028ü\n", strings.Repeat("long ", 2000)}
+	numbers := []int64{0, 1, -1, math.MaxInt64, math.MinInt64}
+	ids := []uuid.UUID{uuid.Nil, uuid.Max, uuid.New()}
+	for _, size := range []int{0, 1, 100} { // what room there is for an element does not matter
+		for n := range 8 {
+			text, id := newArray(oid.T_text, n, size), newArray(oid.T_uuid, n, size)
+			number, small, yes := newArray(oid.T_int8, n, size), newArray(oid.T_int4, n, size), newArray(oid.T_bool, n, size)
+			wantText, wantID := []string{}, []string{}
+			wantNumber, wantSmall, wantYes := []int64{}, []int64{}, []bool{}
+			for i := range n {
+				s, k, u := texts[i%len(texts)], numbers[i%len(numbers)], ids[i%len(ids)]
+				text.addText(s)
+				number.addInt64(k)
+				small.addInt32(int32(k))
+				id.addUUID(u)
+				yes.addBool(i%3 == 0)
+				wantText, wantID = append(wantText, s), append(wantID, u.String())
+				wantNumber, wantSmall = append(wantNumber, k), append(wantSmall, int64(int32(k)))
+				wantYes = append(wantYes, i%3 == 0)
+			}
+			require.Equal(t, n, text.len())
+			for _, c := range []struct {
+				element string
+				ours    array
+				theirs  any
+			}{
+				{"text", text, wantText}, {"uuid", id, wantID}, {"bigint", number, wantNumber},
+				{"integer", small, wantSmall}, {"boolean", yes, wantYes},
+			} {
+				equal := pgGet[bool](t, db, `SELECT $1::`+c.element+`[] = $2::`+c.element+`[]`, c.ours, pq.Array(c.theirs))
+				require.True(t, equal, "%d of %s", n, c.element)
+			}
+		}
+	}
+
+	var none array
+	none.addAt(3, oid.T_bool).addBool(true)
+	require.Equal(t, "{NULL,NULL,NULL,t}", pgGet[string](t, db, `SELECT $1::boolean[]`, none))
+	none.addAt(4, oid.T_bool).addBool(false)
+	none.addAt(6, oid.T_bool).addBool(true)
+	require.Equal(t, "{NULL,NULL,NULL,t,f,NULL,t}", pgGet[string](t, db, `SELECT $1::boolean[]`, none))
+	require.True(t, pgGet[bool](t, db, `SELECT $1::boolean[] IS NULL`, array(nil)))
+}
