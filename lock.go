@@ -114,7 +114,7 @@ const (
 //	fresh → waiting → held → notified → over
 //
 // waiting can go straight to over (the wait failed), held too (released, lost).
-type phase int
+type phase int8
 
 const (
 	fresh phase = iota
@@ -140,11 +140,12 @@ type lock struct {
 
 	mu        sync.Mutex // guards everything below; never held across I/O or a call to the backend
 	phase     phase
+	announced bool      // by Notify
+	placed    bool      // standing is set: by Notify, or by the first answer to a claim that was never announced
+	woken     bool      // waiting: there was a reason to try again before wake was made
 	began     time.Time // Lock was called, then: the hold began
 	revokeAt  time.Time // notified: the end of the preemption timeout
 	shielded  time.Time // no revocation before
-	announced bool      // by Notify
-	placed    bool      // standing is set: by Notify, or by the first answer to a claim that was never announced
 	standing  standing
 	ch        chan NotificationPayload // made when held; capacity 1, one payload at most, closed when over
 	session   uint64                   // the generation of the session that holds the key
@@ -159,7 +160,6 @@ type lock struct {
 	stop      chan struct{} // waiting: closed when ended is set; over: when Unlock has waited for long enough
 	missed    *event        // waiting: the newest claim that was heard of; it may have come after the grant
 	wake      chan struct{} // waiting: capacity 1, a reason to try again; made when Lock sleeps for the first time
-	woken     bool          // waiting: there was one before
 	left      chan struct{} // waiting: closed when Lock has left; made by the Unlock that waits for it
 }
 

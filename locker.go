@@ -108,7 +108,7 @@ func (timeoutError) Is(e error) bool { return e == context.DeadlineExceeded }
 // answers errors.
 type PreemptiveLocker struct {
 	provider LockProvider
-	conf     PreemptiveLockerConfig
+	conf     *PreemptiveLockerConfig // the factory's; it does not change
 	repo     string
 	pr       uint
 	event    string
@@ -119,16 +119,15 @@ type PreemptiveLocker struct {
 	aborted bool               // locking: Release was called
 	calls   context.Context    // see abortable; nil before it is needed
 	cancel  context.CancelFunc // ends calls
-	waiting PreemptableLock    // locking: the lock, once there is one
+	lock    PreemptableLock    // nil before there is one; locking: it waits
 	left    chan struct{}      // locking: closed when Lock has left; made by the Release that waits for it
-	lock    PreemptableLock    // locked and later
 	gone    context.Context    // inside Do: ends when the hold does
 	key     int64
 	token   int64
 }
 
 // stage is where a PreemptiveLocker is in its life.
-type stage int
+type stage int8
 
 const (
 	unlocked stage = iota
@@ -153,7 +152,7 @@ func NewPreemptiveLockerFactory(provider LockProvider, opts ...PreemptiveLockerO
 		return nil, err
 	}
 	return func(repo string, pr uint, event string) *PreemptiveLocker {
-		return &PreemptiveLocker{provider: provider, conf: conf, repo: repo, pr: pr, event: event}
+		return &PreemptiveLocker{provider: provider, conf: &conf, repo: repo, pr: pr, event: event}
 	}, nil
 }
 
@@ -261,7 +260,7 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 		if p.left == nil {
 			p.left = make(chan struct{})
 		}
-		left, lock = p.left, p.waiting
+		left = p.left
 		p.aborted = true
 	case locked:
 		p.stage = released
@@ -551,7 +550,7 @@ func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock Preemptable
 		}
 	}
 	p.mu.Lock()
-	p.waiting = lock
+	p.lock = lock
 	aborted := p.aborted
 	p.mu.Unlock()
 	switch {
@@ -599,7 +598,6 @@ func (p *PreemptiveLocker) arrive(lock PreemptableLock, err error) error {
 		return err
 	}
 	p.stage = locked
-	p.lock = lock
 	if l, ok := lock.(interface{ Token() int64 }); ok {
 		p.token = l.Token()
 	}
