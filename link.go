@@ -35,8 +35,8 @@ JOIN env_locks e ON e.repo = w.repo AND e.pull_request = w.pull_request`
 
 	sqlClock = `(date_part('epoch', clock_timestamp()) * 1000000)::bigint` // microseconds
 
-	// In a subquery of its own it is done once, not for every row.
-	sqlNoFlush = `(SELECT set_config('synchronous_commit', 'off', true) IS NOT NULL)`
+	// The commit is not flushed. Once a statement is enough.
+	sqlNoFlush = `set_config('synchronous_commit', 'off', true)`
 
 	// With the row that the first claim will look for.
 	sqlAddKeys = `
@@ -98,7 +98,7 @@ WITH tried AS MATERIALIZED (
     FROM tried t
     WHERE t.got AND s.lock_key = t.key AND (t.first OR s.claim < t.claim OR s.claim_id = t.id OR s.claim = t.claim AND s.claim_id = t.claim_id)
     RETURNING s.lock_key, s.claim, s.claim_id, s.token,
-        extract(epoch FROM clock_timestamp() - s.unclean_at)::float8 AS age
+        date_part('epoch', clock_timestamp() - s.unclean_at) AS age
 )
 SELECT key, missing, hidden, valid, got, newest, newest_id,
     CASE WHEN NOT valid THEN newest_event END, NULL::bigint, NULL::float8 FROM tried
@@ -126,13 +126,14 @@ WITH asked AS (
 )
 SELECT s.lock_key, a.lock_key IS NOT NULL, ` + sqlNoFlush + `,
     CASE WHEN s.holder_id IS NULL AND s.claim_open THEN pg_notify(s.lock_key::text,
-        '{"id":"' || s.claim_id || '","event":' || to_json(s.claim_event) || ',"lockKey":' || s.lock_key || '}')::text END
+        format('{"id":"%s","event":%s,"lockKey":%s}', s.claim_id, to_json(s.claim_event), s.lock_key))::text END
 FROM env_lock_state s LEFT JOIN asked a ON a.lock_key = s.lock_key WHERE s.lock_key = ANY ($1::bigint[])`
 
 	// The advisory lock is freed inside the transaction that clears the holder:
 	// a successor that gets it at once still waits for the row, and so never
 	// mistakes a clean end for a death. A missing row answers nothing; its
-	// advisory lock is then given back by sqlGiveBack.
+	// advisory lock is then given back by sqlGiveBack. (Without the first key's row
+	// the commit is flushed.)
 	sqlRelease = `
 UPDATE env_lock_state s
 SET holder_id = NULL, holder_event = NULL, holder_host = NULL, holder_pid = NULL, held_since = NULL,
@@ -141,15 +142,13 @@ FROM unnest($1::bigint[], $2::uuid[], $3::boolean[]) AS w(key, id, shared)
 WHERE s.lock_key = w.key AND s.holder_id = w.id
 RETURNING s.lock_key,
     CASE WHEN w.shared THEN pg_advisory_unlock_shared(s.lock_key) OR pg_advisory_unlock(s.lock_key) ELSE pg_advisory_unlock(s.lock_key) END,
-    ` + sqlNoFlush + `,
-    CASE WHEN s.waiting OR s.claim_id <> w.id THEN pg_notify('` + notifyChannel + `',
-        '{"kind":"` + kindReleased + `","lockKey":' || s.lock_key || '}')::text END`
+    CASE WHEN s.lock_key = ($1::bigint[])[1] THEN ` + sqlNoFlush + ` END,
+    CASE WHEN s.waiting OR s.claim_id <> w.id THEN pg_notify('` + notifyChannel + `', format('` + payloadReleased + `', s.lock_key))::text END`
 
 	// Frees what this connection holds of the keys, and nothing else.
 	sqlGiveBack = `
 SELECT h.key, CASE h.mode WHEN 'ShareLock' THEN pg_advisory_unlock_shared(h.key) ELSE pg_advisory_unlock(h.key) END,
-    ` + sqlNoFlush + `, pg_notify('` + notifyChannel + `',
-    '{"kind":"` + kindReleased + `","lockKey":' || h.key || '}')::text
+    ` + sqlNoFlush + `, pg_notify('` + notifyChannel + `', format('` + payloadReleased + `', h.key))::text
 FROM (SELECT (l.classid::bigint << 32) | l.objid::bigint AS key, l.mode FROM pg_locks l
     WHERE l.locktype = 'advisory' AND l.pid = pg_backend_pid() AND l.objsubid = 1) h
 WHERE h.key = ANY ($1::bigint[])`
@@ -262,11 +261,10 @@ UPDATE env_lock_state s SET
 FROM want w
 WHERE s.lock_key = w.key` + condition + `
 RETURNING s.lock_key, s.claim, CASE WHEN w.got THEN s.token END,
-    CASE WHEN w.got THEN extract(epoch FROM clock_timestamp() - s.unclean_at)::float8 END,
+    CASE WHEN w.got THEN date_part('epoch', clock_timestamp() - s.unclean_at) END,
     CASE WHEN s.waiting OR NOT w.got THEN ` + sqlNoFlush + ` END,
     CASE WHEN s.waiting OR s.holder_id IS NOT NULL AND NOT w.got THEN pg_notify('` + notifyChannel + `',
-        '{"kind":"` + kindClaim + `","lockKey":' || s.lock_key || ',"claim":' || s.claim ||
-        ',"id":"' || s.claim_id || '","event":' || to_json(s.claim_event) || '}')::text END`
+        format('` + payloadClaim + `', s.lock_key, s.claim, s.claim_id, to_json(s.claim_event)))::text END`
 }
 
 // The two-key space of advisory locks, in which no lock of a user lives: under

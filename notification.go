@@ -44,6 +44,12 @@ const (
 	kindManual   = ""
 )
 
+// The payloads that statements send, for SQL's format().
+const (
+	payloadClaim    = `{"kind":"` + kindClaim + `","lockKey":%s,"claim":%s,"id":"%s","event":%s}`
+	payloadReleased = `{"kind":"` + kindReleased + `","lockKey":%s}`
+)
+
 // message is what travels on the channel. It is a hint: nothing but speed
 // depends on its arrival.
 type message struct {

@@ -85,7 +85,7 @@ func (ln *lane) announceClaims(ctx context.Context, l *link, batch []*op) error 
 	var key, number int64
 	var token sql.NullInt64
 	var age sql.NullFloat64
-	var noFlush sql.NullBool
+	var noFlush sql.NullString
 	row := []any{&key, &number, &token, &age, &noFlush, discard}
 	err := each(ctx, stmt, args, row, func() {
 		o := find(batch, key)
