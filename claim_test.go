@@ -8,6 +8,8 @@ import (
 	"github.com/google/uuid"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/preemptable/locker/internal/pgserver"
 )
 
 // What follows is about claims that announce and take at once, on a key that is
@@ -199,6 +201,126 @@ func TestPostgresTakenAndNotified(t *testing.T) {
 			require.NoError(t, locks[0].Release(pgBackground))
 		})
 	}
+}
+
+// C15: what grants a key is flushed before it is answered, and nothing else is.
+func TestPostgresDurable(t *testing.T) {
+	t.Parallel()
+	server := pgCluster(t, pgserver.Options{Config: map[string]string{
+		"wal_writer_delay": "10s", "wal_writer_flush_after": "1GB", "bgwriter_delay": "10s", "autovacuum": "off"}})
+	uri := server.URI("postgres")
+	db := pgDB(t, uri)
+	p, q := pgProvider(t, uri), pgProvider(t, uri)
+	fp, fq := pgLocker(t, p), pgLocker(t, q)
+	require.NoError(t, goRound(fp("org/repo", 1, "before")))
+	require.NoError(t, goRound(fq("org/repo", 1, "before")))
+	flushed := func(want bool, what string) {
+		t.Helper()
+		require.Equal(t, want, pgGet[bool](t, db, `SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()`), what)
+		pgExec(t, db, sqlFlush)
+	}
+	pgExec(t, db, sqlFlush)
+	holder := fp("org/repo", 1, "holder")
+	_, err := holder.Lock(pgBackground)
+	require.NoError(t, err)
+	flushed(true, "a claim that takes the key")
+
+	waiter := fq("org/repo", 1, "waiter")
+	key, err := q.LockKey(pgBackground, "org/repo", 1)
+	require.NoError(t, err)
+	failed := make(chan error, 1)
+	go func() {
+		_, err := waiter.Lock(pgBackground)
+		failed <- err
+	}()
+	pgUntil(t, "it waits", func() bool {
+		q.session.hub.mu.Lock()
+		l := q.session.hub.locks[key]
+		q.session.hub.mu.Unlock()
+		if l == nil {
+			return false
+		}
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.wake != nil // it sleeps, or has slept
+	})
+	flushed(false, "a claim that waits")
+	require.NoError(t, holder.Release(pgBackground))
+	require.NoError(t, pgReceive(t, "the waiter", failed))
+	flushed(true, "the waiter's acquire")
+	require.NoError(t, waiter.Release(pgBackground))
+	flushed(false, "a release")
+
+	l := pgNew(t, p, key, "announced")
+	require.NoError(t, l.Notify(pgBackground))
+	flushed(false, "an announcement")
+	_, err = l.Lock(pgBackground)
+	require.NoError(t, err)
+	flushed(true, "the acquire of a claim that was announced")
+	require.NoError(t, l.Unlock(pgBackground))
+}
+
+// Advisory locks are re-entrant: a key that this session holds is not taken by another
+// claim of the same provider, also if the row does not say so any more.
+func TestPostgresHeldIsNotTaken(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	f := pgLocker(t, p)
+	holder := f("org/repo", 1, "holder")
+	told, err := holder.Lock(pgBackground)
+	require.NoError(t, err)
+	pgExec(t, db, `DELETE FROM env_lock_state`)
+	next := f("org/repo", 1, "next")
+	got := make(chan error, 1)
+	go func() {
+		_, err := next.Lock(pgBackground)
+		got <- err
+	}()
+	require.Equal(t, "next", pgReceive(t, "the holder is told", told).Message)
+	require.Len(t, pgAdvisory(t, db), 1, "the holder's lock is still there")
+	require.Empty(t, got, "the holder has not released yet")
+	require.NoError(t, holder.Release(pgBackground))
+	require.NoError(t, pgReceive(t, "the next", got))
+	require.NoError(t, next.Release(pgBackground))
+	require.Empty(t, pgAdvisory(t, db))
+}
+
+// What a batch answered before it failed does not count.
+func TestPostgresHalfAnswered(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	f := pgLocker(t, p)
+	for pr := range uint(2) {
+		require.NoError(t, goRound(f("org/repo", pr, "before")))
+	}
+	// Two claims are granted, and then it fails; for one claim it answers nothing.
+	require.NoError(t, onLane(t, p.session, 0, func(l *link) (err error) {
+		l.announce, err = l.conn.PrepareContext(pgBackground, `
+			SELECT k, 1::bigint, 2::bigint, NULL::float8, NULL::text, NULL::text
+			FROM unnest($1::bigint[]) k WHERE cardinality($1::bigint[]) = 2
+			UNION ALL
+			SELECT 1 / (cardinality($1::bigint[]) - 2), 0, 0, 0, $8::text, NULL WHERE cardinality($1::bigint[]) = 2
+				AND num_nulls($2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::integer, $9::integer) >= 0`)
+		return err
+	}))
+	errs := make(chan error, 2)
+	inOneBatch(t, p.session, 2, func() {
+		for pr := range uint(2) {
+			go func() {
+				_, err := f("org/repo", pr, "during").Lock(pgBackground)
+				errs <- err
+			}()
+		}
+	})
+	for range 2 {
+		require.ErrorContains(t, pgReceive(t, "a claim", errs), "again and again")
+	}
+	require.Zero(t, p.Stats().Held)
+	require.Empty(t, pgAdvisory(t, db))
 }
 
 // All deadlines of a provider share a timer: an observer that takes its time delays

@@ -110,6 +110,7 @@ func (ln *lane) serve(l *link) error {
 			if err := ln.execute(l, batch); err != nil {
 				return err
 			}
+			clear(batch) // others' now, or nobody's
 		}
 		if c != nil { // only now nothing is under way
 			if err := c(l); err != nil {

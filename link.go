@@ -35,7 +35,8 @@ JOIN env_locks e ON e.repo = w.repo AND e.pull_request = w.pull_request`
 
 	sqlClock = `(date_part('epoch', clock_timestamp()) * 1000000)::bigint` // microseconds
 
-	// The commit is not flushed. Once a statement is enough.
+	// The commit is not flushed. Once a statement is enough, but only a release has
+	// so many rows that it matters.
 	sqlNoFlush = `set_config('synchronous_commit', 'off', true)`
 
 	// With the row that the first claim will look for.

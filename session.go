@@ -73,7 +73,7 @@ type hold struct {
 }
 
 // op is one operation of a caller. The caller waits on its channel; the worker
-// answers exactly once. Whoever has read that answer may recycle it.
+// answers exactly once.
 type op struct {
 	kind   opKind
 	state  opState         // guarded by session.mu
@@ -83,13 +83,13 @@ type op struct {
 	order  *int64          // announce: see announcement
 	req    request         // acquire: all of it; announce, withdraw and release: the claim
 	queued time.Time
+	tries  bool          // the worker's: announce: this time it is to take the key
 	result               // the worker's, until done
 	done   chan struct{} // capacity 1
 }
 
 type result struct {
 	answered bool   // a row was about it
-	tried    bool   // announce: the statement was to take the key
 	key      int64  // lookup
 	answer   answer // announce and acquire
 	err      error
@@ -103,7 +103,10 @@ func newOp(ctx context.Context, kind opKind, c claim) *op {
 	return o
 }
 
-// recycle answers the operation's result; afterwards it is somebody else's.
+// recycle answers the operation's result; afterwards it is somebody else's. Only who
+// has received from done may call it: then no queue and no worker has the operation
+// any more. Nobody has to: what is abandoned, or waited for by nobody, is left to the
+// collector.
 func (o *op) recycle() result {
 	r := o.result
 	*o = op{done: o.done}

@@ -123,7 +123,7 @@ func (ln *lane) announceArgs(l *link, batch []*op) (*sql.Stmt, []any) {
 	ln.session.mu.Lock()
 	for _, o := range batch {
 		_, holds := ln.session.held[o.req.key] // advisory locks are re-entrant: never try what this session holds
-		o.tried = o.take && !holds
+		o.tries = o.take && !holds
 	}
 	ln.session.mu.Unlock()
 	for i, o := range batch {
@@ -134,7 +134,7 @@ func (ln *lane) announceArgs(l *link, batch []*op) (*sql.Stmt, []any) {
 		if o.order != nil {
 			orders.addAt(i, oid.T_int8).addInt64(*o.order)
 		}
-		if !o.tried {
+		if !o.tries {
 			waits.addAt(i, oid.T_bool).addBool(true)
 		}
 	}
@@ -168,7 +168,7 @@ func (ln *lane) whyNot(ctx context.Context, l *link, batch []*op) error {
 		keys = append(keys, o.req.key)
 		repos.addText(repo)
 		pulls.addInt32(pr)
-		if o.tried {
+		if o.tries {
 			tried = append(tried, o.req.key)
 		}
 	}
