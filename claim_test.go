@@ -402,3 +402,15 @@ func TestPostgresTenThousandCallers(t *testing.T) {
 		require.NoError(t, o.err)
 	}
 }
+
+func TestFakeIDs(t *testing.T) {
+	m := newMemory()
+	seen := map[uuid.UUID]bool{}
+	for range 1000 {
+		id := m.newID()
+		require.False(t, seen[id])
+		seen[id] = true
+		require.Equal(t, uuid.Version(4), id.Version())
+		require.Equal(t, uuid.RFC4122, id.Variant())
+	}
+}

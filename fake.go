@@ -2,6 +2,7 @@ package locker
 
 import (
 	"context"
+	"encoding/binary"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -109,6 +110,14 @@ func newMemory() *memory {
 }
 
 func (m *memory) events() *hub { return m.hub }
+
+// newID is random enough for one process.
+func (m *memory) newID() (id uuid.UUID) {
+	binary.BigEndian.PutUint64(id[:8], rand.Uint64())
+	binary.BigEndian.PutUint64(id[8:], rand.Uint64())
+	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80 // version 4, as uuid.New's
+	return id
+}
 
 func (m *memory) lockKey(repo string, pr uint) int64 {
 	m.mu.Lock()

@@ -14,6 +14,8 @@ import (
 // backend is the database as the lock sees it. Timeouts, channels, delays and
 // callers' contexts belong to the lock, not to the backend.
 type backend interface {
+	// newID answers an ID that no other claim of the database has.
+	newID() uuid.UUID
 	// announce makes the claim known and answers its standing as the newest, or an
 	// error that matches ErrClaimOutdated if its order is too low. It gives up when
 	// ctx is done or stop is closed.

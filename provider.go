@@ -4,7 +4,6 @@ import (
 	"context"
 	"io"
 
-	"github.com/google/uuid"
 	"github.com/pkg/errors"
 )
 
@@ -100,7 +99,7 @@ func newLock(ctx context.Context, l *lock, b backend, conf *LockProviderConfig, 
 	}
 	l.backend = b
 	l.conf = conf
-	l.claim = claim{key: key, id: uuid.New(), event: cleanEvent(event)}
+	l.claim = claim{key: key, id: b.newID(), event: cleanEvent(event)}
 	return nil
 }
 

@@ -155,6 +155,8 @@ func newSession(dsn string, conf LockProviderConfig) *session {
 
 func (s *session) events() *hub { return s.hub }
 
+func (s *session) newID() uuid.UUID { return uuid.New() }
+
 func (s *session) lookup(ctx context.Context, repo string, pr uint) (int64, error) {
 	o := newOp(ctx, opLookup, claim{})
 	o.pull = &pullRequest{repo, pr}
