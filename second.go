@@ -12,7 +12,7 @@ import (
 
 const (
 	crowd      = 64   // a batch of so many operations is large
-	crowdedFor = 64   // the lanes split the keys when so many more batches were large than not
+	crowdedFor = 16   // the lanes split the keys when so many more batches were large than not
 	quiet      = 3000 // with fewer operations between two heartbeats the second lane gives its keys back
 
 	parkFrom  = 512 // holds that have lasted on the first lane, above which they are parked
