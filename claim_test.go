@@ -1,6 +1,7 @@
 package locker
 
 import (
+	"context"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -228,22 +229,32 @@ func TestPostgresDurable(t *testing.T) {
 	waiter := fq("org/repo", 1, "waiter")
 	key, err := q.LockKey(pgBackground, "org/repo", 1)
 	require.NoError(t, err)
-	failed := make(chan error, 1)
-	go func() {
-		_, err := waiter.Lock(pgBackground)
-		failed <- err
-	}()
-	pgUntil(t, "it waits", func() bool {
-		q.session.hub.mu.Lock()
-		l := q.session.hub.locks[key]
-		q.session.hub.mu.Unlock()
-		if l == nil {
-			return false
-		}
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		return l.wake != nil // it sleeps, or has slept
-	})
+	waits := func(lock func(context.Context) (<-chan NotificationPayload, error)) chan error {
+		t.Helper()
+		failed := make(chan error, 1)
+		go func() {
+			_, err := lock(pgBackground)
+			failed <- err
+		}()
+		pgUntil(t, "it waits", func() bool {
+			q.session.hub.mu.Lock()
+			l := q.session.hub.locks[key]
+			q.session.hub.mu.Unlock()
+			if l == nil {
+				return false
+			}
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			return l.wake != nil // it sleeps, or has slept
+		})
+		return failed
+	}
+	quiet := pgNew(t, q, key, "never announced")
+	failed := waits(quiet.Lock)
+	flushed(false, "a wait that asks to be told")
+	require.NoError(t, quiet.Unlock(pgBackground))
+	require.Error(t, pgReceive(t, "the quiet waiter", failed))
+	failed = waits(waiter.Lock)
 	flushed(false, "a claim that waits")
 	require.NoError(t, holder.Release(pgBackground))
 	require.NoError(t, pgReceive(t, "the waiter", failed))
