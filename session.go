@@ -269,10 +269,13 @@ func (s *session) laneLocked(o *op) *lane {
 	case kind == opRelease:
 		return s.lanes[s.held[o.req.key].lane]
 	case s.duty == dutyClaims && kind != opLookup:
-		return s.lanes[uint64(o.req.key)*0x9e3779b97f4a7c15>>63] // half of the keys, whatever their pattern
+		return s.lanes[half(o.req.key)]
 	}
 	return s.lanes[0]
 }
+
+// half of the keys, whatever their pattern.
+func half(key int64) int { return int(uint64(key) * 0x9e3779b97f4a7c15 >> 63) }
 
 // rerouteLocked moves what is queued to the lane whose it is now.
 func (s *session) rerouteLocked() {
