@@ -8,8 +8,8 @@ import (
 )
 
 // array is an argument of a one-dimensional array type in PostgreSQL's binary
-// format, as array_recv reads it. Against text it saves the server a tenth of a
-// statement, and us most of the memory.
+// format, as array_recv reads it. Against text it saves the server the parsing, and
+// us the memory of text that grows piece by piece.
 type array []byte
 
 // newArray answers an empty array with room for n elements of size bytes.
