@@ -3,7 +3,9 @@ package locker
 import (
 	"context"
 	"encoding/binary"
+	"math"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,13 +20,13 @@ import (
 // The zero value is ready to use, with every default. All methods may be called
 // concurrently. It must not be copied after first use.
 type FakeLockProvider struct {
-	once  sync.Once // makes conf and store complete, for the zero value
-	conf  LockProviderConfig
-	store *memory
+	once    sync.Once // completes conf and session, for the zero value
+	conf    LockProviderConfig
+	session *memorySession
 }
 
-// FakePreemptableLock is the lock that FakeLockProvider.New answers. Its zero
-// value answers errors.
+// FakePreemptableLock is the lock that [FakeLockProvider.New] returns. Its zero
+// value returns errors.
 type FakePreemptableLock struct {
 	lock
 }
@@ -37,7 +39,7 @@ var (
 func (flp *FakeLockProvider) init() {
 	flp.once.Do(func() {
 		flp.conf, _ = flp.conf.checked() // the zero value is valid, anything else was checked before
-		flp.store = newMemory()
+		flp.session = newMemory().open(&flp.conf)
 	})
 }
 
@@ -47,7 +49,7 @@ func (flp *FakeLockProvider) init() {
 func (flp *FakeLockProvider) New(ctx context.Context, key int64, event string) (PreemptableLock, error) {
 	flp.init()
 	l := &FakePreemptableLock{}
-	if err := newLock(ctx, &l.lock, flp.store, &flp.conf, key, event); err != nil {
+	if err := newLock(ctx, &l.lock, flp.session, &flp.conf, key, event); err != nil {
 		return nil, err
 	}
 	return l, nil
@@ -57,10 +59,10 @@ func (flp *FakeLockProvider) New(ctx context.Context, key int64, event string) (
 // for the same pair, different for different pairs (C1).
 func (flp *FakeLockProvider) LockKey(ctx context.Context, repo string, pr uint) (int64, error) {
 	flp.init()
-	if err := checkLockKey(ctx, flp.store.hub, repo, pr); err != nil {
+	if err := checkLockKey(ctx, flp.session.hub, repo, pr); err != nil {
 		return 0, err
 	}
-	return flp.store.lockKey(repo, pr), nil
+	return flp.session.db.lockKey(repo, pr), nil
 }
 
 // Close notifies every holder with ErrProviderClosed, ends every wait and
@@ -69,54 +71,51 @@ func (flp *FakeLockProvider) LockKey(ctx context.Context, repo string, pr uint) 
 // ErrProviderClosed. Closing again is harmless.
 func (flp *FakeLockProvider) Close() error {
 	flp.init()
-	flp.store.hub.close()
+	flp.session.hub.close()
+	flp.session.close()
 	return nil
 }
 
-// memory imitates the database: keys, claims, holders. It decides nothing that
-// the SQL statements do not decide as well.
+// memory imitates the database: keys, claims, holders, sessions. It decides nothing
+// that the SQL statements do not decide as well.
 type memory struct {
-	hub *hub
-
-	mu      sync.Mutex // guards everything below
-	keys    map[pullRequest]int64
-	taken   map[int64]bool // the keys in use
-	rows    map[int64]*memoryRow
-	counter int64  // the source of claim numbers and tokens
-	session uint64 // the generation of the imagined session, from 1
+	mu       sync.Mutex // guards everything below
+	keys     map[pullRequest]int64
+	taken    map[int64]bool // the keys in use
+	rows     map[int64]*memoryRow
+	sessions map[int64]memorySessionRow // the rows of env_lock_sessions, by ID
+	live     map[int64]bool             // the sessions' advisory locks that are held
+	listen   []*memorySession           // those that get notifications
+	counter  int64                      // the source of claim numbers and tokens
 }
 
-// memoryRow is a row of env_lock_state and the key's advisory lock in one.
+// memoryRow is a row of env_lock_state.
 type memoryRow struct {
-	newest    standing
-	event     string
-	order     *int64 // of the newest claim, if it was given one
-	top       *int64 // the highest order of all claims
-	open      bool   // the newest claim's lock still waits or holds
-	token     int64
-	holder    uuid.UUID // as in the row: stays set when the session dies
-	locked    bool      // the advisory lock: freed when the session dies
-	uncleanAt time.Time // when a predecessor whose session had died was replaced
+	newest  standing
+	event   string
+	order   *int64 // of the newest claim, if it was given one
+	top     *int64 // the highest order of all claims
+	open    bool   // the newest claim's lock still waits or holds
+	claimer int64  // the newest claim's session
+	token   int64
+	holder  uuid.UUID // zero while the key is free
+	session int64     // the holder's
+}
+
+// memorySessionRow is a row of env_lock_sessions.
+type memorySessionRow struct {
+	lock    int64
+	timeout time.Duration
 }
 
 func newMemory() *memory {
 	return &memory{
-		hub:     newHub(),
-		keys:    map[pullRequest]int64{},
-		taken:   map[int64]bool{},
-		rows:    map[int64]*memoryRow{},
-		session: 1,
+		keys:     map[pullRequest]int64{},
+		taken:    map[int64]bool{},
+		rows:     map[int64]*memoryRow{},
+		sessions: map[int64]memorySessionRow{},
+		live:     map[int64]bool{},
 	}
-}
-
-func (m *memory) events() *hub { return m.hub }
-
-// newID is random enough for one process.
-func (m *memory) newID() (id uuid.UUID) {
-	binary.BigEndian.PutUint64(id[:8], rand.Uint64())
-	binary.BigEndian.PutUint64(id[8:], rand.Uint64())
-	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80 // version 4, as uuid.New's
-	return id
 }
 
 func (m *memory) lockKey(repo string, pr uint) int64 {
@@ -141,93 +140,257 @@ func (m *memory) rowLocked(key int64) *memoryRow {
 	return row
 }
 
-func (m *memory) announce(_ context.Context, _ <-chan struct{}, n announcement) (answer, error) {
+// lockOfLocked returns the advisory lock that shows whether a session lives. A
+// session without a row is dead.
+func (m *memory) lockOfLocked(id int64) int64 {
+	if row, ok := m.sessions[id]; ok {
+		return row.lock
+	}
+	return id
+}
+
+// notify passes an event to every session that listens.
+func (m *memory) notify(key int64, ev event) {
+	m.mu.Lock()
+	var few [4]*memorySession
+	listen := append(few[:0], m.listen...)
+	m.mu.Unlock()
+	for _, s := range listen {
+		s.hub.dispatch(key, ev)
+	}
+}
+
+// memorySession is a provider's session with the database in memory, and the backend
+// of its locks. While it is connected it needs no heartbeats. The tests suspend and
+// restore it.
+type memorySession struct {
+	db      *memory
+	conf    *LockProviderConfig
+	hub     *hub
+	trust   *trust
+	watches watches
+
+	mu       sync.Mutex    // guards everything below
+	up       chan struct{} // closed while the session is connected
+	releases []claim       // that wait for the connection
+}
+
+// open starts a provider's session.
+func (m *memory) open(conf *LockProviderConfig) *memorySession {
+	s := &memorySession{db: m, conf: conf, hub: newHub(), up: make(chan struct{})}
+	s.trust = newTrust(conf, s.hub)
+	s.connect()
+	return s
+}
+
+// connect makes the session known with a new advisory lock. The caller knows that it
+// is not connected.
+func (s *memorySession) connect() (suspended time.Time) {
+	ref, _ := s.trust.current()
+	ref.lock = randomKey()
+	m := s.db
+	m.mu.Lock()
+	m.sessions[ref.id] = memorySessionRow{ref.lock, s.conf.sessionTimeout}
+	m.live[ref.lock] = true
+	m.listen = append(m.listen, s)
+	m.mu.Unlock()
+	suspended, _ = s.trust.connect(ref, time.Now())
+	s.mu.Lock()
+	close(s.up)
+	s.mu.Unlock()
+	return suspended
+}
+
+// suspend imitates the loss of all connections.
+func (s *memorySession) suspend() {
+	ref, connected := s.trust.current()
+	if !connected {
+		return
+	}
+	s.mu.Lock()
+	s.up = make(chan struct{})
+	s.mu.Unlock()
+	m := s.db
+	m.mu.Lock()
+	delete(m.live, ref.lock)
+	m.listen = slices.DeleteFunc(m.listen, func(other *memorySession) bool { return other == s })
+	m.mu.Unlock()
+	s.trust.beat(ref, time.Now())
+	s.trust.suspend(ref, errors.New("connection closed"))
+}
+
+// restore imitates a reconnect: what was missed is looked up, in both directions.
+func (s *memorySession) restore() {
+	suspended := s.connect()
+	s.mu.Lock()
+	releases := s.releases
+	s.releases = nil
+	s.mu.Unlock()
+	for _, c := range releases {
+		s.release(context.Background(), c)
+	}
+
+	lost := 0
+	claims, _ := s.hub.held(new(int), math.MaxInt)
+	ref, _ := s.trust.current()
+	for _, c := range claims {
+		s.db.mu.Lock()
+		row := *s.db.rowLocked(c.key)
+		s.db.mu.Unlock()
+		switch {
+		case row.holder != c.id || row.session != ref.id:
+			lost++
+			s.hub.dispatch(c.key, event{kind: evGone, from: standing{id: c.id}, cause: errors.New("the row of the key does not name the hold any longer")})
+		case row.newest.id != c.id:
+			s.hub.dispatch(c.key, event{kind: evNewest, from: row.newest, message: row.event})
+		}
+	}
+	s.hub.broadcast(event{kind: evReleased})
+	if !suspended.IsZero() {
+		holds, _ := s.hub.counts()
+		s.trust.reconnected(time.Since(suspended), holds, lost)
+	}
+}
+
+// close ends the session cleanly.
+func (s *memorySession) close() {
+	ref, _ := s.trust.current()
+	s.trust.end()
+	m := s.db
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.sessions, ref.id)
+	delete(m.live, ref.lock)
+	m.listen = slices.DeleteFunc(m.listen, func(other *memorySession) bool { return other == s })
+}
+
+// connected waits until the session is connected, and returns it, or an error if ctx
+// or stop ends before.
+func (s *memorySession) connected(ctx context.Context, stop <-chan struct{}) (sessionRef, error) {
+	for {
+		if ref, ok := s.trust.current(); ok {
+			return ref, nil
+		}
+		s.mu.Lock()
+		up := s.up
+		s.mu.Unlock()
+		select {
+		case <-up:
+		case <-stop:
+			return sessionRef{}, stopped{errSuspended}
+		case <-ctx.Done():
+			return sessionRef{}, stopped{errSuspended}
+		}
+	}
+}
+
+var errSuspended = errors.New("locker: the session is suspended")
+
+func (s *memorySession) events() *hub { return s.hub }
+
+// newID is random enough for one process.
+func (s *memorySession) newID() (id uuid.UUID) {
+	binary.BigEndian.PutUint64(id[:8], rand.Uint64())
+	binary.BigEndian.PutUint64(id[8:], rand.Uint64())
+	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80 // version 4, as uuid.New's
+	return id
+}
+
+func (s *memorySession) announce(ctx context.Context, stop <-chan struct{}, n announcement) (answer, error) {
+	ref, err := s.connected(ctx, stop)
+	if err != nil {
+		return answer{}, err
+	}
 	c, order := n.claim, n.order
+	m := s.db
 	m.mu.Lock()
 	row := m.rowLocked(c.key)
 	if order != nil && row.top != nil && (*order < *row.top ||
-		*order == *row.top && row.newest.id != c.id && row.open && row.order != nil && *row.order == *order) {
+		*order == *row.top && row.newest.id != c.id && row.open && m.live[m.lockOfLocked(row.claimer)] && row.order != nil && *row.order == *order) {
 		err := outdated(*order, *row.top, row.event)
 		m.mu.Unlock()
 		return answer{}, err
 	}
-	row.order, row.open = order, true
 	if order != nil {
 		row.top = order
 	}
 	m.counter++
-	row.newest = standing{m.counter, c.id}
-	row.event = c.event
+	row.newest, row.event, row.order, row.open, row.claimer = standing{m.counter, c.id}, c.event, order, true, ref.id
 	a := answer{outcome: again, newest: row.newest}
 	if n.take && row.holder == uuid.Nil {
-		m.grantLocked(row, c, &a)
+		m.grantLocked(row, c, ref, &a)
 	}
 	m.mu.Unlock()
-	m.hub.dispatch(c.key, event{kind: evClaimed, from: a.newest, message: c.event})
+	m.notify(c.key, event{kind: evClaimed, from: a.newest, message: c.event})
 	return a, nil
 }
 
-func (m *memory) grantLocked(row *memoryRow, c claim, a *answer) {
-	if row.holder != uuid.Nil {
-		row.uncleanAt = time.Now()
-	}
+func (m *memory) grantLocked(row *memoryRow, c claim, ref sessionRef, a *answer) {
 	m.counter++
-	row.holder, row.locked, row.token = c.id, true, m.counter
-	row.open = row.open || row.newest.id == c.id
-	a.outcome, a.token, a.session = granted, row.token, m.session
-	if !row.uncleanAt.IsZero() {
-		a.drain = max(0, uncleanDelay-time.Since(row.uncleanAt))
+	row.holder, row.session, row.token = c.id, ref.id, m.counter
+	if row.newest.id == c.id {
+		row.open, row.claimer = true, ref.id
 	}
+	a.grant(row.token, ref)
 }
 
-func (m *memory) acquire(_ context.Context, _ <-chan struct{}, r request) (answer, error) {
+func (s *memorySession) acquire(ctx context.Context, stop <-chan struct{}, r request) (answer, error) {
+	ref, err := s.connected(ctx, stop)
+	if err != nil {
+		return answer{}, err
+	}
+	m := s.db
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	row := m.rowLocked(r.key)
 	a := answer{newest: row.newest}
+	lock := m.lockOfLocked(row.session)
 	switch {
 	case !r.first && row.newest != r.standing && row.newest.number >= r.standing.number && row.newest.id != r.id:
 		a.outcome, a.event = superseded, row.event
-	case row.locked:
-		a.outcome = busy
+	case row.holder == uuid.Nil, row.holder == r.id,
+		lock == r.blocker && s.watches.over(lock) && !m.live[lock]:
+		m.grantLocked(row, r.claim, ref, &a)
 	default:
-		m.grantLocked(row, r.claim, &a)
+		a.outcome = busy
+		if !m.live[lock] {
+			timeout := s.conf.sessionTimeout // of a session without a row
+			if holder, ok := m.sessions[row.session]; ok {
+				timeout = holder.timeout
+			}
+			a.blocker, a.retryAt = lock, s.watches.dead(lock, timeout)
+		}
 	}
 	return a, nil
 }
 
-func (m *memory) release(_ context.Context, c claim) *op {
+func (s *memorySession) release(_ context.Context, c claim) *op {
+	if _, connected := s.trust.current(); !connected {
+		s.mu.Lock()
+		s.releases = append(s.releases, c)
+		s.mu.Unlock()
+		return nil
+	}
+	m := s.db
 	m.mu.Lock()
 	row := m.rowLocked(c.key)
-	freed := row.holder == c.id && row.locked
+	freed := row.holder == c.id
 	if freed {
-		row.holder, row.locked = uuid.Nil, false
+		row.holder, row.session = uuid.Nil, 0
 		row.open = row.open && row.newest.id != c.id
 	}
 	m.mu.Unlock()
 	if freed {
-		m.hub.dispatch(c.key, event{kind: evReleased})
+		m.notify(c.key, event{kind: evReleased})
 	}
 	return nil
 }
 
-func (m *memory) withdraw(c claim) {
+func (s *memorySession) withdraw(c claim) {
+	m := s.db
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if row := m.rowLocked(c.key); row.newest.id == c.id {
 		row.open = false
 	}
-}
-
-// loseSession imitates the death of the session: every lock is free at once, the
-// rows still name their holders. It is what the tests do to a fake holder.
-func (m *memory) loseSession() {
-	m.mu.Lock()
-	lost := m.session
-	m.session++
-	for _, row := range m.rows {
-		row.locked, row.open = false, false
-	}
-	m.mu.Unlock()
-	m.hub.broadcast(event{kind: evLost, session: lost, cause: errors.New("connection closed")})
 }

@@ -16,19 +16,20 @@ import (
 type backend interface {
 	// newID answers an ID that no other claim of the database has.
 	newID() uuid.UUID
-	// announce makes the claim known and answers its standing as the newest, or an
-	// error that matches ErrClaimOutdated if its order is too low. It gives up when
-	// ctx is done or stop is closed.
+	// announce makes the claim known and returns its standing as the newest, or an
+	// error that matches ErrClaimOutdated if its order is too low. It returns early,
+	// with stopped, when ctx is done or stop is closed.
 	announce(ctx context.Context, stop <-chan struct{}, a announcement) (answer, error)
 	// withdraw says that an announced claim gave up. It is begun when the call
 	// returns, and may be lost: it matters only to its own redelivery, and to who
 	// looks.
 	withdraw(c claim)
-	// acquire tries once to take the key for the claim. It gives up when ctx is
-	// done or stop is closed.
+	// acquire tries once to take the key for the claim. It returns early, with stopped,
+	// when ctx is done or stop is closed.
 	acquire(ctx context.Context, stop <-chan struct{}, r request) (answer, error)
-	// release gives a granted key back. It is begun when the call returns and
-	// cannot be cancelled. What it answers tells when it is done; nil: it is.
+	// release gives the key back if the claim holds it. It is queued when the call
+	// returns and cannot be canceled. The returned operation is signaled when it is
+	// done; nil means that it is.
 	release(ctx context.Context, c claim) *op
 	// events is where the lock subscribes while it waits or holds.
 	events() *hub
@@ -44,8 +45,9 @@ type claim struct {
 // announcement is a claim that becomes the newest.
 type announcement struct {
 	claim
+	asked time.Time    // when its caller asked for it
 	order *int64       // if it was given one
-	take  bool         // if nobody holds or waits, it may be granted at once, as acquire would do next
+	take  bool         // if the key is free and not waited for, it may be granted immediately, as acquire would do next
 	pull  *pullRequest // if set, the claim is dropped with errKeyMoved if this pull request has another key
 }
 
@@ -68,7 +70,8 @@ type standing struct {
 type request struct {
 	claim
 	standing standing
-	first    bool // no standing yet: any newest claim will do
+	first    bool  // no standing yet: any newest claim will do
+	blocker  int64 // the advisory lock of the holder's session, if the last attempt found it dead
 }
 
 type outcome int
@@ -87,17 +90,21 @@ type answer struct {
 	event   string   // superseded: the event of the newest claim
 	// granted only:
 	token   int64
-	drain   time.Duration // what is left of the wait for a predecessor whose session died
-	session uint64        // the generation of the session that holds the key
+	session uint64 // the generation of the session that holds the key
+	// busy only: the holder's session is dead, and may be taken over at that time
+	blocker int64
+	retryAt time.Time
+	// doubt is set if the key may have been granted by an attempt whose answer was lost.
+	doubt bool
 }
 
 // event is what a backend tells the locks of a key.
 type event struct {
 	kind    eventKind
-	from    standing // claimed, newest: the claim
+	from    standing // claimed, newest: the claim; gone: the claim that held
 	message string   // claimed, newest, manual: its event, or the operator's text
 	session uint64   // lost: generation of the session
-	cause   error    // lost: why
+	cause   error    // lost, gone: why
 }
 
 type eventKind int
@@ -107,7 +114,8 @@ const (
 	evNewest                        // from the row: the newest claim is not the holder's
 	evReleased                      // hint: trying again may succeed
 	evManual                        // an operator asks the holder to stop
-	evLost                          // the session is gone, and what it held
+	evLost                          // the session is lost, and what it held
+	evGone                          // the row does not name the hold any longer
 	evClosed                        // the provider is closing
 )
 
@@ -137,6 +145,7 @@ type lock struct {
 	onOver  func() // closes what belongs to this lock alone; nil for a provider's locks
 
 	next, prev *lock     // the hub's list of the key's locks; guarded by the hub
+	place      int       // the place among the hub's holds, from 1; guarded by the hub
 	alarm      time.Time // when expire is called, if queued is not 0; guarded by the alarms
 	queued     int       // the place in the alarms' queue, from 1; guarded by the alarms
 
@@ -152,9 +161,9 @@ type lock struct {
 	ch        chan NotificationPayload // made when held; capacity 1, one payload at most, closed when over
 	session   uint64                   // the generation of the session that holds the key
 	token     int64
-	drain     time.Duration
 	cause     error         // why the holder was notified
 	lost      error         // what the next Unlock has to report (C18), once
+	taken     bool          // over: the row may still name the hold, until Unlock
 	lostUpTo  uint64        // sessions up to this generation are gone
 	deadline  time.Time     // when the phase has lasted for too long
 	unwatch   func() bool   // held: stops watching the caller's context
@@ -171,9 +180,6 @@ var (
 	errLockTwice    = errors.New("locker: Lock was called before on this lock (locks are single use)")
 	errNotLocked    = errors.New("locker: Unlock before Lock")
 	errReleasedWait = errors.New("released while waiting")
-	errUnavailable  = errors.New("locker: database session is not available")
-	errRowLocked    = errors.New("locker: another transaction keeps the key's row locked")
-	errStopped      = errors.New("locker: stopped") // by the channel given to acquire
 )
 
 // Notify announces the lock's claim: from now on no older claim can acquire the
@@ -188,7 +194,10 @@ func (l *lock) Notify(ctx context.Context) error {
 	}
 	err := checkUse(ctx, l.backend.events())
 	if err == nil {
-		_, err = l.announce(ctx, nil, announcement{})
+		err = within(ctx, l.conf.lockTimeout, func(stop <-chan struct{}) error {
+			_, err := l.announce(ctx, stop, announcement{asked: time.Now()})
+			return err
+		})
 	}
 	if errors.Is(err, ErrClaimOutdated) { // Lock, which observes all else, is not called after this
 		l.observe(ObservedDisplaced, 0, err)
@@ -200,7 +209,7 @@ func (l *lock) announce(ctx context.Context, stop <-chan struct{}, how announcem
 	how.claim, how.order = l.claim, orderFromContext(ctx)
 	a, err := l.backend.announce(ctx, stop, how)
 	if err != nil {
-		return answer{}, err
+		return a, err
 	}
 	l.mu.Lock()
 	l.placed, l.announced = true, true
@@ -216,25 +225,28 @@ func (l *lock) announce(ctx context.Context, stop <-chan struct{}, how announcem
 // own error when ctx is done, ErrProviderClosed, or the database's error. A
 // lock is single use: a second Lock is an error.
 func (l *lock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
-	return l.lockKey(ctx, nil)
+	return l.lockKey(ctx, time.Now(), nil)
 }
 
-// announceAndLock is Notify and Lock in one, for a PreemptiveLocker: a key that
-// nobody wants costs one statement. With a pull request it answers errKeyMoved if
-// that has another key.
-func (l *lock) announceAndLock(ctx context.Context, pull *pullRequest) (<-chan NotificationPayload, error) {
-	return l.lockKey(ctx, &announcement{take: true, pull: pull})
+// announceAndLock is Notify and Lock in one, for a PreemptiveLocker whose caller asked
+// at the given time: a key that is free costs one statement. With a pull request it
+// returns errKeyMoved if that has another key.
+func (l *lock) announceAndLock(ctx context.Context, asked time.Time, pull *pullRequest) (<-chan NotificationPayload, error) {
+	return l.lockKey(ctx, asked, &announcement{asked: asked, take: true, pull: pull})
 }
 
-func (l *lock) lockKey(ctx context.Context, announce *announcement) (<-chan NotificationPayload, error) {
+func (l *lock) lockKey(ctx context.Context, asked time.Time, announce *announcement) (<-chan NotificationPayload, error) {
 	if err := l.usable(ctx); err != nil {
 		return nil, err
 	}
-	if err := l.begin(); err != nil {
+	if err := l.begin(asked); err != nil {
 		return nil, err
 	}
-	ch, waited, err := l.acquire(ctx, announce)
+	ch, waited, doubt, err := l.acquire(ctx, announce)
 	if err != nil {
+		if doubt { // before the lock leaves: Close waits for what is queued
+			l.backend.release(ctx, l.claim)
+		}
 		l.backend.events().unsubscribe(l)
 		err = errors.Wrapf(err, "locker: lock key %d", l.claim.key)
 		l.leave(err)
@@ -281,15 +293,6 @@ func (l *lock) Cause() error {
 	return l.cause
 }
 
-// Drain is how long a holder should wait before it begins, because its
-// predecessor's session died and the predecessor may still run (C11). It is
-// zero after a predecessor that ended cleanly.
-func (l *lock) Drain() time.Duration {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.drain
-}
-
 func (l *lock) usable(ctx context.Context) error {
 	if l.backend == nil {
 		return errLockZero
@@ -300,7 +303,7 @@ func (l *lock) usable(ctx context.Context) error {
 	return nil
 }
 
-func (l *lock) begin() error {
+func (l *lock) begin(asked time.Time) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.ended != nil {
@@ -310,7 +313,7 @@ func (l *lock) begin() error {
 		return errLockTwice
 	}
 	l.phase = waiting
-	l.began = time.Now()
+	l.began = asked
 	l.stop = make(chan struct{})
 	l.armLocked(l.began.Add(l.conf.lockTimeout))
 	return nil
@@ -422,63 +425,72 @@ func (l *lock) leave(err error) {
 	}
 }
 
-// acquire announces the claim, if it is to, and tries until the key is the claim's
-// or the wait is over. The hints that wake it are only reasons to ask the database
-// again.
-func (l *lock) acquire(ctx context.Context, announce *announcement) (_ <-chan NotificationPayload, waited time.Duration, _ error) {
+// acquire announces the claim, if asked to, and tries until the key is the claim's
+// or the wait has ended. The hints that wake it are only reasons to ask the database
+// again. It reports whether the database may have granted the key nevertheless.
+func (l *lock) acquire(ctx context.Context, announce *announcement) (_ <-chan NotificationPayload, waited time.Duration, doubt bool, _ error) {
 	if err := l.backend.events().subscribe(l); err != nil {
-		return nil, 0, err
+		return nil, 0, false, err
 	}
-	var unavailable error // why the database could not be asked, the last time
-	for {
-		if err := l.waitEnded(ctx, unavailable); err != nil {
-			return nil, 0, err
+	var trouble error // why the database could not be asked, the last time
+	var blocker int64
+	for inVain := 0; ; {
+		if err := l.waitEnded(ctx, trouble); err != nil {
+			return nil, 0, doubt, err
 		}
 		var a answer
 		var err error
 		if announce != nil {
 			a, err = l.announce(ctx, l.stop, *announce)
 			announce = nil
-			if err != nil && !errors.Is(err, errStopped) {
+			if s := (stopped{}); err != nil && !errors.As(err, &s) {
 				if ended := l.waitEnded(ctx, err); ended != nil { // what ended the wait counts, the error explains it
 					err = ended
 				}
-				return nil, 0, errors.WithMessagef(err, "announce %q", l.claim.event)
+				return nil, 0, doubt || a.doubt, errors.WithMessagef(err, "announce %q", l.claim.event)
 			}
 		} else {
-			a, err = l.backend.acquire(ctx, l.stop, l.request())
+			a, err = l.backend.acquire(ctx, l.stop, l.request(blocker))
 		}
-		switch {
-		case errors.Is(err, errStopped):
+		doubt = doubt || a.doubt
+		if s := (stopped{}); errors.As(err, &s) {
+			trouble = s.trouble
 			continue
-		case errors.Is(err, errUnavailable), errors.Is(err, errRowLocked):
-			unavailable = err
-		case err != nil:
-			return nil, 0, err
-		case a.outcome == granted:
+		}
+		if err != nil {
+			return nil, 0, doubt, err
+		}
+		trouble, blocker = nil, a.blocker
+		switch a.outcome {
+		case granted:
 			ch, waited, err := l.hold(ctx, a)
 			if err != nil {
-				l.backend.release(ctx, l.claim)
-				return nil, 0, err
+				return nil, 0, true, err
 			}
 			if ch != nil {
-				return ch, waited, nil
+				return ch, waited, false, nil
 			}
 			continue // the session that was granted the key is lost already
-		case a.outcome == superseded:
-			return nil, 0, errors.Wrapf(ErrLockPreempted, "superseded by the newer claim %q", a.event)
-		case a.outcome == again:
-			continue
+		case superseded:
+			return nil, 0, doubt, errors.Wrapf(ErrLockPreempted, "superseded by the newer claim %q", a.event)
+		case again:
+			if inVain++; inVain < maxInVain {
+				continue
+			}
 		default:
-			unavailable = nil
 			l.adopt(a.newest)
 		}
-		l.sleep(ctx)
+		inVain = 0
+		l.sleep(ctx, a.retryAt)
 	}
 }
 
-// sleep waits for a reason to ask the database again.
-func (l *lock) sleep(ctx context.Context) {
+// maxInVain is how often a claim tries again immediately when the row has changed
+// under it, before it sleeps.
+const maxInVain = 5
+
+// sleep waits for a reason to ask the database again, or until retryAt.
+func (l *lock) sleep(ctx context.Context, retryAt time.Time) {
 	l.mu.Lock()
 	if l.wake == nil {
 		l.wake = make(chan struct{}, 1)
@@ -487,7 +499,11 @@ func (l *lock) sleep(ctx context.Context) {
 		}
 	}
 	l.mu.Unlock()
-	poll := time.NewTimer(pollInterval)
+	pause := pollInterval
+	if !retryAt.IsZero() {
+		pause = min(pause, max(0, time.Until(retryAt)))
+	}
+	poll := time.NewTimer(pause)
 	defer poll.Stop()
 	select {
 	case <-l.wake:
@@ -497,24 +513,24 @@ func (l *lock) sleep(ctx context.Context) {
 	}
 }
 
-// waitEnded says why a wait is over before the database has decided, or nil.
-func (l *lock) waitEnded(ctx context.Context, unavailable error) error {
+// waitEnded returns why a wait has ended before the database has decided, or nil.
+func (l *lock) waitEnded(ctx context.Context, trouble error) error {
 	l.mu.Lock()
 	err := l.ended
 	l.mu.Unlock()
 	if ctx.Err() != nil {
 		err = contextError(ctx)
 	}
-	if err != nil && unavailable != nil {
-		err = errors.WithMessage(err, unavailable.Error())
+	if err != nil && trouble != nil {
+		err = errors.WithMessage(err, trouble.Error())
 	}
 	return err
 }
 
-func (l *lock) request() request {
+func (l *lock) request(blocker int64) request {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return request{claim: l.claim, standing: l.standing, first: !l.placed}
+	return request{claim: l.claim, standing: l.standing, first: !l.placed, blocker: blocker}
 }
 
 // adopt gives a claim that was never announced the standing of the claim that
@@ -556,8 +572,8 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 	l.standing = a.newest
 	l.session = a.session
 	l.token = a.token
-	l.drain = a.drain
 	l.ch = make(chan NotificationPayload, 1)
+	l.backend.events().hold(l)
 	l.armLocked(now.Add(l.conf.maxLockDuration))
 	if ctx.Done() != nil {
 		l.unwatch = context.AfterFunc(ctx, func() { l.tell(contextError(ctx)) })
@@ -681,9 +697,12 @@ func (l *lock) unlock(ctx context.Context) error {
 		return release.recycle().err
 
 	default: // over
-		err := l.lost
-		l.lost = nil
+		err, taken := l.lost, l.taken
+		l.lost, l.taken = nil, false
 		l.mu.Unlock()
+		if taken { // the successor need not wait any longer
+			l.backend.release(ctx, l.claim)
+		}
 		return err
 	}
 }
@@ -734,7 +753,7 @@ func (l *lock) handleWaitingLocked(ev event) {
 	case evClosed:
 		l.endWaitLocked(ErrProviderClosed)
 		return
-	case evManual:
+	case evManual, evGone:
 		return
 	case evLost:
 		l.lostUpTo = max(l.lostUpTo, ev.session)
@@ -762,11 +781,14 @@ func (l *lock) handleWaitingLocked(ev event) {
 func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
 	theirs := ev.from.id != l.claim.id && (ev.from.id != l.standing.id || ev.from.number > l.standing.number)
 	switch {
-	case ev.kind == evLost:
-		if ev.session < l.session {
-			return false, nil
+	case ev.kind == evLost && ev.session < l.session, ev.kind == evGone && ev.from.id != l.claim.id:
+		return false, nil
+	case ev.kind == evLost, ev.kind == evGone:
+		what := "key taken away"
+		if ev.kind == evLost {
+			what, l.taken = "session lost", true
 		}
-		l.lost = errors.WithMessagef(ErrLockLost, "session lost (%v)", ev.cause)
+		l.lost = errors.WithMessagef(ErrLockLost, "%s (%v)", what, ev.cause)
 		if l.phase == held {
 			news = l.notifyLocked(l.lost, l.ownPayload(l.lost))
 		}
@@ -806,6 +828,32 @@ func awaitUntil(ctx context.Context, limit, done <-chan struct{}) error {
 	}
 }
 
+// within calls f with a channel that is closed after bound, and returns what a wait
+// that ended early has ended with: ctx's error or ErrLockTimeout.
+func within(ctx context.Context, bound time.Duration, f func(stop <-chan struct{}) error) error {
+	stop := make(chan struct{})
+	defer time.AfterFunc(bound, func() { close(stop) }).Stop()
+	err := f(stop)
+	early := stopped{}
+	if !errors.As(err, &early) {
+		return err
+	}
+	err = ErrLockTimeout
+	if ctx.Err() != nil {
+		err = contextError(ctx)
+	}
+	if early.trouble != nil {
+		err = errors.WithMessage(err, early.trouble.Error())
+	}
+	return err
+}
+
+// stopped is the error of an operation of the backend whose caller has left before it
+// was carried out. trouble is why it was not, if there was a reason.
+type stopped struct{ trouble error }
+
+func (e stopped) Error() string { return "locker: stopped" }
+
 // contextError is the context's own error. Its cause is told, not matched: a
 // context that ended because another lock was preempted did not preempt this one
 // (C21).
@@ -825,6 +873,7 @@ type hub struct {
 	mu     sync.Mutex // guards everything below, and the next and prev of the locks
 	locks  map[int64]*lock
 	count  int
+	holds  []*lock
 	closed bool
 	empty  chan struct{} // made by close; closed when the last lock has left
 }
@@ -863,10 +912,60 @@ func (h *hub) unsubscribe(l *lock) {
 		l.next.prev = l.prev
 	}
 	l.next, l.prev = nil, nil
+	if l.place > 0 {
+		last := len(h.holds) - 1
+		h.holds[l.place-1] = h.holds[last]
+		h.holds[l.place-1].place = l.place
+		h.holds[last], h.holds, l.place = nil, h.holds[:last], 0
+	}
 	h.count--
 	if h.closed && h.count == 0 {
 		close(h.empty)
 	}
+}
+
+// hold notes that a lock, which is subscribed, holds its key.
+func (h *hub) hold(l *lock) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.holds = append(h.holds, l)
+	l.place = len(h.holds)
+}
+
+// counts returns how many locks hold, and how many others are subscribed: they wait.
+func (h *hub) counts() (holds, waits int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.holds), h.count - len(h.holds)
+}
+
+// held returns up to n of the claims that hold, from the last to the first, and moves
+// the cursor on: it begins again at 0. It reports whether there are more. A hold that
+// ends is replaced by the last one, so none is passed over.
+func (h *hub) held(cursor *int, n int) (claims []claim, more bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if *cursor <= 0 || *cursor > len(h.holds) {
+		*cursor = len(h.holds)
+	}
+	from := max(0, *cursor-n)
+	for _, l := range h.holds[from:*cursor] {
+		claims = append(claims, l.claim)
+	}
+	*cursor = from
+	return claims, from > 0
+}
+
+// knows reports whether a lock with that claim waits or holds.
+func (h *hub) knows(key int64, id uuid.UUID) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for l := h.locks[key]; l != nil; l = l.next {
+		if l.claim.id == id {
+			return true
+		}
+	}
+	return false
 }
 
 // dispatch passes an event to the key's locks.

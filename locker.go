@@ -225,7 +225,7 @@ func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayl
 	if err := p.begin(); err != nil {
 		return nil, err
 	}
-	lock, ch, err := p.acquire(ctx)
+	lock, ch, err := p.acquire(ctx, time.Now())
 	err = p.arrive(lock, err)
 	if err != nil {
 		p.abort()
@@ -487,7 +487,7 @@ func (p *PreemptiveLocker) abort() {
 
 // acquire claims the key and waits for it and for the lock delay. It answers the
 // lock, once there is one, also with an error.
-func (p *PreemptiveLocker) acquire(ctx context.Context) (PreemptableLock, <-chan NotificationPayload, error) {
+func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (PreemptableLock, <-chan NotificationPayload, error) {
 	if err := checkRepo(p.repo, p.pr); err != nil {
 		return nil, nil, err
 	}
@@ -496,7 +496,7 @@ func (p *PreemptiveLocker) acquire(ctx context.Context) (PreemptableLock, <-chan
 	case *PostgresLockProvider:
 		pull := pullRequest{p.repo, p.pr}
 		if key, ok := own.hints.get(pull); ok {
-			lock, ch, err := p.claim(ctx, ctx, key, &pull)
+			lock, ch, err := p.claim(ctx, ctx, asked, key, &pull)
 			if !errors.Is(err, errKeyMoved) {
 				return lock, ch, err
 			}
@@ -510,10 +510,10 @@ func (p *PreemptiveLocker) acquire(ctx context.Context) (PreemptableLock, <-chan
 	if err != nil {
 		return nil, nil, err
 	}
-	return p.claim(ctx, calls, key, nil)
+	return p.claim(ctx, calls, asked, key, nil)
 }
 
-func (p *PreemptiveLocker) claim(ctx, calls context.Context, key int64, pull *pullRequest) (PreemptableLock, <-chan NotificationPayload, error) {
+func (p *PreemptiveLocker) claim(ctx, calls context.Context, asked time.Time, key int64, pull *pullRequest) (PreemptableLock, <-chan NotificationPayload, error) {
 	p.mu.Lock()
 	p.key = key
 	p.mu.Unlock()
@@ -524,7 +524,7 @@ func (p *PreemptiveLocker) claim(ctx, calls context.Context, key int64, pull *pu
 	if isNil(lock) {
 		return nil, nil, errors.New("lock provider answered no lock")
 	}
-	ch, err := p.announceAndLock(ctx, lock, pull)
+	ch, err := p.announceAndLock(ctx, lock, asked, pull)
 	if err != nil {
 		return lock, nil, err
 	}
@@ -533,7 +533,7 @@ func (p *PreemptiveLocker) claim(ctx, calls context.Context, key int64, pull *pu
 
 // announceAndLock announces the claim and waits for the key. A lock of this package
 // does both at once (C9).
-func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock PreemptableLock, pull *pullRequest) (<-chan NotificationPayload, error) {
+func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock PreemptableLock, asked time.Time, pull *pullRequest) (<-chan NotificationPayload, error) {
 	p.mu.Lock()
 	order := p.order
 	p.mu.Unlock()
@@ -557,7 +557,7 @@ func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock Preemptable
 	case aborted:
 		return nil, errReleasedWait
 	case own != nil:
-		return own.announceAndLock(withOrder(ctx), pull)
+		return own.announceAndLock(withOrder(ctx), asked, pull)
 	}
 	return lock.Lock(p.abortable(ctx))
 }
@@ -565,11 +565,6 @@ func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock Preemptable
 // delay waits for the lock delay (C11).
 func (p *PreemptiveLocker) delay(ctx context.Context, lock PreemptableLock, ch <-chan NotificationPayload) error {
 	d := p.conf.lockDelay
-	if d == 0 {
-		if l, ok := lock.(interface{ Drain() time.Duration }); ok {
-			d = l.Drain()
-		}
-	}
 	if d <= 0 {
 		return nil
 	}

@@ -11,22 +11,19 @@ import (
 	"github.com/pkg/errors"
 )
 
-// Every default and every fixed bound of the package. The three bounds of the
-// session fit into each other: a holder that runs learns of its loss
-// (lossBound) before a successor may start (uncleanDelay), and both before the
-// server itself ends a silent session (leaseTimeout).
+// Every default and every fixed bound of the package. What follows from the session
+// timeout is in trust.go.
 const (
 	defaultLockTimeout       = 20 * time.Second
 	defaultMaxLockDuration   = 30*time.Minute + 30*time.Second
 	defaultPreemptionTimeout = 10 * time.Second
+	defaultSessionTimeout    = 10 * time.Second
+
+	minSessionTimeout = time.Second
+	maxSessionTimeout = time.Hour
 
 	releaseTimeout = 5 * time.Second // longest that Release and Unlock block (C18)
-	pollInterval   = time.Second     // longest sleep of a waiter between two tries
-
-	heartbeatInterval = 3 * time.Second         // C24
-	lossBound         = 8500 * time.Millisecond // C24: told within 9 s of the start of the last good heartbeat
-	uncleanDelay      = 10 * time.Second        // C11: a successor's wait after a predecessor whose session died
-	leaseTimeout      = 15 * time.Second        // C25: idle_session_timeout
+	pollInterval   = time.Second     // longest sleep of a waiter between two attempts
 
 	maxPullRequest = 1<<31 - 1 // the column is a PostgreSQL integer
 )
@@ -38,6 +35,8 @@ type LockProviderConfig struct {
 	lockTimeout       time.Duration
 	maxLockDuration   time.Duration
 	preemptionTimeout time.Duration
+	sessionTimeout    time.Duration
+	originalReplicas  bool
 	postgres          *postgresTarget
 	logger            *slog.Logger
 	observer          func(Observation)
@@ -78,6 +77,30 @@ func WithPreemptionTimeout(duration time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.preemptionTimeout = duration }
 }
 
+// WithSessionTimeout sets how long a provider may be cut off from PostgreSQL without
+// losing its locks, and how long others wait for a process that has crashed. It is
+// between one second and one hour. Zero means the default, 10 s.
+//
+// A provider that loses its connection is suspended: it connects again, and all its
+// holds continue as if nothing had happened. If it has had no contact for 0.9 of the
+// timeout, its holders are notified with [ErrLockLost]. Other processes, whatever
+// timeout they have, take its keys over after they have watched its session being
+// dead for the whole timeout. With a longer timeout a deployment survives a longer
+// failover, and a crash costs its successor that much more time.
+func WithSessionTimeout(timeout time.Duration) LockProviderOption {
+	return func(c *LockProviderConfig) { c.sessionTimeout = timeout }
+}
+
+// WithOriginalReplicas makes locks exclude those of the original library, too, for a
+// rolling deployment in which replicas of both work on one database. Every hold then
+// also has the session-level advisory lock on its key, which costs a statement for
+// each claim and release. A hold whose session is suspended is lost if a replica of
+// the original takes the key meanwhile. Remove the option when the last of them has
+// ended. The fake provider ignores it.
+func WithOriginalReplicas() LockProviderOption {
+	return func(c *LockProviderConfig) { c.originalReplicas = true }
+}
+
 // WithPostgresBackend names the PostgreSQL server of a postgres provider, as a
 // URL (postgres://user:password@host/db) or as key=value pairs, in the form
 // that github.com/lib/pq takes. Several hosts may be named, their ports apart
@@ -105,12 +128,15 @@ func WithObserver(f func(Observation)) LockProviderOption {
 	return func(c *LockProviderConfig) { c.observer = f }
 }
 
-// Observation is one thing that happened to a lock.
+// Observation is one thing that happened to a lock, or to the session of all locks.
 type Observation struct {
 	Kind  ObservationKind
-	Key   int64
+	Key   int64         // 0 for a session
 	Event string        // of the lock's claim
-	After time.Duration // since Lock was called, or since the hold began
+	After time.Duration // since Lock was called, or since the hold began, or since the session was suspended
+	// Kept and Lost count holds: those that a session which is suspended has, or
+	// those that a session which has reconnected has kept and has lost.
+	Kept, Lost int
 	// Err is why, if there is a reason: it matches a sentinel or a context's
 	// error, or neither if it is the database's or Release ended the wait; for
 	// ObservedRevoked it is the cause of the notification.
@@ -134,13 +160,17 @@ const (
 	ObservedReleased
 	// ObservedRevoked: the lock was taken from its holder, After holding.
 	ObservedRevoked
-	// ObservedLost: the session was lost, After holding.
+	// ObservedLost: the session was lost, or the key was taken from it, After holding.
 	ObservedLost
+	// ObservedSuspended: the session has no connection any longer. Its holds continue.
+	ObservedSuspended
+	// ObservedReconnected: the session is connected again, After having been suspended.
+	ObservedReconnected
 )
 
 // String is a name fit for a metric's label.
 func (k ObservationKind) String() string {
-	names := [...]string{"unknown", "acquired", "displaced", "failed", "notified", "released", "revoked", "lost"}
+	names := [...]string{"unknown", "acquired", "displaced", "failed", "notified", "released", "revoked", "lost", "suspended", "reconnected"}
 	if k < 0 || int(k) >= len(names) {
 		k = 0
 	}
@@ -168,6 +198,7 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 		{"lock timeout", &c.lockTimeout, defaultLockTimeout},
 		{"max lock duration", &c.maxLockDuration, defaultMaxLockDuration},
 		{"preemption timeout", &c.preemptionTimeout, defaultPreemptionTimeout},
+		{"session timeout", &c.sessionTimeout, defaultSessionTimeout},
 	} {
 		if *d.value < 0 {
 			return c, errors.Errorf("locker: %s is negative: %v", d.name, *d.value)
@@ -175,6 +206,9 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 		if *d.value == 0 {
 			*d.value = d.def
 		}
+	}
+	if c.sessionTimeout < minSessionTimeout || c.sessionTimeout > maxSessionTimeout {
+		return c, errors.Errorf("locker: session timeout is not between %v and %v: %v", minSessionTimeout, maxSessionTimeout, c.sessionTimeout)
 	}
 	if c.logger == nil {
 		c.logger = slog.New(slog.DiscardHandler)
@@ -192,12 +226,11 @@ type PreemptiveLockerConfig struct {
 // PreemptiveLockerOption configures the PreemptiveLockers that a factory makes.
 type PreemptiveLockerOption func(*PreemptiveLockerConfig)
 
-// WithLockDelay sets how long PreemptiveLocker.Lock waits, already holding the
-// lock, before it returns. Zero, the default, waits only where it is needed:
-// 10 s after a predecessor whose session died, so that a predecessor that still
-// runs has learnt of it; not at all after one that ended cleanly. A positive
-// duration always waits exactly that long, also after a dead predecessor: less
-// than 10 s gives that protection up. A negative one is refused.
+// WithLockDelay sets how long [PreemptiveLocker.Lock] waits, already holding the
+// lock, before it returns. Zero, the default, waits not at all. A negative duration is
+// an error. Use it for a predecessor that may still clean up after its session was
+// lost: the key is granted once the predecessor has been notified, not once it has
+// stopped.
 func WithLockDelay(lockDelay time.Duration) PreemptiveLockerOption {
 	return func(c *PreemptiveLockerConfig) { c.lockDelay = lockDelay }
 }

@@ -10,13 +10,12 @@ import (
 	"github.com/pkg/errors"
 )
 
-// PostgresLockProvider makes locks on PostgreSQL, 14 or later. Every process that
-// names the same database shares them. It uses two connections and no pool, a third
-// while many claim at once or more than 512 locks are held that last, and for
-// moments one more: for a call of Holders or Stop, or to cancel a commit that waits
-// for a standby (C23: never more than four). It connects when it is first used and
-// again by itself after a loss (C26). Make it with NewLockProvider; the zero value
-// answers errors. All methods may be called concurrently.
+// PostgresLockProvider creates locks on PostgreSQL, 14 or later. Every process that
+// names the same database shares them. It uses two connections when it is idle, three
+// while it holds locks, and never more than four, however many locks it holds or waits
+// for. It connects when it is first used, and again after it has lost a connection:
+// its holds continue, see [WithSessionTimeout]. Create it with [NewLockProvider]; the
+// zero value returns errors. All methods may be called concurrently.
 type PostgresLockProvider struct {
 	conf    LockProviderConfig
 	session *session
@@ -116,7 +115,11 @@ func (plp *PostgresLockProvider) LockKey(ctx context.Context, repo string, pr ui
 	if err := checkLockKey(ctx, plp.session.hub, repo, pr); err != nil {
 		return 0, err
 	}
-	key, err := plp.session.lookup(ctx, repo, pr)
+	var key int64
+	err := within(ctx, plp.conf.lockTimeout, func(stop <-chan struct{}) (err error) {
+		key, err = plp.session.lookup(ctx, stop, repo, pr)
+		return err
+	})
 	if err == nil {
 		plp.hints.set(pullRequest{repo, pr}, key)
 	}
@@ -133,8 +136,6 @@ func (plp *PostgresLockProvider) Close() error {
 	}
 	plp.session.hub.close()
 	plp.session.close()
-	plp.session.brief <- struct{}{} // no operator's call is left
-	<-plp.session.brief
 	return nil
 }
 

@@ -13,11 +13,11 @@ import (
 // The providers of this package are safe for concurrent use and are also
 // io.Closers. A provider of your own works with NewPreemptiveLockerFactory
 // unchanged (C9); if its locks have the optional methods Token() int64,
-// Cause() error, Drain() time.Duration, or both Shield(time.Duration) error and
+// Cause() error, or both Shield(time.Duration) error and
 // Unshield(), they are used. A lock that wraps one of this package has to
 // forward all of them: without Token it has no fencing token, without Cause
-// every payload counts as a newer claim's, without Drain it does not wait after
-// a predecessor that died, without Shield the method Shield is an error.
+// every payload counts as a newer claim's, without Shield the method Shield is an
+// error.
 type LockProvider interface {
 	// New makes a lock for key; event says why it is wanted, to whomever it
 	// displaces.
@@ -65,7 +65,7 @@ var (
 // NewLockProvider returns an implementation of the LockProvider interface. It
 // accepts an arbitrary number of LockProviderOptions and sets some opinionated
 // default values if the option is not explicitly set: lock timeout 20 s, max
-// lock duration 30 min 30 s, preemption timeout 10 s, no logging.
+// lock duration 30 min 30 s, preemption timeout 10 s, session timeout 10 s, no logging.
 //
 // Bad options are refused here (C29). No server is needed: the postgres
 // provider connects when it is first used (C26). The provider is an io.Closer;

@@ -1,14 +1,30 @@
 -- The schema of github.com/preemptable/locker. The library runs this itself on
--- first use when something is missing and it has the privilege to create it. It
--- is safe to run again.
+-- first use if something is missing and its role has the privilege. It also
+-- upgrades what an earlier version has created. It is safe to run again, and
+-- concurrently.
+SELECT pg_advisory_lock(1819239269, 1919116148);
 
 -- Which key a pull request has. Rows belong to the operator: a row that is
--- deleted is made again, with another key.
+-- deleted is created again, with another key.
 CREATE TABLE IF NOT EXISTS env_locks (
     lock_key     bigint  NOT NULL UNIQUE,
-    repo         text    NOT NULL,
+    repo         text    COLLATE "C" NOT NULL,
     pull_request integer NOT NULL,
     PRIMARY KEY (repo, pull_request)
+);
+
+-- One row per provider that is in use. Its process lives as long as one of its
+-- connections has the advisory lock with the number in "lock". The number is
+-- another one after each reconnect, and is never used again.
+CREATE TABLE IF NOT EXISTS env_lock_sessions (
+    id          bigint PRIMARY KEY,
+    lock        bigint NOT NULL,
+    -- How long a successor has to watch the session being dead.
+    timeout     interval NOT NULL,
+    host        text NOT NULL DEFAULT '',
+    pid         integer NOT NULL DEFAULT 0,
+    application text NOT NULL DEFAULT '',
+    started_at  timestamptz NOT NULL DEFAULT now()
 );
 
 -- One row per key that was ever claimed. Only lock_key is indexed and half of
@@ -20,51 +36,64 @@ CREATE TABLE IF NOT EXISTS env_lock_state (
     claim        bigint  NOT NULL DEFAULT 0,
     claim_id     uuid    NOT NULL DEFAULT '00000000-0000-0000-0000-000000000000',
     claim_event  text    NOT NULL DEFAULT '',
+    -- When its caller asked for it.
     claimed_at   timestamptz,
     -- The order that the newest claim was given by its caller, if any, and the
     -- highest that any claim was given.
     claim_order  bigint,
     top_order    bigint,
     -- Whether the newest claim's lock still waits or holds, as long as its
-    -- session lives: that session keeps an advisory lock on this number.
+    -- session lives.
     claim_open   boolean NOT NULL DEFAULT false,
-    claim_session integer NOT NULL DEFAULT 0,
-    claim_host   text    NOT NULL DEFAULT '',
-    claim_pid    integer NOT NULL DEFAULT 0,
-    -- A waiter asks to be told of a release that nobody would announce otherwise.
+    claimer_session bigint,
+    -- A waiter asks to be notified of a release that would not be announced
+    -- otherwise.
     waiting      boolean NOT NULL DEFAULT false,
     -- The fencing token of the last hold, numbered like the claims.
     token        bigint  NOT NULL DEFAULT 0,
-    -- The last hold; all NULL once it ended cleanly.
+    -- The hold. All are NULL while the key is free.
     holder_id    uuid,
+    holder_session bigint,
     holder_event text,
-    holder_host  text,
-    holder_pid   integer,
-    held_since   timestamptz,
-    -- When a hold was last taken over from a holder whose session had died.
-    unclean_at   timestamptz
+    held_since   timestamptz
 ) WITH (fillfactor = 50);
 
--- For people and dashboards: who holds, who waits, and whether the holder's
--- session lives.
+-- The columns that an earlier version did not have.
+ALTER TABLE env_lock_state ADD COLUMN IF NOT EXISTS claimer_session bigint;
+ALTER TABLE env_lock_state ADD COLUMN IF NOT EXISTS holder_session bigint;
+
+-- The keys of the original library start free. Later a key without a row is one
+-- whose row was deleted.
+INSERT INTO env_lock_state (lock_key)
+SELECT e.lock_key FROM env_locks e WHERE NOT EXISTS (SELECT FROM env_lock_sessions)
+ON CONFLICT DO NOTHING;
+
+-- For people and dashboards: who holds, who waits, and whether their sessions
+-- live. The connection of a session that is not alive is gone: its process
+-- crashed, or it is about to reconnect.
 CREATE OR REPLACE VIEW env_lock_overview AS
-WITH locks AS (
-    SELECT DISTINCT l.objsubid, l.classid::bigint AS high, l.objid::bigint AS low
-    FROM pg_locks l
-    WHERE l.locktype = 'advisory' AND l.granted
-        AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-), held AS (
-    SELECT (high << 32) | low AS lock_key FROM locks WHERE objsubid = 1
-), sessions AS (
-    SELECT low AS number FROM locks WHERE objsubid = 2 AND high = 1819239270
+WITH sessions AS (
+    SELECT x.*, x.lock IN (
+        SELECT (l.classid::bigint << 32) | l.objid::bigint FROM pg_locks l
+        WHERE l.locktype = 'advisory' AND l.granted AND l.mode = 'ExclusiveLock' AND l.objsubid = 1
+            AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())) AS alive
+    FROM env_lock_sessions x
 )
 SELECT s.lock_key, e.repo, e.pull_request,
-    s.holder_event, s.holder_host, s.holder_pid, s.held_since, s.token,
-    s.holder_id IS NOT NULL AND held.lock_key IS NOT NULL AS alive,
-    s.claim_event AS newest_event, s.claim_host AS newest_host, s.claim_pid AS newest_pid, s.claimed_at AS newest_at,
-    s.claim_open AND s.claim_id IS DISTINCT FROM s.holder_id AND sessions.number IS NOT NULL AS waiting
+    s.holder_event, h.host AS holder_host, h.pid AS holder_pid, s.held_since, s.token,
+    s.holder_id IS NOT NULL AND coalesce(h.alive, false) AS alive,
+    s.claim_event AS newest_event, c.host AS newest_host, c.pid AS newest_pid, s.claimed_at AS newest_at,
+    s.claim_open AND s.claim_id IS DISTINCT FROM s.holder_id AND coalesce(c.alive, false) AS waiting,
+    h.application AS holder_application, s.holder_session, c.application AS newest_application
 FROM env_lock_state s
 LEFT JOIN env_locks e ON e.lock_key = s.lock_key
-LEFT JOIN held ON held.lock_key = s.lock_key
-LEFT JOIN sessions ON sessions.number = s.claim_session
-WHERE s.holder_id IS NOT NULL OR s.claim_open AND sessions.number IS NOT NULL;
+LEFT JOIN sessions h ON h.id = s.holder_session
+LEFT JOIN sessions c ON c.id = s.claimer_session
+WHERE s.holder_id IS NOT NULL OR s.claim_open AND coalesce(c.alive, false);
+
+-- The columns that an earlier version had.
+ALTER TABLE env_lock_state
+    DROP COLUMN IF EXISTS claim_session, DROP COLUMN IF EXISTS claim_host, DROP COLUMN IF EXISTS claim_pid,
+    DROP COLUMN IF EXISTS holder_host, DROP COLUMN IF EXISTS holder_pid, DROP COLUMN IF EXISTS unclean_at;
+
+SELECT pg_advisory_unlock(1819239269, 1919116148);

@@ -2,6 +2,7 @@ package locker
 
 import (
 	"encoding/binary"
+	"math"
 
 	"github.com/google/uuid"
 	"github.com/lib/pq/oid"
@@ -57,6 +58,8 @@ func (a *array) addInt32(v int32) {
 	a.add(4)
 	*a = binary.BigEndian.AppendUint32(*a, uint32(v))
 }
+
+func (a *array) addFloat64(v float64) { a.addInt64(int64(math.Float64bits(v))) }
 
 func (a *array) addBool(v bool) {
 	a.add(1)

@@ -1,0 +1,330 @@
+package locker
+
+import (
+	"context"
+	"database/sql"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/lib/pq"
+	"github.com/pkg/errors"
+	sqltrace "gopkg.in/DataDog/dd-trace-go.v1/contrib/database/sql"
+	"gopkg.in/DataDog/dd-trace-go.v1/ddtrace/ext"
+)
+
+// A statement is canceled after statementTimeout: the server's own timeouts bound
+// all of it but its commit, which may wait for a synchronous standby for ever. A
+// connection that does not answer for answerTimeout is closed.
+const (
+	statementTimeout = 4 * time.Second
+	answerTimeout    = 6 * time.Second
+	openTimeout      = 8 * time.Second
+)
+
+// refusedError is a reason why a session cannot work on this server. A provider
+// that has never worked returns it immediately instead of waiting.
+type refusedError struct{ error }
+
+func (e refusedError) Unwrap() error { return e.error }
+
+func refused(format string, args ...any) error {
+	return refusedError{errors.Errorf("locker: "+format, args...)}
+}
+
+var errURI = refused("postgres URI is invalid")
+
+// connectError marks the errors of a server that lets the provider in at no time.
+func connectError(err error) error {
+	err = errors.Wrap(err, "locker: connect to postgres")
+	if e := pq.As(err); e != nil {
+		switch {
+		case e.Code.Class() == "28", // authentication
+			e.Code == "3D000",      // no such database
+			e.Code == "42501",      // no privilege to connect
+			e.Code == "08P01",      // a proxy that refuses the startup packet
+			e.Code == "42704",      // a parameter in the URI that the server does not know
+			e.Code.Class() == "22": // or whose value it does not accept
+			return refusedError{err}
+		}
+	}
+	return err
+}
+
+// broken reports whether an error means the end of its connection. The SQLSTATE
+// decides: the severity is a word in the server's language. A server that has
+// become read-only is not the one to talk to any longer.
+func broken(err error) bool {
+	e := pq.As(err)
+	if e == nil {
+		return true
+	}
+	switch {
+	case e.Code.Class() == "08", strings.HasPrefix(string(e.Code), "57P"), e.Code == "25P03", e.Code == "25006",
+		e.Code == "26000", e.Code == "42P05": // a statement that was prepared in another backend
+		return true
+	}
+	return e.Fatal()
+}
+
+// badInput reports whether the server rejects a statement because of what the
+// caller gave: it would do so again.
+func badInput(err error) bool {
+	e := pq.As(err)
+	return e != nil && (e.Code.Class() == "22" || e.Code.Class() == "23")
+}
+
+// link is a connection for statements. Only its worker uses it, except for kill.
+type link struct {
+	db         *sql.DB
+	conn       *sql.Conn
+	statements map[string]*sql.Stmt // what was prepared, by text
+
+	mu      sync.Mutex // guards everything below
+	sockets []net.Conn // the connection, and those that only cancel a statement of it
+	killed  bool
+}
+
+// openLink connects and sets the connection up.
+func openLink(ctx context.Context, dsn, serviceName string, timeout time.Duration) (_ *link, err error) {
+	l := &link{statements: map[string]*sql.Stmt{}}
+	connector, err := pq.NewConnector(dsn)
+	if err != nil {
+		return nil, errURI
+	}
+	connector.Dialer(l)
+	if serviceName == "" {
+		l.db = sql.OpenDB(connector)
+	} else {
+		l.db = sqltrace.OpenDB(connector, sqltrace.WithServiceName(serviceName), sqltrace.WithChildSpansOnly(),
+			sqltrace.WithCustomTag(ext.DBSystem, ext.DBSystemPostgreSQL))
+	}
+	defer func() {
+		if err != nil {
+			l.close()
+		}
+	}()
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	defer context.AfterFunc(ctx, l.kill)()
+	if l.conn, err = l.db.Conn(ctx); err != nil {
+		return nil, connectError(err)
+	}
+	_, err = l.conn.ExecContext(context.WithoutCancel(ctx), settings(timeout))
+	return l, errors.Wrap(err, "locker: set up connection")
+}
+
+// check proves that the server can carry a session, except for NOTIFY, and creates
+// the schema if something is missing.
+func (l *link) check(ctx context.Context) error {
+	var version int
+	var readOnly, schema, allowed bool
+	var user string
+	if err := l.conn.QueryRowContext(ctx, sqlServer).Scan(&readOnly, &version, &user, &schema); err != nil {
+		return errors.Wrap(err, "locker: check server")
+	}
+	switch {
+	case version < 140000:
+		return refused("PostgreSQL 14 or later is needed, the server is %d.%d", version/10000, version%10000)
+	case readOnly:
+		return refused("the server is read-only (a standby, or default_transaction_read_only): name the primary, or all hosts with target_session_attrs=read-write")
+	}
+	if !schema {
+		if err := l.createSchema(ctx, user); err != nil {
+			return err
+		}
+	}
+	if err := l.conn.QueryRowContext(ctx, sqlPrivileges).Scan(&allowed); err != nil {
+		return errors.Wrap(err, "locker: check privileges")
+	}
+	if !allowed {
+		return refused("user %q needs SELECT and INSERT on env_locks, SELECT, INSERT and UPDATE on env_lock_state, and SELECT, INSERT, UPDATE and DELETE on env_lock_sessions", user)
+	}
+	return nil
+}
+
+func (l *link) createSchema(ctx context.Context, user string) error {
+	tx, err := l.conn.BeginTx(ctx, nil)
+	if err != nil {
+		return errors.Wrap(err, "locker: create schema")
+	}
+	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	if _, err = tx.ExecContext(ctx, `SET LOCAL lock_timeout = 0; `+sqlSchemaLock); err == nil {
+		_, err = tx.ExecContext(ctx, SchemaSQL)
+	}
+	if err == nil {
+		err = tx.Commit()
+	}
+	if e := pq.As(err); e != nil && (e.Code == "42501" || e.Code == "3F000") {
+		return refusedError{errors.Wrapf(err, "locker: create schema: user %q may not create or change tables; run the SQL in locker.SchemaSQL (schema.sql) once as a user with that privilege", user)}
+	}
+	return errors.Wrap(err, "locker: create schema")
+}
+
+// prepared returns a statement, which is prepared when it is first needed.
+func (l *link) prepared(ctx context.Context, text string) (*sql.Stmt, error) {
+	if s := l.statements[text]; s != nil {
+		return s, nil
+	}
+	s, err := l.conn.PrepareContext(ctx, text)
+	if err != nil {
+		return nil, errors.Wrap(err, "locker: prepare statement")
+	}
+	l.statements[text] = s
+	return s, nil
+}
+
+// exec runs a statement that returns nothing of interest.
+func (l *link) exec(ctx context.Context, text string, args ...any) error {
+	s, err := l.prepared(ctx, text)
+	if err == nil {
+		_, err = s.ExecContext(ctx, args...)
+	}
+	return err
+}
+
+// each runs a query, scans every row into row, and then calls f.
+func (l *link) each(ctx context.Context, text string, args, row []any, f func()) error {
+	s, err := l.prepared(ctx, text)
+	if err != nil {
+		return err
+	}
+	rows, err := s.QueryContext(ctx, args...)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = rows.Close() }() // its error is that of Err
+	for rows.Next() {
+		if err := rows.Scan(row...); err != nil {
+			return err
+		}
+		f()
+	}
+	return rows.Err()
+}
+
+// discard accepts a column that only has a side effect.
+var discard discardedColumn
+
+type discardedColumn struct{}
+
+func (discardedColumn) Scan(any) error { return nil }
+
+// Dial, DialTimeout and DialContext make the link lib/pq's dialer.
+func (l *link) Dial(network, address string) (net.Conn, error) {
+	return l.DialContext(context.Background(), network, address)
+}
+
+func (l *link) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	return l.DialContext(ctx, network, address)
+}
+
+func (l *link) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	dialer := net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 3 * time.Second, Interval: 3 * time.Second, Count: 3}}
+	conn, err := dialer.DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.killed {
+		_ = conn.Close()
+		return nil, net.ErrClosed
+	}
+	conn = answeringConn{conn}
+	l.sockets = append(l.sockets, conn)
+	return conn, nil
+}
+
+// kill closes the connection, whatever is going on on it. Any goroutine may call it,
+// more than once.
+func (l *link) kill() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.killed = true
+	for _, s := range l.sockets {
+		_ = s.Close()
+	}
+}
+
+func (l *link) close() {
+	if l.conn != nil {
+		_ = l.conn.Close()
+	}
+	_ = l.db.Close()
+	l.kill()
+}
+
+// answeringConn is a connection whose peer has to answer each request in time.
+type answeringConn struct{ net.Conn }
+
+func (c answeringConn) Write(b []byte) (int, error) {
+	if err := c.SetDeadline(time.Now().Add(answerTimeout)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(b)
+}
+
+// line is one of the two connections that are open as long as the provider is in
+// use: the session's and the listener's. It notices immediately when the connection
+// ends. It carries out one query at a time.
+type line struct {
+	conn *pq.ListenerConn
+	down chan struct{} // closed when the connection has ended
+}
+
+// openLine connects and sets the connection up. heard is called with the payload of
+// each notification, by one goroutine that ends with the connection.
+func openLine(dsn string, timeout time.Duration, heard func(payload string)) (*line, error) {
+	notifications := make(chan *pq.Notification, 64)
+	conn, err := pq.NewListenerConn(dsn, notifications)
+	if err != nil {
+		return nil, connectError(err)
+	}
+	l := &line{conn: conn, down: make(chan struct{})}
+	go func() {
+		defer close(l.down)
+		for n := range notifications {
+			heard(n.Extra)
+		}
+	}()
+	if err := l.exec(openTimeout, settings(timeout)); err != nil {
+		l.close()
+		return nil, errors.Wrap(err, "locker: set up connection")
+	}
+	return l, nil
+}
+
+// exec runs one statement, and closes the connection if it is not answered within d.
+func (l *line) exec(d time.Duration, query string) error {
+	limit := time.AfterFunc(d, func() { _ = l.conn.Close() })
+	executed, err := l.conn.ExecSimpleQuery(query)
+	if !limit.Stop() && !executed {
+		return errors.Errorf("no answer within %v", d)
+	}
+	return err
+}
+
+// close returns when the connection and its goroutines have ended.
+func (l *line) close() {
+	_ = l.conn.Close() // it fails only if the connection has ended
+	<-l.down
+}
+
+// applicationName is what pg_stat_activity shows, unless the URI sets a name.
+func applicationName() string {
+	name := "locker"
+	if len(os.Args) > 0 {
+		name += " " + os.Args[0][strings.LastIndexAny(os.Args[0], `/\`)+1:]
+	}
+	return name
+}
+
+var (
+	hostName, _ = os.Hostname() // "" where the system has none
+	processID   = os.Getpid()
+)

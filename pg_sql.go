@@ -1,0 +1,332 @@
+package locker
+
+import (
+	_ "embed"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/lib/pq"
+)
+
+// SchemaSQL creates what the postgres provider needs in its database: the tables
+// env_locks, env_lock_state and env_lock_sessions, and the view env_lock_overview.
+// It also upgrades what an earlier version has created. The provider runs it on
+// first use. If the provider's role lacks the privilege, the provider returns an
+// error that names SchemaSQL, and an operator runs it once. Running it again is
+// harmless.
+//
+//go:embed schema.sql
+var SchemaSQL string
+
+// Every statement takes arrays, so that it serves any number of locks. Those that
+// write take them sorted by key, so that two connections never lock rows in
+// opposite order. Every statement may be repeated: a repeat that finds its work
+// done changes nothing.
+const (
+	// A token and a claim's number are the server's clock in microseconds. The
+	// clock keeps them growing where the row cannot: after a crash that forgot
+	// claims, or after the row was deleted.
+	sqlClock = `(date_part('epoch', clock_timestamp()) * 1000000)::bigint`
+
+	// The commit does not wait for the disk.
+	sqlNoFlush = `set_config('synchronous_commit', 'off', true)`
+
+	sqlLookup = `
+SELECT w.ord, e.lock_key
+FROM unnest($1::text[], $2::integer[]) WITH ORDINALITY AS w(repo, pull_request, ord)
+JOIN env_locks e ON e.repo = w.repo AND e.pull_request = w.pull_request`
+
+	// Adds the row that the first claim will look for, too.
+	sqlAddKeys = `
+WITH added AS (
+    INSERT INTO env_locks (repo, pull_request, lock_key)
+    SELECT * FROM unnest($1::text[], $2::integer[], $3::bigint[])
+    ON CONFLICT DO NOTHING
+    RETURNING lock_key
+)
+INSERT INTO env_lock_state (lock_key) SELECT lock_key FROM added
+ON CONFLICT DO NOTHING`
+
+	// Makes durable whatever was committed before. It locks nothing.
+	sqlFlush = `SELECT pg_logical_emit_message(true, 'locker', '')`
+
+	// Returns why claims were not announced: the pull request has another key, the
+	// row is missing, or what the newest claim is.
+	sqlWhyNot = `
+SELECT u.key, u.pull_request >= 0 AND NOT coalesce((
+        SELECT e.repo = u.repo AND e.pull_request = u.pull_request FROM env_locks e WHERE e.lock_key = u.key), false),
+    s.lock_key IS NULL, s.claim_event, s.top_order
+FROM unnest($1::bigint[], $2::text[], $3::integer[]) AS u(key, repo, pull_request)
+LEFT JOIN env_lock_state s ON s.lock_key = u.key`
+
+	// A claim that gave up no longer stands in the way of its own redelivery.
+	sqlWithdraw = `
+UPDATE env_lock_state s SET claim_open = false
+FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
+WHERE s.lock_key = w.key AND s.claim_id = w.id AND s.claim_open
+RETURNING s.lock_key, ` + sqlNoFlush
+
+	// Takes free keys for claims that are not superseded. A key is free if its row
+	// names no holder, or this very claim (the answer to an earlier attempt was
+	// lost), or a holder whose session has the lock that this process has watched
+	// being dead ($7), and which is dead now. The key's own lock keeps out holders of
+	// the original library, and operators; $10 is set if lockKeys has tried it already.
+	//
+	// The commit is flushed: that makes the token durable, and with it every claim
+	// before. For a key that was not taken the statement returns its newest claim, its
+	// holder's session and whether that lives. $8 and $9 are the session and its lock:
+	// without the lock nothing is taken.
+	sqlAcquire = `
+WITH want AS MATERIALIZED (
+    SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::bigint[], $4::uuid[], $5::boolean[], $6::text[], $7::bigint[], $10::boolean[])
+        AS w(key, id, claim, claim_id, first, event, dead, locked)
+), taken AS (
+    UPDATE env_lock_state s SET
+        claim = CASE WHEN w.first THEN s.claim ELSE greatest(s.claim, w.claim) END,
+        claim_id = CASE WHEN w.first THEN s.claim_id ELSE w.claim_id END,
+        waiting = false,
+        claim_open = s.claim_open OR s.claim_id = w.id,
+        claimer_session = CASE WHEN s.claim_id = w.id THEN $8::bigint ELSE s.claimer_session END,
+        token = CASE WHEN s.holder_id = w.id THEN s.token ELSE greatest(s.token + 1, ` + sqlClock + `) END,
+        held_since = CASE WHEN s.holder_id = w.id THEN s.held_since ELSE clock_timestamp() END,
+        holder_id = w.id, holder_session = $8::bigint, holder_event = w.event
+    FROM want w
+    WHERE s.lock_key = w.key
+        AND (w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id)
+        AND CASE
+            WHEN s.holder_id IS NULL THEN coalesce(w.locked, pg_try_advisory_xact_lock(s.lock_key))
+            WHEN s.holder_id = w.id THEN coalesce(w.locked, true)
+            WHEN w.dead IS NULL THEN false
+            WHEN w.dead <> coalesce((SELECT x.lock FROM env_lock_sessions x WHERE x.id = s.holder_session), s.holder_session, 0) THEN false
+            WHEN NOT pg_try_advisory_xact_lock_shared(w.dead) THEN false
+            ELSE coalesce(w.locked, pg_try_advisory_xact_lock(s.lock_key)) END
+        AND (SELECT NOT pg_try_advisory_xact_lock_shared($9::bigint))
+    RETURNING s.lock_key, s.claim, s.claim_id, s.token
+)
+SELECT w.key, t.token, t.lock_key IS NULL AND s.lock_key IS NULL,
+    t.lock_key IS NOT NULL OR w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id,
+    coalesce(t.claim, s.claim), coalesce(t.claim_id, s.claim_id),
+    CASE WHEN t.lock_key IS NULL THEN s.claim_event END,
+    s.holder_id IS NOT NULL,
+    s.holder_id IS NULL OR s.claim_id = w.id AND (s.claimer_session IS DISTINCT FROM $8::bigint OR NOT s.claim_open),
+    CASE WHEN s.holder_id IS NOT NULL THEN coalesce(x.lock, s.holder_session, 0) END,
+    date_part('epoch', x.timeout),
+    CASE WHEN s.holder_id IS NOT NULL THEN NOT pg_try_advisory_xact_lock_shared(coalesce(x.lock, s.holder_session, 0)) END,
+    (SELECT NOT pg_try_advisory_xact_lock_shared($9::bigint))
+FROM want w
+LEFT JOIN taken t ON t.lock_key = w.key
+LEFT JOIN env_lock_state s ON s.lock_key = w.key AND t.lock_key IS NULL
+LEFT JOIN env_lock_sessions x ON x.id = s.holder_session`
+
+	// Creates rows that are missing. A row of a key that env_locks knows was there and
+	// was deleted, perhaps while the key was held. It is created as held by a session
+	// that does not exist ($2): a successor waits the session timeout, and an old
+	// holder is notified by the check of its rows before that.
+	sqlEnsure = `
+INSERT INTO env_lock_state (lock_key, holder_id, holder_session, holder_event, held_since)
+SELECT k.key, CASE WHEN k.known THEN gen_random_uuid() END, CASE WHEN k.known THEN k.session END,
+    CASE WHEN k.known THEN 'unknown: the row of the key was deleted' END, CASE WHEN k.known THEN clock_timestamp() END
+FROM (
+    SELECT u.key, u.session, $3::boolean AND EXISTS (SELECT FROM env_locks e WHERE e.lock_key = u.key) AS known
+    FROM unnest($1::bigint[], $2::bigint[]) AS u(key, session)
+) k
+ON CONFLICT DO NOTHING`
+
+	// Asks for a "released" where the row itself does not show that a claim waits, and
+	// reports whether it had to. A holder that the row does not know is one of the
+	// original library: it listens on a channel that is named by the key, but only some
+	// time after it has the key, so it is notified again with every attempt. A claim that
+	// waits on in a new session writes that down, too.
+	sqlWait = `
+WITH asked AS (
+    UPDATE env_lock_state s SET waiting = true,
+        claim_open = s.claim_open OR s.claim_id = w.id,
+        claimer_session = CASE WHEN s.claim_id = w.id THEN $3::bigint ELSE s.claimer_session END
+    FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
+    WHERE s.lock_key = w.key
+        AND (NOT s.waiting OR s.claim_id = w.id AND (s.claimer_session IS DISTINCT FROM $3::bigint OR NOT s.claim_open))
+    RETURNING s.lock_key
+)
+SELECT s.lock_key, a.lock_key IS NOT NULL, ` + sqlNoFlush + `,
+    CASE WHEN NOT $4::boolean AND s.holder_id IS NULL AND s.claim_open THEN pg_notify(s.lock_key::text,
+        format('{"id":"%s","event":%s,"lockKey":%s}', s.claim_id, to_json(s.claim_event), s.lock_key))::text END
+FROM env_lock_state s LEFT JOIN asked a ON a.lock_key = s.lock_key WHERE s.lock_key = ANY ($1::bigint[])`
+
+	// Without the first key's row the commit is flushed, which is harmless.
+	sqlRelease = `
+UPDATE env_lock_state s
+SET holder_id = NULL, holder_session = NULL, holder_event = NULL, held_since = NULL,
+    claim_open = s.claim_open AND s.claim_id <> w.id
+FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
+WHERE s.lock_key = w.key AND s.holder_id = w.id
+RETURNING s.lock_key,
+    CASE WHEN s.lock_key = ($1::bigint[])[1] THEN ` + sqlNoFlush + ` END,
+    CASE WHEN NOT $3::boolean AND (s.waiting OR s.claim_id <> w.id) THEN
+        pg_notify('` + notifyChannel + `', format('` + payloadReleased + `', s.lock_key))::text END`
+
+	// Returns the holds whose row does not name them any longer, or whose key has a
+	// newer claim: what repairs a lost NOTIFY. Its first row reports whether this server
+	// sees the session live.
+	sqlCheck = `
+SELECT NOT pg_try_advisory_xact_lock_shared($4::bigint)
+        AND EXISTS (SELECT FROM env_lock_sessions x WHERE x.id = $3::bigint AND x.lock = $4::bigint),
+    NULL::bigint, NULL::uuid, NULL::bigint, NULL::uuid, NULL::text
+UNION ALL
+SELECT s.holder_id IS NOT DISTINCT FROM w.id AND s.holder_session IS NOT DISTINCT FROM $3::bigint,
+    w.key, w.id, s.claim, s.claim_id, s.claim_event
+FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
+LEFT JOIN env_lock_state s ON s.lock_key = w.key
+WHERE s.claim_id IS DISTINCT FROM w.id OR s.holder_id IS DISTINCT FROM w.id OR s.holder_session IS DISTINCT FROM $3::bigint`
+
+	// What a session holds according to the rows.
+	sqlHolds = `SELECT lock_key, holder_id FROM env_lock_state WHERE holder_session = $1::bigint AND holder_id IS NOT NULL`
+
+	// Sessions that are dead now, and the deletion of those that were watched being
+	// dead and hold nothing.
+	sqlDeadSessions = `
+SELECT x.lock, date_part('epoch', x.timeout) FROM env_lock_sessions x
+WHERE x.id <> $1::bigint AND pg_try_advisory_xact_lock_shared(x.lock)`
+	sqlSweep = `
+DELETE FROM env_lock_sessions x
+WHERE x.lock = ANY ($1::bigint[]) AND pg_try_advisory_xact_lock_shared(x.lock)
+    AND NOT EXISTS (SELECT FROM env_lock_state s WHERE s.holder_session = x.id AND s.holder_id IS NOT NULL)`
+
+	sqlNotify = `SELECT pg_notify('` + notifyChannel + `', $1)`
+
+	sqlServer = `
+SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on',
+    current_setting('server_version_num')::integer, current_user,
+    to_regclass('env_locks') IS NOT NULL AND to_regclass('env_lock_sessions') IS NOT NULL
+        AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('env_lock_state') AND attname = 'claimer_session')`
+
+	sqlPrivileges = `
+SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_locks', 'INSERT')
+    AND has_table_privilege('env_lock_state', 'SELECT') AND has_table_privilege('env_lock_state', 'INSERT')
+    AND has_table_privilege('env_lock_state', 'UPDATE')
+    AND has_table_privilege('env_lock_sessions', 'SELECT') AND has_table_privilege('env_lock_sessions', 'INSERT')
+    AND has_table_privilege('env_lock_sessions', 'UPDATE') AND has_table_privilege('env_lock_sessions', 'DELETE')`
+
+	// Concurrent starts create the schema one after the other. The two-key space of
+	// advisory locks holds no user's key.
+	sqlSchemaLock = `SELECT pg_advisory_xact_lock(1819239269, 1919116148)`
+
+	sqlListen    = `LISTEN ` + notifyChannel
+	sqlListening = `SELECT 1 / (EXISTS (SELECT FROM pg_listening_channels() c WHERE c = '` + notifyChannel + `'))::int`
+)
+
+// sqlAnnounce returns the statement by which claims become the newest of their
+// keys. It comes in two forms, because the server takes a tenth of a cycle to set up
+// the condition on orders.
+//
+//   - The claim's number is assigned under the row lock, so the row decides the order.
+//   - A claim that takes ($6) gets the key immediately if the row names no holder and
+//     no waiter. The row decides that, too; the key's own lock keeps out holders of the
+//     original library.
+//   - A claim with an age ($7) is repeated or late: it was asked for so many seconds
+//     ago. If it is the newest already, it stays as it is. If the newest claim was asked
+//     for later, it is superseded. A claim from the future is one of another clock, and
+//     does not count.
+//   - A claim with an order is rejected if a higher order has been announced, or the
+//     same by a claim that still waits or holds.
+//   - A claim for a pull request that has another key is dropped.
+//
+// A claim that is not announced has no row in the result; sqlWhyNot returns the
+// reason. A commit that only takes is flushed. One that notifies is not: notifying
+// transactions commit one after the other, server-wide. The fourth column is set if
+// the commit is not flushed. If it took a key nevertheless, sqlFlush follows.
+func sqlAnnounce(ordered bool) string {
+	const (
+		takes = `(w.got AND s.holder_id IS NULL AND NOT s.waiting OR w.take AND s.holder_id = w.id)`
+		again = `w.age IS NOT NULL AND s.claim_id = w.id`
+		asked = `statement_timestamp() - w.age * interval '1 second'`
+	)
+	name, array, column, set := "", "", "", "claim_order = NULL"
+	condition := ` AND (w.age IS NULL OR s.claim_id = w.id OR s.claimed_at IS NULL
+        OR s.claimed_at <= ` + asked + ` OR s.claimed_at > statement_timestamp())`
+	if ordered {
+		name, array, column = ", ord", ", $11::bigint[]", " u.ord,"
+		set = "claim_order = w.ord, top_order = coalesce(w.ord, s.top_order)"
+		condition = strings.Replace(condition, "(w.age IS NULL", "(w.ord IS NOT NULL OR w.age IS NULL", 1) +
+			` AND (w.ord IS NULL OR s.top_order IS NULL OR w.ord > s.top_order
+        OR w.ord = s.top_order AND (s.claim_id = w.id OR NOT s.claim_open OR s.claim_order IS DISTINCT FROM w.ord
+            OR coalesce((SELECT pg_try_advisory_xact_lock_shared(x.lock) FROM env_lock_sessions x WHERE x.id = s.claimer_session), true)))`
+	}
+	return `
+WITH want AS MATERIALIZED (
+    SELECT u.key, u.id, u.event, u.take, u.age,` + column + `
+        CASE WHEN u.take AND s.holder_id IS NULL AND NOT s.waiting AND (SELECT NOT pg_try_advisory_xact_lock_shared($9::bigint))
+            THEN pg_try_advisory_xact_lock(u.key) ELSE false END AS got
+    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::float8[]` + array + `)
+        AS u(key, id, event, repo, pull_request, take, age` + name + `)
+    JOIN env_lock_state s ON s.lock_key = u.key
+    LEFT JOIN env_locks e ON e.lock_key = u.key
+    WHERE u.pull_request < 0 OR e.repo = u.repo AND e.pull_request = u.pull_request
+)
+UPDATE env_lock_state s SET
+    claim = CASE WHEN ` + again + ` THEN s.claim ELSE greatest(s.claim + 1, ` + sqlClock + `) END,
+    claim_id = w.id,
+    claim_event = w.event,
+    claimed_at = CASE WHEN ` + again + ` THEN s.claimed_at WHEN w.age IS NULL THEN statement_timestamp() ELSE ` + asked + ` END,
+    ` + set + `,
+    claim_open = true,
+    claimer_session = $8::bigint,
+    token = CASE WHEN ` + takes + ` AND s.holder_id IS NULL THEN greatest(s.token + 1, ` + sqlClock + `) ELSE s.token END,
+    held_since = CASE WHEN ` + takes + ` AND s.holder_id IS NULL THEN statement_timestamp() ELSE s.held_since END,
+    holder_id = CASE WHEN ` + takes + ` THEN w.id ELSE s.holder_id END,
+    holder_session = CASE WHEN ` + takes + ` THEN $8::bigint ELSE s.holder_session END,
+    holder_event = CASE WHEN ` + takes + ` THEN w.event ELSE s.holder_event END
+FROM want w
+WHERE s.lock_key = w.key` + condition + `
+RETURNING s.lock_key, s.claim, CASE WHEN w.take AND s.holder_id = w.id THEN s.token END,
+    CASE WHEN s.waiting OR s.holder_id IS DISTINCT FROM w.id THEN ` + sqlNoFlush + ` END,
+    CASE WHEN NOT $10::boolean AND (s.waiting OR s.holder_id <> w.id) THEN pg_notify('` + notifyChannel + `',
+        format('` + payloadClaim + `', s.lock_key, s.claim, s.claim_id, to_json(s.claim_event)))::text END`
+}
+
+// settings returns the query that sets up every connection of a session with the
+// timeout t. The server ends a connection that is silent, and one whose client does
+// not take what it is sent. A statement that waits for a locked row fails soon and is
+// repeated, so that other keys do not wait behind it. The plans are by index whatever
+// the statistics say. A token must be durable before it is given out.
+func settings(t time.Duration) string {
+	var columns []string
+	for _, s := range [][2]string{
+		{"lock_timeout", "500ms"}, {"statement_timeout", "3s"},
+		{"idle_session_timeout", milliseconds(lease(t))}, {"idle_in_transaction_session_timeout", milliseconds(lease(t))},
+		{"tcp_keepalives_idle", "3"}, {"tcp_keepalives_interval", "3"}, {"tcp_keepalives_count", "3"},
+		{"tcp_user_timeout", milliseconds(lease(t))},
+		{"default_transaction_isolation", "read committed"}, {"jit", "off"}, {"plan_cache_mode", "force_generic_plan"},
+		{"enable_seqscan", "off"}, {"enable_hashjoin", "off"}, {"enable_mergejoin", "off"},
+	} {
+		columns = append(columns, fmt.Sprintf("set_config('%s', '%s', false)", s[0], s[1]))
+	}
+	return "SELECT " + strings.Join(columns, ", ") +
+		", CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', false) END"
+}
+
+func milliseconds(d time.Duration) string { return fmt.Sprintf("%dms", d.Milliseconds()) }
+
+// The statements of the session's own connection. That connection returns errors
+// but no rows, so a condition that does not hold is turned into an error: a division
+// by zero if this backend does not have the session's lock, the logarithm of zero if
+// the server takes no writes.
+const (
+	sqlSessionLock   = `SELECT pg_advisory_lock(%d)`
+	sqlSessionEnd    = `DELETE FROM env_lock_sessions WHERE id = %d`
+	sqlSessionUpsert = `
+INSERT INTO env_lock_sessions (id, lock, timeout, host, pid, application)
+VALUES (%d, %d, interval '%d milliseconds', %s, %d, current_setting('application_name'))
+ON CONFLICT (id) DO UPDATE SET lock = excluded.lock, timeout = excluded.timeout`
+	sqlHeartbeat = `
+SELECT 1 / (EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND granted
+        AND objsubid = 1 AND (classid::bigint << 32) | objid::bigint = %d))::int,
+    ln(1 - (pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on')::int)`
+
+	sqlKeyLock   = `SELECT 1 / pg_try_advisory_lock(%d)::int`
+	sqlKeyUnlock = `SELECT pg_advisory_unlock(%d)`
+)
+
+func sessionUpsert(s sessionRef, t time.Duration) string {
+	return fmt.Sprintf(sqlSessionUpsert, s.id, s.lock, t.Milliseconds(), pq.QuoteLiteral(hostName), processID)
+}

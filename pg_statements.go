@@ -1,0 +1,359 @@
+package locker
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lib/pq/oid"
+	"github.com/pkg/errors"
+)
+
+// lateAfter is how old a claim is that does not count as new: its place among the
+// claims of its key is where it was asked for, not where it arrives.
+const lateAfter = time.Second
+
+// statement carries out a batch for the session ref. The results are with the
+// operations; an error is that of all.
+func (w *worker) statement(ctx context.Context, l *link, ref sessionRef, batch []*op) error {
+	quiet := w.quiet(batch)
+	switch batch[0].kind {
+	case opLookup:
+		return lookupKeys(ctx, l, batch)
+	case opAnnounce:
+		return w.announceClaims(ctx, l, ref, batch, quiet)
+	case opAcquire:
+		return w.acquireKeys(ctx, l, ref, batch, quiet)
+	case opWithdraw:
+		keys, ids := claimArrays(claimsOf(batch))
+		return l.exec(ctx, sqlWithdraw, keys, ids)
+	case opRelease:
+		return w.releaseKeys(ctx, l, batch, quiet)
+	}
+	return batch[0].call(ctx, l)
+}
+
+// quiet reports whether the batch goes without NOTIFY.
+func (w *worker) quiet(batch []*op) bool {
+	w.session.mu.Lock()
+	defer w.session.mu.Unlock()
+	return w.session.mute || batch[0].quiet
+}
+
+func claimsOf(batch []*op) []claim {
+	claims := make([]claim, len(batch))
+	for i, o := range batch {
+		claims[i] = o.req.claim
+	}
+	return claims
+}
+
+func claimArrays(claims []claim) (keys, ids array) {
+	keys, ids = newArray(oid.T_int8, len(claims), 8), newArray(oid.T_uuid, len(claims), len(uuid.UUID{}))
+	for _, c := range claims {
+		keys.addInt64(c.key)
+		ids.addUUID(c.id)
+	}
+	return keys, ids
+}
+
+// lookupKeys finds the keys of pull requests, and creates those that are missing.
+func lookupKeys(ctx context.Context, l *link, batch []*op) error {
+	todo := slices.Clone(batch)
+	for attempt := range 4 {
+		repos := newArray(oid.T_text, len(todo), 32)
+		prs, keys := newArray(oid.T_int4, len(todo), 4), newArray(oid.T_int8, len(todo), 8)
+		for _, o := range todo {
+			repos.addText(o.pull.repo)
+			prs.addInt32(int32(o.pull.pr))
+			keys.addInt64(randomKey())
+		}
+		if attempt > 0 { // the second time the rows are missing, later a random key was in use
+			if err := l.exec(ctx, sqlAddKeys, repos, prs, keys); err != nil {
+				return err
+			}
+		}
+		var ord int
+		var key int64
+		err := l.each(ctx, sqlLookup, []any{repos, prs}, []any{&ord, &key}, func() {
+			o := todo[ord-1]
+			o.key, o.found = key, true
+		})
+		if err != nil {
+			return err
+		}
+		todo = slices.DeleteFunc(todo, func(o *op) bool { return o.found })
+		if len(todo) == 0 {
+			return nil
+		}
+	}
+	for _, o := range todo {
+		o.err = errors.New("locker: env_locks did not take a new key")
+	}
+	return nil
+}
+
+func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
+	for range 3 { // the second time a row that was missing is there
+		text, args := announceArgs(ref, batch, quiet)
+		var taken, unflushed bool
+		var key, number int64
+		var token sql.NullInt64
+		var noFlush sql.NullString
+		err := l.each(ctx, text, args, []any{&key, &number, &token, &noFlush, discard}, func() {
+			o := find(batch, key)
+			o.found = true
+			o.answer.outcome, o.answer.newest = again, standing{number, o.req.id}
+			if token.Valid {
+				o.answer.grant(token.Int64, ref)
+				taken = true
+			}
+			unflushed = unflushed || noFlush.Valid
+		})
+		if err == nil && taken && unflushed {
+			err = l.exec(ctx, sqlFlush)
+		}
+		var missing bool
+		if err == nil {
+			missing, err = w.whyNot(ctx, l, batch)
+		}
+		if err != nil || !missing {
+			return err
+		}
+	}
+	return nil
+}
+
+// announceArgs are the statement by which the claims of a batch that are not found
+// yet are announced, and its arguments. An array that is too short goes on with NULLs,
+// and hardly any claim needs the orders and the ages.
+func announceArgs(ref sessionRef, batch []*op, quiet bool) (string, []any) {
+	n := len(batch)
+	keys, ids := newArray(oid.T_int8, n, 8), newArray(oid.T_uuid, n, len(uuid.UUID{}))
+	events, repos := newArray(oid.T_text, n, 32), newArray(oid.T_text, n, 32)
+	pulls, takes := newArray(oid.T_int4, n, 4), newArray(oid.T_bool, n, 1)
+	var orders, ages array
+	now := time.Now()
+	i := 0
+	for _, o := range batch {
+		if o.found {
+			continue
+		}
+		keys.addInt64(o.req.key)
+		ids.addUUID(o.req.id)
+		repo, pr := o.pull.columns()
+		events.addText(o.req.event)
+		repos.addText(repo)
+		pulls.addInt32(pr)
+		takes.addBool(o.take)
+		if age := now.Sub(o.asked); o.doubt || age > lateAfter {
+			ages.addAt(i, oid.T_float8).addFloat64(age.Seconds())
+		}
+		if o.order != nil {
+			orders.addAt(i, oid.T_int8).addInt64(*o.order)
+		}
+		i++
+	}
+	args := []any{keys, ids, events, repos, pulls, takes, ages, ref.id, ref.lock, quiet}
+	if orders == nil {
+		return sqlAnnounceAny, args
+	}
+	return sqlAnnounceOrdered, append(args, orders)
+}
+
+var sqlAnnounceAny, sqlAnnounceOrdered = sqlAnnounce(false), sqlAnnounce(true)
+
+// columns are the pull request as the statements expect it. One that is not given has
+// a number below zero.
+func (p *pullRequest) columns() (repo string, pr int32) {
+	if p == nil {
+		return "", -1
+	}
+	return p.repo, int32(p.pr)
+}
+
+// whyNot gives the claims that were not announced their outcomes, and creates the rows
+// that are missing. It reports whether there were any.
+func (w *worker) whyNot(ctx context.Context, l *link, batch []*op) (missing bool, err error) {
+	var keys, absentKeys []int64
+	var repos, pulls array
+	for _, o := range batch {
+		if o.found {
+			continue
+		}
+		if keys == nil {
+			repos, pulls = newArray(oid.T_text, 0, 0), newArray(oid.T_int4, 0, 0)
+		}
+		o.err = errRowChanged
+		repo, pr := o.pull.columns()
+		keys = append(keys, o.req.key)
+		repos.addText(repo)
+		pulls.addInt32(pr)
+	}
+	if keys == nil {
+		return false, nil
+	}
+	var key int64
+	var moved, absent bool
+	var event sql.NullString
+	var top sql.NullInt64
+	err = l.each(ctx, sqlWhyNot, []any{int64Array(keys), repos, pulls}, []any{&key, &moved, &absent, &event, &top}, func() {
+		o := find(batch, key)
+		o.found = !absent || moved
+		switch {
+		case moved:
+			o.err = errKeyMoved
+		case absent:
+			o.err = nil
+			absentKeys = append(absentKeys, key)
+		case o.order != nil && top.Valid && *o.order <= top.Int64:
+			o.err = outdated(*o.order, top.Int64, event.String)
+		default: // a claim that was asked for later was announced before
+			o.err = nil
+			o.answer = answer{outcome: superseded, newest: standing{id: o.req.id}, event: event.String}
+		}
+	})
+	if err == nil && len(absentKeys) > 0 {
+		err = w.ensure(ctx, l, absentKeys)
+	}
+	return len(absentKeys) > 0, err
+}
+
+// ensure creates rows that are missing.
+func (w *worker) ensure(ctx context.Context, l *link, keys []int64) error {
+	sessions := newArray(oid.T_int8, len(keys), 8)
+	for range keys {
+		sessions.addInt64(randomKey())
+	}
+	return l.exec(ctx, sqlEnsure, int64Array(keys), sessions, !w.session.conf.originalReplicas)
+}
+
+var (
+	errKeyMoved   = errors.New("locker: the pull request has another key")
+	errRowChanged = errors.New("locker: the key's row in env_lock_state is deleted or changed again and again")
+)
+
+// grant notes that the session ref holds the key.
+func (a *answer) grant(token int64, ref sessionRef) {
+	a.outcome, a.token, a.session = granted, token, ref.generation
+}
+
+func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
+	s := w.session
+	if s.conf.originalReplicas {
+		s.lockKeys(batch)
+		defer s.unlockKeys(batch)
+	}
+	n := len(batch)
+	keys, ids := claimArrays(claimsOf(batch))
+	claims, claimIDs := newArray(oid.T_int8, n, 8), newArray(oid.T_uuid, n, len(uuid.UUID{}))
+	firsts, events := newArray(oid.T_bool, n, 1), newArray(oid.T_text, n, 32)
+	var dead, locked array
+	for i, o := range batch {
+		claims.addInt64(o.req.standing.number)
+		claimIDs.addUUID(o.req.standing.id)
+		firsts.addBool(o.req.first)
+		events.addText(o.req.event)
+		if s.watches.over(o.req.blocker) {
+			dead.addAt(i, oid.T_int8).addInt64(o.req.blocker)
+		}
+		if s.conf.originalReplicas {
+			locked.addAt(i, oid.T_bool).addBool(o.keyLocked)
+		}
+	}
+	var missing, unheard []int64
+	unheardIDs := newArray(oid.T_uuid, 0, 0)
+	seen := true
+	args := []any{keys, ids, claims, claimIDs, firsts, events, dead, ref.id, ref.lock, locked}
+	var key int64
+	var absent, held, hidden, mine bool
+	var valid, alive sql.NullBool
+	var number, token, blocker sql.NullInt64
+	var id uuid.NullUUID
+	var newestEvent sql.NullString
+	var timeout sql.NullFloat64
+	row := []any{&key, &token, &absent, &valid, &number, &id, &newestEvent, &held, &hidden, &blocker, &timeout, &alive, &mine}
+	err := l.each(ctx, sqlAcquire, args, row, func() {
+		o := find(batch, key)
+		a := &o.answer
+		if number.Valid {
+			a.newest = standing{number.Int64, id.UUID}
+		}
+		switch {
+		case token.Valid:
+			a.grant(token.Int64, ref)
+			return
+		case absent:
+			a.outcome = again
+			missing = append(missing, key)
+			return
+		case !valid.Bool:
+			a.outcome, a.event = superseded, newestEvent.String
+			return
+		}
+		a.outcome = busy
+		seen = seen && mine
+		if held && !alive.Bool {
+			patience := s.conf.sessionTimeout // of a session without a row
+			if timeout.Valid {
+				patience = seconds(timeout.Float64)
+			}
+			a.blocker, a.retryAt = blocker.Int64, s.watches.dead(blocker.Int64, patience)
+		}
+		if hidden || o.req.first || o.req.standing.id != o.req.id {
+			unheard = append(unheard, key)
+			unheardIDs.addUUID(o.req.id)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	if !seen {
+		s.suspect(ref, errors.New("the server of the rows does not see the session"))
+	}
+	if len(missing) > 0 {
+		err = w.ensure(ctx, l, missing)
+	}
+	if len(unheard) > 0 && err == nil {
+		// Try once more after asking to be notified: the release may have been just before.
+		var asked bool
+		err = l.each(ctx, sqlWait, []any{int64Array(unheard), unheardIDs, ref.id, quiet}, []any{&key, &asked, discard, discard}, func() {
+			if asked {
+				find(batch, key).answer.outcome = again
+			}
+		})
+	}
+	return err
+}
+
+func (w *worker) releaseKeys(ctx context.Context, l *link, batch []*op, quiet bool) error {
+	claims := claimsOf(batch)
+	keys, ids := claimArrays(claims)
+	var key int64
+	err := l.each(ctx, sqlRelease, []any{keys, ids, quiet}, []any{&key, discard, discard}, func() {
+		find(batch, key).found = true
+	})
+	if err != nil {
+		return err
+	}
+	for _, o := range batch {
+		if !o.found && !o.doubt {
+			o.err = errReleaseLost
+		}
+	}
+	if w.session.conf.originalReplicas {
+		w.session.unlockKeys(batch)
+	}
+	return nil
+}
+
+var errReleaseLost = errors.WithMessage(ErrLockLost, "the row of the key does not name the hold any longer")
+
+// find returns key's operation in a batch that is sorted by key.
+func find(batch []*op, key int64) *op {
+	i, _ := slices.BinarySearchFunc(batch, key, func(o *op, key int64) int { return cmp.Compare(o.req.key, key) })
+	return batch[i]
+}

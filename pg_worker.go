@@ -1,0 +1,598 @@
+package locker
+
+import (
+	"cmp"
+	"context"
+	"log/slog"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/lib/pq"
+	"github.com/pkg/errors"
+)
+
+const (
+	maxBatch = 512 // operations in one statement
+
+	repeatMin = 100 * time.Millisecond // before an operation that the server rejected is repeated, doubled with each
+	repeatMax = 2 * time.Second
+)
+
+// op is one operation of a caller. The caller waits on its channel; the worker
+// sends exactly once.
+type op struct {
+	kind  opKind
+	take  bool                               // announce: see announcement
+	ctx   context.Context                    // the caller's, for its span
+	pull  *pullRequest                       // lookup; announce: see announcement
+	order *int64                             // announce: see announcement
+	asked time.Time                          // announce: when its caller asked for it
+	req   request                            // acquire: all of it; announce, withdraw and release: the claim
+	call  func(context.Context, *link) error // call: what is carried out
+	once  bool                               // call: its caller gets the server's errors
+
+	state   opState // guarded by session.mu
+	trouble error   // guarded by session.mu: why the last attempt failed
+
+	// The worker's own, like result until done.
+	attempts  int       // that failed
+	notBefore time.Time // of the next attempt
+	alone     bool      // it was in a batch that failed: it goes alone
+	quiet     bool      // without NOTIFY
+	doubt     bool      // the answer to an attempt was lost: it may have been carried out
+	keyLocked bool      // acquire: see lockKeys
+	result
+	done chan struct{} // capacity 1
+}
+
+type result struct {
+	found  bool   // a row was about it
+	key    int64  // lookup
+	answer answer // announce and acquire
+	err    error
+}
+
+var ops = sync.Pool{New: func() any { return &op{done: make(chan struct{}, 1)} }}
+
+func newOp(ctx context.Context, kind opKind, c claim) *op {
+	o := ops.Get().(*op)
+	o.ctx, o.kind, o.req.claim = ctx, kind, c
+	return o
+}
+
+// recycle returns the operation's result and puts the operation back into the pool.
+// Call it only after receiving from o.done: then no queue and no worker has the
+// operation any longer. An operation that no caller waits for is left to the
+// collector.
+func (o *op) recycle() result {
+	r := o.result
+	*o = op{done: o.done}
+	ops.Put(o)
+	return r
+}
+
+type opKind int
+
+const (
+	opRelease opKind = iota
+	opLookup
+	opAnnounce
+	opAcquire
+	opWithdraw
+	opCall // anything else, alone
+	opKinds
+)
+
+type opState int
+
+const (
+	opQueued    opState = iota
+	opAbandoned         // its caller has left
+	opDone              // the result is on its way
+)
+
+func (s *session) lookup(ctx context.Context, stop <-chan struct{}, repo string, pr uint) (int64, error) {
+	o := newOp(ctx, opLookup, claim{})
+	o.pull = &pullRequest{repo, pr}
+	r := s.do(stop, o)
+	return r.key, r.err
+}
+
+func (s *session) announce(ctx context.Context, stop <-chan struct{}, a announcement) (answer, error) {
+	o := newOp(ctx, opAnnounce, a.claim)
+	o.order, o.take, o.pull, o.asked = a.order, a.take && !s.conf.originalReplicas, a.pull, a.asked
+	r := s.do(stop, o)
+	return r.answer, r.err
+}
+
+func (s *session) withdraw(c claim) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closing && s.started {
+		s.enqueueLocked(newOp(context.Background(), opWithdraw, c))
+	}
+}
+
+func (s *session) acquire(ctx context.Context, stop <-chan struct{}, r request) (answer, error) {
+	o := newOp(ctx, opAcquire, claim{})
+	o.req = r
+	res := s.do(stop, o)
+	return res.answer, res.err
+}
+
+func (s *session) release(ctx context.Context, c claim) *op {
+	o := newOp(context.WithoutCancel(ctx), opRelease, c)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.started { // nothing was ever taken
+		o.done <- struct{}{}
+		return o
+	}
+	s.enqueueLocked(o)
+	return o
+}
+
+// enqueueCheck has f carried out by the worker for everything that does not wait
+// for the disk. If f fails, it is repeated until it succeeds or ref is no longer the
+// connected session.
+func (s *session) enqueueCheck(ref sessionRef, f func(context.Context, *link) error) {
+	o := newOp(context.Background(), opCall, claim{})
+	o.call = func(ctx context.Context, l *link) error {
+		if now, connected := s.trust.current(); now != ref || !connected {
+			return nil
+		}
+		return f(ctx, l)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closing {
+		s.enqueueLocked(o)
+	}
+}
+
+// do has a worker carry out an operation. It returns early, with stopped, when the
+// operation's context or stop ends. An operation that is still queued then is
+// dropped; a key that one in flight takes is released.
+func (s *session) do(stop <-chan struct{}, o *op) result {
+	ctx := o.ctx
+	s.mu.Lock()
+	switch {
+	case s.closing:
+		s.mu.Unlock()
+		return result{err: ErrProviderClosed}
+	case s.refusal != nil && time.Now().Before(s.retryAt):
+		err := s.refusal
+		s.mu.Unlock()
+		return result{err: err}
+	}
+	s.enqueueLocked(o)
+	s.mu.Unlock()
+	select {
+	case <-o.done:
+		return o.recycle()
+	case <-stop:
+	case <-ctx.Done():
+	}
+	s.mu.Lock()
+	done := o.state == opDone
+	if !done {
+		o.state = opAbandoned
+	}
+	trouble := cmp.Or(o.trouble, s.workerOf(o).trouble, s.trouble)
+	s.mu.Unlock()
+	if done {
+		<-o.done
+		return o.recycle()
+	}
+	return result{err: stopped{trouble}}
+}
+
+func (s *session) enqueueLocked(o *op) {
+	w := s.workerOf(o)
+	w.queues[o.kind] = append(w.queues[o.kind], o)
+	if !s.started {
+		s.startLocked()
+		signal(s.listen)
+	}
+	if s.own == nil {
+		signal(s.work)
+		signal(s.listen)
+	}
+	signal(w.wake)
+}
+
+// workerOf returns the worker that carries out an operation.
+func (s *session) workerOf(o *op) *worker {
+	if o.kind == opAcquire || o.kind == opAnnounce && o.take {
+		return s.disk
+	}
+	return s.swift
+}
+
+// worker carries out operations on a connection of its own. It takes whatever has
+// queued up while the last statement ran and sends it as one.
+type worker struct {
+	session *session
+	wake    chan struct{} // capacity 1: there may be something to do
+	done    chan struct{} // closed when run has ended
+
+	// Guarded by the session's mu.
+	queues  [opKinds][]*op
+	link    *link // nil: none is open
+	trouble error // why the connection could not be opened the last time
+	aborted bool  // close does not wait any longer
+
+	// The goroutine's own.
+	next  opKind // whose turn it is
+	batch []*op  // in flight; the next one is made in the same place
+	keys  map[int64]bool
+	wait  backoff
+}
+
+func newWorker(s *session) *worker {
+	return &worker{session: s, wake: make(chan struct{}, 1), done: make(chan struct{}), keys: map[int64]bool{}}
+}
+
+func (w *worker) queuedLocked() (n int) {
+	for _, q := range w.queues {
+		n += len(q)
+	}
+	return n
+}
+
+// drainLocked returns everything that is queued.
+func (w *worker) drainLocked() (all []*op) {
+	for k, q := range w.queues {
+		all = append(all, q...)
+		w.queues[k] = nil
+	}
+	for _, o := range all {
+		o.state = opDone
+	}
+	return all
+}
+
+// finish hands out a result that is the same for all.
+func finish(all []*op, err error) {
+	for _, o := range all {
+		o.result = result{err: err}
+		o.done <- struct{}{}
+	}
+}
+
+// abort ends what is in flight, and run.
+func (w *worker) abort() {
+	w.session.mu.Lock()
+	defer w.session.mu.Unlock()
+	w.aborted = true
+	if w.link != nil {
+		w.link.kill()
+	}
+	signal(w.wake)
+}
+
+// run ends with close, when nothing is queued any longer or close does not wait any
+// longer.
+func (w *worker) run() {
+	defer close(w.done)
+	defer w.hangUp()
+	s := w.session
+	idle := time.NewTimer(time.Hour)
+	defer idle.Stop()
+	for {
+		batch, wait, over := w.take()
+		switch {
+		case over:
+			s.mu.Lock()
+			rest := w.drainLocked()
+			s.mu.Unlock()
+			finish(rest, ErrProviderClosed)
+			return
+		case len(batch) == 0:
+			idle.Reset(wait)
+			select {
+			case <-w.wake:
+			case <-idle.C:
+				if wait == s.conf.sessionTimeout {
+					w.hangUp()
+				}
+			}
+			continue
+		}
+		if l := w.open(batch); l != nil {
+			w.execute(l, batch)
+			clear(batch) // others own them now
+			w.gather()
+		}
+	}
+}
+
+// gather lets the callers that have just got their results come back with their next
+// operation, so that it goes into the next batch: it yields for as long as the queues
+// grow.
+func (w *worker) gather() {
+	for before := -1; ; {
+		w.session.mu.Lock()
+		n := w.queuedLocked()
+		w.session.mu.Unlock()
+		if n == before || n >= maxBatch {
+			return
+		}
+		before = n
+		runtime.Gosched()
+	}
+}
+
+// take returns the next batch: operations of one kind, one for each key, since the
+// statements identify rows by key. The kinds take turns. Without a batch it returns
+// how long to wait for one, and reports whether none will come. No key is taken
+// while the session is not connected, and nothing is done before it was for the first
+// time.
+func (w *worker) take() (batch []*op, wait time.Duration, over bool) {
+	s := w.session
+	_, connected := s.trust.current()
+	now := time.Now()
+	wait = s.conf.sessionTimeout
+	batch = w.batch[:0]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if w.aborted {
+		return nil, 0, true
+	}
+	ready := s.proven && (w == s.swift || connected)
+	for range opKinds {
+		kind := w.next
+		w.next = (w.next + 1) % opKinds
+		if len(w.queues[kind]) == 0 {
+			continue
+		}
+		clear(w.keys)
+		w.queues[kind] = slices.DeleteFunc(w.queues[kind], func(o *op) bool {
+			if o.state == opAbandoned {
+				s.followUpLocked(o)
+				return true
+			}
+			later := o.notBefore.After(now)
+			if later {
+				wait = min(wait, o.notBefore.Sub(now))
+			}
+			full := len(batch) == maxBatch || len(batch) > 0 && (o.alone || batch[0].alone || kind == opCall)
+			repeated := kind != opLookup && kind != opCall && w.keys[o.req.key]
+			w.keys[o.req.key] = true
+			if !ready || later || full || repeated {
+				return false
+			}
+			batch = append(batch, o)
+			return true
+		})
+		if len(batch) > 0 {
+			break
+		}
+	}
+	w.batch = batch
+	slices.SortFunc(batch, func(a, b *op) int {
+		if a.kind == opLookup && b.kind == opLookup { // no keys yet
+			return cmp.Or(cmp.Compare(a.pull.repo, b.pull.repo), cmp.Compare(a.pull.pr, b.pull.pr))
+		}
+		return cmp.Compare(a.req.key, b.req.key)
+	})
+	return batch, wait, len(batch) == 0 && s.closing && (w.queuedLocked() == 0 || !s.proven)
+}
+
+// open returns the worker's connection. If it cannot be opened, open puts the batch
+// back, waits and returns nil.
+func (w *worker) open(batch []*op) *link {
+	s := w.session
+	s.mu.Lock()
+	l := w.link
+	s.mu.Unlock()
+	if l != nil {
+		return l
+	}
+	l, err := openLink(s.ctx, s.dsn, s.serviceName, s.conf.sessionTimeout)
+	s.mu.Lock()
+	if err == nil && w.aborted {
+		l.kill()
+	}
+	w.link, w.trouble = l, err
+	if err != nil {
+		w.queues[batch[0].kind] = slices.Concat(batch, w.queues[batch[0].kind])
+	}
+	s.mu.Unlock()
+	if err != nil {
+		clear(batch)
+		w.pause(err)
+		return nil
+	}
+	return l
+}
+
+// pause waits before the next attempt to connect.
+func (w *worker) pause(err error) {
+	end := time.NewTimer(w.wait.next(err))
+	defer end.Stop()
+	for {
+		select {
+		case <-end.C:
+			return
+		case <-w.wake:
+			w.session.mu.Lock()
+			aborted := w.aborted
+			w.session.mu.Unlock()
+			if aborted {
+				return
+			}
+		}
+	}
+}
+
+// hangUp closes the worker's connection.
+func (w *worker) hangUp() {
+	s := w.session
+	s.mu.Lock()
+	l := w.link
+	w.link = nil
+	s.mu.Unlock()
+	if l != nil {
+		l.close()
+	}
+}
+
+// execute carries out a batch. If the statement fails, the operations are repeated:
+// together on a new connection if the connection is at fault, otherwise one by one.
+func (w *worker) execute(l *link, batch []*op) {
+	s := w.session
+	for _, o := range batch {
+		o.result = result{}
+	}
+	ref, _ := s.trust.current()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(batch[0].ctx), statementTimeout)
+	err := w.statement(ctx, l, ref, batch)
+	late := ctx.Err() != nil
+	cancel()
+	switch {
+	case err == nil && !late:
+		w.wait = backoff{}
+		w.finish(batch)
+	case late || broken(err):
+		// A commit that was canceled is not known to have reached a standby, so even an
+		// answer does not count: the repeat finds what was done, and commits again.
+		if late {
+			err = errors.Errorf("locker: no answer within %v", statementTimeout)
+		}
+		w.hangUp()
+		for _, o := range batch {
+			o.doubt = true
+		}
+		w.requeue(batch, err)
+		if sqlState(err) == "25006" {
+			s.dropOwn() // the session's connection is to the same server
+		}
+		if batch[0].attempts > 1 {
+			w.pause(err)
+		}
+	case sqlState(err) == "54000":
+		s.muted(err)
+		w.requeue(batch, err)
+	case len(batch) > 1:
+		for _, o := range batch {
+			o.alone = true
+		}
+		w.requeue(batch, err)
+	default:
+		w.failed(batch[0], err)
+	}
+}
+
+// requeue puts operations back to be repeated.
+func (w *worker) requeue(batch []*op, err error) {
+	w.session.mu.Lock()
+	defer w.session.mu.Unlock()
+	kind := batch[0].kind
+	for _, o := range batch {
+		o.attempts++
+		o.trouble = err
+	}
+	w.queues[kind] = slices.Concat(batch, w.queues[kind])
+	signal(w.wake)
+}
+
+// failed decides what follows an operation that the server rejected. Its caller gets
+// the error if the input is at fault. Everything else passes, so it is repeated until
+// the caller leaves. If NOTIFY may be at fault, it goes without.
+func (w *worker) failed(o *op, err error) {
+	switch {
+	case badInput(err), o.once:
+		o.err = err
+		w.finish([]*op{o})
+		return
+	case isMissingTable(err):
+		w.repair(err)
+	case o.attempts > 0 && o.kind != opLookup && o.kind != opCall && !passing(err):
+		o.quiet, o.alone = true, true
+	}
+	if o.attempts > 0 {
+		o.notBefore = time.Now().Add(min(repeatMin<<min(o.attempts, 10), repeatMax))
+	}
+	w.requeue([]*op{o}, err)
+}
+
+// passing reports whether an error has nothing to do with NOTIFY, but with locks,
+// canceled statements, privileges or resources.
+func passing(err error) bool {
+	state := sqlState(err)
+	switch state {
+	case "55P03", "57014", "40001", "40P01", "42501":
+		return true
+	}
+	return strings.HasPrefix(state, "53")
+}
+
+// repair creates tables that have vanished.
+func (w *worker) repair(err error) {
+	s := w.session
+	s.mu.Lock()
+	l := w.link
+	s.mu.Unlock()
+	if l == nil {
+		return
+	}
+	s.log.Warn("locker: tables are missing; creating them again", slog.String("error", err.Error()))
+	ctx, cancel := context.WithTimeout(context.Background(), openTimeout)
+	defer cancel()
+	if err := l.check(ctx); err != nil {
+		s.log.Warn("locker: tables could not be created", slog.String("error", err.Error()))
+	}
+	w.hangUp()  // its statements were prepared for other tables
+	s.dropOwn() // the session's row is gone, too
+}
+
+// finish hands out the results of a batch.
+func (w *worker) finish(batch []*op) {
+	s := w.session
+	for _, o := range batch {
+		if o.quiet && o.err == nil {
+			s.muted(o.trouble)
+		}
+	}
+	s.mu.Lock()
+	for _, o := range batch {
+		o.answer.doubt = o.doubt && o.answer.outcome != granted
+		if o.state == opAbandoned {
+			s.followUpLocked(o)
+		}
+		o.state = opDone
+	}
+	s.mu.Unlock()
+	for _, o := range batch {
+		o.done <- struct{}{} // and then it may be recycled
+	}
+}
+
+// followUpLocked undoes what an operation whose caller has left has done, or may have
+// done.
+func (s *session) followUpLocked(o *op) {
+	granted := o.answer.outcome == granted
+	if granted || o.doubt && (o.kind == opAcquire || o.take) {
+		s.enqueueLocked(newOp(context.WithoutCancel(o.ctx), opRelease, o.req.claim))
+	}
+	if !granted && o.kind == opAnnounce && (o.doubt || o.found) {
+		s.enqueueLocked(newOp(context.WithoutCancel(o.ctx), opWithdraw, o.req.claim))
+	}
+}
+
+// sqlState returns the SQLSTATE of a server's error, or "".
+func sqlState(err error) string {
+	if e := pq.As(err); e != nil {
+		return string(e.Code)
+	}
+	return ""
+}
+
+func isMissingTable(err error) bool {
+	state := sqlState(err)
+	return state == "42P01" || state == "42703"
+}

@@ -1,0 +1,212 @@
+package locker
+
+import (
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/pkg/errors"
+)
+
+// trust is a provider's session as the provider's own locks see it: whether it
+// is connected, and until when its holds may be relied on without a connection.
+//
+//	connected ──suspend──▶ suspended ──connected──▶ connected (holds continue)
+//	                           │
+//	                           └── 0.9 T after the last good heartbeat: lost
+//
+// A session that is lost is abandoned: its holds end, and the next one has
+// another ID. Both providers use it.
+type trust struct {
+	conf *LockProviderConfig
+	hub  *hub
+	lost func() // called when a session was lost, without mu; nil if there is nothing to do
+
+	mu        sync.Mutex // guards everything below
+	session   sessionRef
+	connected bool
+	good      time.Time   // when the last good heartbeat began
+	suspended time.Time   // since when; zero while connected, or before the first connection
+	expiry    *time.Timer // ends the session when good is too long ago
+	ended     bool
+}
+
+// sessionRef names a session: its row, its present advisory lock, and its place
+// among the sessions of its provider, from 1.
+type sessionRef struct {
+	generation uint64
+	id, lock   int64
+}
+
+func newTrust(conf *LockProviderConfig, h *hub) *trust {
+	return &trust{conf: conf, hub: h, session: sessionRef{generation: 1, id: randomKey()}}
+}
+
+// patience returns how long after the start of the last good heartbeat the
+// holders of a session with the timeout t are notified. Successors wait for t, so
+// a holder that runs is notified before.
+func patience(t time.Duration) time.Duration { return t * 9 / 10 }
+
+// heartbeatInterval is the time between two heartbeats of a session with the
+// timeout t, heartbeatDeadline the time in which one has to succeed.
+func heartbeatInterval(t time.Duration) time.Duration { return t * 3 / 10 }
+func heartbeatDeadline(t time.Duration) time.Duration { return t / 5 }
+
+// lease is how long the server keeps a connection that is silent.
+func lease(t time.Duration) time.Duration { return t * 3 / 2 }
+
+// current returns the session, and reports whether it is connected.
+func (t *trust) current() (s sessionRef, connected bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.session, t.connected
+}
+
+func (t *trust) state() (connected bool, suspended, good time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.connected, t.suspended, t.good
+}
+
+// connect starts or continues the session s with the advisory lock s.lock, by a
+// heartbeat that began at start. It returns since when the session was suspended,
+// which is zero if it is new, and reports false if s was lost meanwhile.
+func (t *trust) connect(s sessionRef, start time.Time) (suspended time.Time, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.ended || s.generation != t.session.generation {
+		return time.Time{}, false
+	}
+	suspended = t.suspended
+	t.session, t.connected, t.suspended, t.good = s, true, time.Time{}, start
+	return suspended, true
+}
+
+// beat notes a good heartbeat that began at start, and arms the alarm that ends
+// the session if no other follows.
+func (t *trust) beat(s sessionRef, start time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.session == s && t.connected {
+		t.good = start
+		t.armLocked()
+	}
+}
+
+func (t *trust) armLocked() {
+	left := time.Until(t.good.Add(patience(t.conf.sessionTimeout)))
+	if t.expiry == nil {
+		t.expiry = time.AfterFunc(left, t.expire)
+	} else {
+		t.expiry.Reset(left)
+	}
+}
+
+// suspend notes that the session has no connection any longer. Its holds
+// continue. It does nothing unless the session is s and connected.
+func (t *trust) suspend(s sessionRef, cause error) {
+	t.mu.Lock()
+	if t.session != s || !t.connected {
+		t.mu.Unlock()
+		return
+	}
+	t.connected, t.suspended = false, time.Now()
+	t.armLocked()
+	t.mu.Unlock()
+
+	holds, _ := t.hub.counts()
+	t.conf.logger.Warn("locker: session suspended", slog.Int("holds", holds), slog.String("cause", cause.Error()))
+	t.observe(Observation{Kind: ObservedSuspended, Kept: holds, Err: cause})
+}
+
+// reconnected reports that a session continues: kept of its holds are still
+// its own, lost of them were taken from it meanwhile.
+func (t *trust) reconnected(after time.Duration, kept, lost int) {
+	t.conf.logger.Info("locker: session reconnected", slog.Duration("after", after), slog.Int("kept", kept), slog.Int("lost", lost))
+	t.observe(Observation{Kind: ObservedReconnected, After: after, Kept: kept, Lost: lost})
+}
+
+func (t *trust) expire() {
+	t.mu.Lock()
+	if t.ended || t.good.IsZero() {
+		t.mu.Unlock()
+		return
+	}
+	if left := time.Until(t.good.Add(patience(t.conf.sessionTimeout))); left > 0 {
+		t.expiry.Reset(left)
+		t.mu.Unlock()
+		return
+	}
+	old := t.session
+	t.session = sessionRef{generation: old.generation + 1, id: randomKey()}
+	t.connected, t.good, t.suspended = false, time.Time{}, time.Time{}
+	t.mu.Unlock()
+
+	// The holders first: a log that blocks must not keep them from stopping.
+	holds, _ := t.hub.counts()
+	cause := errors.Errorf("no heartbeat succeeded for %v", patience(t.conf.sessionTimeout))
+	t.hub.broadcast(event{kind: evLost, session: old.generation, cause: cause})
+	if t.lost != nil {
+		t.lost()
+	}
+	t.conf.logger.Warn("locker: session lost", slog.Int("holds", holds), slog.String("cause", cause.Error()))
+}
+
+func (t *trust) observe(o Observation) {
+	if f := t.conf.observer; f != nil {
+		f(o)
+	}
+}
+
+// end stops the alarm. No session follows.
+func (t *trust) end() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.ended, t.connected = true, false
+	if t.expiry != nil {
+		t.expiry.Stop()
+	}
+}
+
+// watches are the advisory locks of sessions that this process has seen dead. The
+// number of such a lock is never used again, so a lock that was seen dead once is
+// dead for good: a watch needs no polling, outlives the waiter that began it and
+// is shared by all waiters and keys.
+type watches struct {
+	mu   sync.Mutex // guards ripe
+	ripe map[int64]time.Time
+}
+
+const maxWatches = 10_000
+
+// dead notes that a lock was seen dead now, and returns when a session with it may
+// be taken over: its timeout after it was first seen dead.
+func (w *watches) dead(lock int64, timeout time.Duration) time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if at, ok := w.ripe[lock]; ok {
+		return at
+	}
+	if w.ripe == nil || len(w.ripe) >= maxWatches {
+		w.ripe = map[int64]time.Time{} // what is forgotten is watched again
+	}
+	at := time.Now().Add(timeout)
+	w.ripe[lock] = at
+	return at
+}
+
+// over reports whether the session with a lock may be taken over, if the lock is
+// still dead.
+func (w *watches) over(lock int64) bool {
+	if lock == 0 {
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	at, ok := w.ripe[lock]
+	return ok && !time.Now().Before(at)
+}
+
+// randomKey returns a positive number that is in no use, all but certainly.
+func randomKey() int64 { return rand.Int64N(1<<63-1) + 1 }
