@@ -93,10 +93,11 @@ type memory struct {
 type memoryRow struct {
 	newest  standing
 	event   string
-	order   *int64 // of the newest claim, if it was given one
-	top     *int64 // the highest order of all claims
-	open    bool   // the newest claim's lock still waits or holds
-	claimer int64  // the newest claim's session
+	asked   time.Time // when the newest claim's caller asked for it
+	order   *int64    // of the newest claim, if it was given one
+	top     *int64    // the highest order of all claims
+	open    bool      // the newest claim's lock still waits or holds
+	claimer int64     // the newest claim's session
 	token   int64
 	holder  uuid.UUID // zero while the key is free
 	session int64     // the holder's
@@ -305,6 +306,11 @@ func (s *memorySession) announce(ctx context.Context, stop <-chan struct{}, n an
 	m := s.db
 	m.mu.Lock()
 	row := m.rowLocked(c.key)
+	if late := time.Since(n.asked) > lateAfter; late && order == nil && row.newest.id != c.id && row.asked.After(n.asked) {
+		a := answer{outcome: superseded, newest: standing{id: c.id}, event: row.event}
+		m.mu.Unlock()
+		return a, nil
+	}
 	if order != nil && row.top != nil && (*order < *row.top ||
 		*order == *row.top && row.newest.id != c.id && row.open && m.live[m.lockOfLocked(row.claimer)] && row.order != nil && *row.order == *order) {
 		err := outdated(*order, *row.top, row.event)
@@ -315,7 +321,8 @@ func (s *memorySession) announce(ctx context.Context, stop <-chan struct{}, n an
 		row.top = order
 	}
 	m.counter++
-	row.newest, row.event, row.order, row.open, row.claimer = standing{m.counter, c.id}, c.event, order, true, ref.id
+	row.newest, row.event, row.asked = standing{m.counter, c.id}, c.event, n.asked
+	row.order, row.open, row.claimer = order, true, ref.id
 	a := answer{outcome: again, newest: row.newest}
 	if n.take && row.holder == uuid.Nil {
 		m.grantLocked(row, c, ref, &a)

@@ -194,6 +194,7 @@ func observations(e *env) {
 		"revoked": {ObservedAcquired, ObservedNotified, ObservedRevoked},
 		"failed":  {ObservedFailed},
 		"lost":    {ObservedAcquired, ObservedNotified, ObservedLost},
+		"":        {ObservedSuspended},
 	}
 	e.eventually(func() bool {
 		mu.Lock()
@@ -204,8 +205,8 @@ func observations(e *env) {
 	defer mu.Unlock()
 	e.Equal(want, seen)
 	names := map[string]bool{}
-	for k := range ObservedLost + 2 {
+	for k := range ObservedReconnected + 2 {
 		names[k.String()] = true
 	}
-	e.Len(names, int(ObservedLost)+1, "each kind has a name")
+	e.Len(names, int(ObservedReconnected)+1, "each kind has a name")
 }
