@@ -279,7 +279,7 @@ type line struct {
 
 // openLine connects and sets the connection up. heard is called with the payload of
 // each notification, by one goroutine that ends with the connection.
-func openLine(dsn string, timeout time.Duration, heard func(payload string)) (*line, error) {
+func openLine(ctx context.Context, dsn string, timeout time.Duration, heard func(payload string)) (*line, error) {
 	notifications := make(chan *pq.Notification, 64)
 	conn, err := pq.NewListenerConn(dsn, notifications)
 	if err != nil {
@@ -292,6 +292,7 @@ func openLine(dsn string, timeout time.Duration, heard func(payload string)) (*l
 			heard(n.Extra)
 		}
 	}()
+	defer context.AfterFunc(ctx, l.end)()
 	if err := l.exec(openTimeout, settings(timeout)); err != nil {
 		l.close()
 		return nil, errors.Wrap(err, "locker: set up connection")
@@ -301,7 +302,7 @@ func openLine(dsn string, timeout time.Duration, heard func(payload string)) (*l
 
 // exec runs one statement, and closes the connection if it is not answered within d.
 func (l *line) exec(d time.Duration, query string) error {
-	limit := time.AfterFunc(d, func() { _ = l.conn.Close() })
+	limit := time.AfterFunc(d, l.end)
 	executed, err := l.conn.ExecSimpleQuery(query)
 	if !limit.Stop() && !executed {
 		return errors.Errorf("no answer within %v", d)
@@ -309,9 +310,12 @@ func (l *line) exec(d time.Duration, query string) error {
 	return err
 }
 
+// end closes the connection.
+func (l *line) end() { _ = l.conn.Close() } // it fails only if the connection has ended
+
 // close returns when the connection and its goroutines have ended.
 func (l *line) close() {
-	_ = l.conn.Close() // it fails only if the connection has ended
+	l.end()
 	<-l.down
 }
 

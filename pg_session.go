@@ -237,6 +237,7 @@ func (s *session) keepSession() {
 		return err
 	}, func(err error, opened bool, pause time.Duration) {
 		s.mu.Lock()
+		first := s.trouble == nil
 		s.trouble = err
 		refused := !s.proven && isRefusal(err)
 		s.mu.Unlock()
@@ -245,6 +246,8 @@ func (s *session) keepSession() {
 			s.trust.suspend(ref, err)
 		case refused:
 			s.refuse(err, pause)
+		case first:
+			s.log.Warn("locker: cannot connect; trying again", slog.String("error", err.Error()))
 		}
 		s.wakeUp()
 	})
@@ -272,10 +275,11 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 			return nil, ref, err
 		}
 	}
-	l, err := openLine(s.dsn, s.conf.sessionTimeout, func(string) {})
+	l, err := openLine(s.ctx, s.dsn, s.conf.sessionTimeout, func(string) {})
 	if err != nil {
 		return nil, ref, err
 	}
+	defer context.AfterFunc(s.ctx, l.end)()
 	defer func() {
 		if err != nil {
 			l.close()
@@ -307,8 +311,7 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 		}
 	}
 	suspended, ok := s.trust.connect(ref, start)
-	if !ok {
-		_ = l.exec(deadline, fmt.Sprintf(sqlSessionEnd, ref.id)) // what fails here is swept later
+	if !ok { // its row is swept later
 		return nil, ref, errors.New("locker: the session was lost while it reconnected")
 	}
 	s.trust.beat(ref, start)
@@ -398,7 +401,7 @@ func (s *session) dropOwn() {
 	l := s.own
 	s.mu.Unlock()
 	if l != nil {
-		_ = l.conn.Close() // it fails only if the connection has ended
+		l.end()
 	}
 }
 
@@ -407,10 +410,11 @@ func (s *session) dropOwn() {
 func (s *session) keepListener() {
 	first := true
 	s.keepLine(s.listen, func() (*line, error) {
-		l, err := openLine(s.dsn, s.conf.sessionTimeout, s.heard)
+		l, err := openLine(s.ctx, s.dsn, s.conf.sessionTimeout, s.heard)
 		if err != nil {
 			return nil, err
 		}
+		defer context.AfterFunc(s.ctx, l.end)()
 		if err := l.exec(openTimeout, sqlListen); err != nil {
 			l.close()
 			return nil, errors.Wrap(err, "locker: LISTEN")

@@ -124,6 +124,11 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 			return err
 		}
 	}
+	for _, o := range batch {
+		if !o.found {
+			o.err = errRowChanged
+		}
+	}
 	return nil
 }
 
@@ -187,7 +192,6 @@ func (w *worker) whyNot(ctx context.Context, l *link, batch []*op) (missing bool
 		if keys == nil {
 			repos, pulls = newArray(oid.T_text, 0, 0), newArray(oid.T_int4, 0, 0)
 		}
-		o.err = errRowChanged
 		repo, pr := o.pull.columns()
 		keys = append(keys, o.req.key)
 		repos.addText(repo)
@@ -207,12 +211,10 @@ func (w *worker) whyNot(ctx context.Context, l *link, batch []*op) (missing bool
 		case moved:
 			o.err = errKeyMoved
 		case absent:
-			o.err = nil
 			absentKeys = append(absentKeys, key)
 		case o.order != nil && top.Valid && *o.order <= top.Int64:
 			o.err = outdated(*o.order, top.Int64, event.String)
 		default: // a claim that was asked for later was announced before
-			o.err = nil
 			o.answer = answer{outcome: superseded, newest: standing{id: o.req.id}, event: event.String}
 		}
 	})

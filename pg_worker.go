@@ -195,10 +195,11 @@ func (s *session) enqueueLocked(o *op) {
 	w.queues[o.kind] = append(w.queues[o.kind], o)
 	if !s.started {
 		s.startLocked()
-		signal(s.listen)
 	}
 	if s.own == nil {
 		signal(s.work)
+	}
+	if !s.listens {
 		signal(s.listen)
 	}
 	signal(w.wake)
@@ -216,14 +217,15 @@ func (s *session) workerOf(o *op) *worker {
 // queued up while the last statement ran and sends it as one.
 type worker struct {
 	session *session
-	wake    chan struct{} // capacity 1: there may be something to do
-	done    chan struct{} // closed when run has ended
+	wake    chan struct{}   // capacity 1: there may be something to do
+	done    chan struct{}   // closed when run has ended
+	ctx     context.Context // ends with abort
+	cancel  context.CancelFunc
 
 	// Guarded by the session's mu.
 	queues  [opKinds][]*op
 	link    *link // nil: none is open
 	trouble error // why the connection could not be opened the last time
-	aborted bool  // close does not wait any longer
 
 	// The goroutine's own.
 	next  opKind // whose turn it is
@@ -233,7 +235,9 @@ type worker struct {
 }
 
 func newWorker(s *session) *worker {
-	return &worker{session: s, wake: make(chan struct{}, 1), done: make(chan struct{}), keys: map[int64]bool{}}
+	w := &worker{session: s, wake: make(chan struct{}, 1), done: make(chan struct{}), keys: map[int64]bool{}}
+	w.ctx, w.cancel = context.WithCancel(context.Background())
+	return w
 }
 
 func (w *worker) queuedLocked() (n int) {
@@ -265,25 +269,27 @@ func finish(all []*op, err error) {
 
 // abort ends what is in flight, and run.
 func (w *worker) abort() {
+	w.cancel()
 	w.session.mu.Lock()
-	defer w.session.mu.Unlock()
-	w.aborted = true
-	if w.link != nil {
-		w.link.kill()
+	l := w.link
+	w.session.mu.Unlock()
+	if l != nil {
+		l.kill()
 	}
-	signal(w.wake)
 }
 
 // run ends with close, when nothing is queued any longer or close does not wait any
 // longer.
 func (w *worker) run() {
 	defer close(w.done)
+	defer w.cancel()
 	defer w.hangUp()
 	s := w.session
 	idle := time.NewTimer(time.Hour)
 	defer idle.Stop()
 	for {
-		batch, wait, over := w.take()
+		ref, connected := s.trust.current()
+		batch, wait, over := w.take(connected)
 		switch {
 		case over:
 			s.mu.Lock()
@@ -295,6 +301,7 @@ func (w *worker) run() {
 			idle.Reset(wait)
 			select {
 			case <-w.wake:
+			case <-w.ctx.Done():
 			case <-idle.C:
 				if wait == s.conf.sessionTimeout {
 					w.hangUp()
@@ -303,7 +310,7 @@ func (w *worker) run() {
 			continue
 		}
 		if l := w.open(batch); l != nil {
-			w.execute(l, batch)
+			w.execute(l, ref, batch)
 			clear(batch) // others own them now
 			w.gather()
 		}
@@ -331,15 +338,14 @@ func (w *worker) gather() {
 // how long to wait for one, and reports whether none will come. No key is taken
 // while the session is not connected, and nothing is done before it was for the first
 // time.
-func (w *worker) take() (batch []*op, wait time.Duration, over bool) {
+func (w *worker) take(connected bool) (batch []*op, wait time.Duration, over bool) {
 	s := w.session
-	_, connected := s.trust.current()
 	now := time.Now()
 	wait = s.conf.sessionTimeout
 	batch = w.batch[:0]
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if w.aborted {
+	if w.ctx.Err() != nil {
 		return nil, 0, true
 	}
 	ready := s.proven && (w == s.swift || connected)
@@ -392,9 +398,9 @@ func (w *worker) open(batch []*op) *link {
 	if l != nil {
 		return l
 	}
-	l, err := openLink(s.ctx, s.dsn, s.serviceName, s.conf.sessionTimeout)
+	l, err := openLink(w.ctx, s.dsn, s.serviceName, s.conf.sessionTimeout)
 	s.mu.Lock()
-	if err == nil && w.aborted {
+	if err == nil && w.ctx.Err() != nil {
 		l.kill()
 	}
 	w.link, w.trouble = l, err
@@ -414,18 +420,9 @@ func (w *worker) open(batch []*op) *link {
 func (w *worker) pause(err error) {
 	end := time.NewTimer(w.wait.next(err))
 	defer end.Stop()
-	for {
-		select {
-		case <-end.C:
-			return
-		case <-w.wake:
-			w.session.mu.Lock()
-			aborted := w.aborted
-			w.session.mu.Unlock()
-			if aborted {
-				return
-			}
-		}
+	select {
+	case <-end.C:
+	case <-w.ctx.Done():
 	}
 }
 
@@ -443,12 +440,11 @@ func (w *worker) hangUp() {
 
 // execute carries out a batch. If the statement fails, the operations are repeated:
 // together on a new connection if the connection is at fault, otherwise one by one.
-func (w *worker) execute(l *link, batch []*op) {
+func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 	s := w.session
 	for _, o := range batch {
 		o.result = result{}
 	}
-	ref, _ := s.trust.current()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(batch[0].ctx), statementTimeout)
 	err := w.statement(ctx, l, ref, batch)
 	late := ctx.Err() != nil
