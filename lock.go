@@ -169,6 +169,7 @@ type lock struct {
 	unwatch   func() bool   // held: stops watching the caller's context
 	ended     error         // waiting: the wait is over, and why
 	stop      chan struct{} // waiting: closed when ended is set; over: when Unlock has waited for long enough
+	gone      bool          // waiting: a grant since the last request does not count: the key was taken from the claim
 	missed    *event        // waiting: the newest claim that was heard of; it may have come after the grant
 	wake      chan struct{} // waiting: capacity 1, a reason to try again; made when Lock sleeps for the first time
 	left      chan struct{} // waiting: closed when Lock has left; made by the Unlock that waits for it
@@ -470,7 +471,8 @@ func (l *lock) acquire(ctx context.Context, announce *announcement) (_ <-chan No
 			if ch != nil {
 				return ch, waited, false, nil
 			}
-			continue // the session that was granted the key is lost already
+			doubt = true
+			continue // the hold was lost before it began
 		case superseded:
 			return nil, 0, doubt, errors.Wrapf(ErrLockPreempted, "superseded by the newer claim %q", a.event)
 		case again:
@@ -530,6 +532,7 @@ func (l *lock) waitEnded(ctx context.Context, trouble error) error {
 func (l *lock) request(blocker int64) request {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.gone = false
 	return request{claim: l.claim, standing: l.standing, first: !l.placed, blocker: blocker}
 }
 
@@ -544,8 +547,9 @@ func (l *lock) adopt(newest standing) {
 	}
 }
 
-// hold moves the lock from waiting to held. It answers no channel when the
-// session that was granted the key is lost already, and an error when the wait
+// hold moves the lock from waiting to held. It returns no channel when the
+// session that was granted the key is lost already, or the key was taken from the
+// claim, and an error when the wait
 // was ended by Unlock or Close: then the key has to be given back.
 func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload, waited time.Duration, _ error) {
 	var news func()
@@ -557,7 +561,7 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
-	case a.session <= l.lostUpTo:
+	case a.session <= l.lostUpTo, l.gone:
 		return nil, 0, nil
 	case l.ended != nil:
 		return nil, 0, l.ended
@@ -753,7 +757,10 @@ func (l *lock) handleWaitingLocked(ev event) {
 	case evClosed:
 		l.endWaitLocked(ErrProviderClosed)
 		return
-	case evManual, evGone:
+	case evManual:
+		return
+	case evGone:
+		l.gone = l.gone || ev.from.id == l.claim.id
 		return
 	case evLost:
 		l.lostUpTo = max(l.lostUpTo, ev.session)

@@ -43,12 +43,12 @@ type session struct {
 	hub         *hub
 	trust       *trust
 	watches     watches
+	keys        keyLocks // with WithOriginalReplicas
 
 	mu       sync.Mutex // guards everything below, and what the workers say it guards; never held across I/O
 	disk     *worker    // takes and acquires
 	swift    *worker    // everything else
 	own      *line      // the session's connection; nil while there is none
-	keys     keyLocks   // of own
 	trouble  error      // why the session's connection could not be opened the last time; nil since it could
 	refusal  error      // why a provider that has never worked was refused
 	retryAt  time.Time  // refused: no attempt before
@@ -79,7 +79,6 @@ func newSession(dsn string, conf LockProviderConfig) *session {
 		hub:    newHub(),
 		work:   make(chan struct{}, 1),
 		listen: make(chan struct{}, 1),
-		keys:   keyLocks{},
 	}
 	s.trust = newTrust(&s.conf, s.hub)
 	s.trust.lost = s.dropOwn
@@ -295,8 +294,11 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 	if err := l.exec(deadline, fmt.Sprintf(sqlHeartbeat, ref.lock)); err != nil {
 		return nil, ref, heartbeatError(err)
 	}
+	var lost int
 	if s.conf.originalReplicas {
-		s.relockKeys(l)
+		if lost, err = s.relockKeys(l, ref); err != nil {
+			return nil, ref, err
+		}
 	}
 	start := time.Now()
 	if err := l.exec(max(deadline, statementTimeout), sessionUpsert(ref, s.conf.sessionTimeout)); err != nil {
@@ -319,7 +321,7 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 	s.own, s.trouble, s.refusal, s.proven = l, nil, nil, true
 	s.mu.Unlock()
 	s.wakeUp()
-	s.reconcile(ref, suspended)
+	s.reconcile(ref, suspended, lost)
 	return l, ref, nil
 }
 
@@ -594,22 +596,22 @@ func (s *session) lookAfterRows(ref sessionRef, beats int) {
 }
 
 // reconcile compares the rows with the holds after a reconnect, in both directions,
-// and then reports how the session got through. A new session only looks for dead
-// ones.
-func (s *session) reconcile(ref sessionRef, suspended time.Time) {
+// and then reports how the session got through: lost are the holds that it has lost
+// already. A new session only looks for dead ones.
+func (s *session) reconcile(ref sessionRef, suspended time.Time, lost int) {
 	after := time.Since(suspended)
 	s.hub.broadcast(event{kind: evReleased})
 	s.enqueueCheck(ref, func(ctx context.Context, l *link) error {
 		if suspended.IsZero() {
 			return s.sweep(ctx, l, ref)
 		}
-		lost, err := s.checkRows(ctx, l, ref, true)
+		taken, err := s.checkRows(ctx, l, ref, true)
 		if err == nil {
 			err = s.releaseForgotten(ctx, l, ref)
 		}
 		if err == nil {
 			holds, _ := s.hub.counts()
-			s.trust.reconnected(after, holds, lost)
+			s.trust.reconnected(after, holds, lost+taken)
 		}
 		return err
 	})

@@ -119,6 +119,14 @@ LEFT JOIN taken t ON t.lock_key = w.key
 LEFT JOIN env_lock_state s ON s.lock_key = w.key AND t.lock_key IS NULL
 LEFT JOIN env_lock_sessions x ON x.id = s.holder_session`
 
+	// With WithOriginalReplicas: the keys whose rows let a claim try to take them.
+	sqlTakeable = `
+SELECT s.lock_key
+FROM unnest($1::bigint[], $2::uuid[], $3::bigint[]) AS w(key, id, dead)
+JOIN env_lock_state s ON s.lock_key = w.key
+WHERE s.holder_id IS NULL OR s.holder_id = w.id
+    OR w.dead = coalesce((SELECT x.lock FROM env_lock_sessions x WHERE x.id = s.holder_session), s.holder_session, 0)`
+
 	// Creates rows that are missing. A row of a key that env_locks knows was there and
 	// was deleted, perhaps while the key was held. It is created as held by a session
 	// that does not exist ($2): a successor waits the session timeout, and an old
@@ -323,8 +331,21 @@ SELECT 1 / (EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = p
         AND objsubid = 1 AND (classid::bigint << 32) | objid::bigint = %d))::int,
     ln(1 - (pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on')::int)`
 
-	sqlKeyLock   = `SELECT 1 / pg_try_advisory_lock(%d)::int`
-	sqlKeyUnlock = `SELECT pg_advisory_unlock(%d)`
+	// With WithOriginalReplicas. The error is about a text that is no number: it lists
+	// the keys that were refused.
+	sqlKeyLock = `
+SELECT ('locks that others have: ' || string_agg(k::text, ',') || ';')::integer
+FROM unnest('{%s}'::bigint[]) AS k WHERE NOT pg_try_advisory_lock(k)`
+	sqlKeyUnlock = `SELECT pg_advisory_unlock(k) FROM unnest('{%s}'::bigint[]) AS k`
+
+	// Ends the connections that have the given session locks, and waits for that. Others
+	// have such a lock only for moments, and shared.
+	sqlSessionKill = `
+SELECT pg_terminate_backend(pid) FROM pg_locks
+WHERE locktype = 'advisory' AND granted AND mode = 'ExclusiveLock' AND objsubid = 1
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND (classid::bigint << 32) | objid::bigint = ANY ('{%s}'::bigint[])`
+	sqlSessionDead = `SELECT pg_advisory_xact_lock_shared(k) FROM unnest('{%s}'::bigint[]) AS k`
 )
 
 func sessionUpsert(s sessionRef, t time.Duration) string {

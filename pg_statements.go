@@ -26,6 +26,9 @@ func (w *worker) statement(ctx context.Context, l *link, ref sessionRef, batch [
 	case opAnnounce:
 		return w.announceClaims(ctx, l, ref, batch, quiet)
 	case opAcquire:
+		if w.session.conf.originalReplicas {
+			return w.acquireWithKeyLocks(ctx, l, ref, batch, quiet)
+		}
 		return w.acquireKeys(ctx, l, ref, batch, quiet)
 	case opWithdraw:
 		keys, ids := claimArrays(claimsOf(batch))
@@ -245,10 +248,6 @@ func (a *answer) grant(token int64, ref sessionRef) {
 
 func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
 	s := w.session
-	if s.conf.originalReplicas {
-		s.lockKeys(batch)
-		defer s.unlockKeys(batch)
-	}
 	n := len(batch)
 	keys, ids := claimArrays(claimsOf(batch))
 	claims, claimIDs := newArray(oid.T_int8, n, 8), newArray(oid.T_uuid, n, len(uuid.UUID{}))
@@ -333,6 +332,9 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 
 func (w *worker) releaseKeys(ctx context.Context, l *link, batch []*op, quiet bool) error {
 	claims := claimsOf(batch)
+	if w.session.conf.originalReplicas {
+		w.session.unlockKeys(claims)
+	}
 	keys, ids := claimArrays(claims)
 	var key int64
 	err := l.each(ctx, sqlRelease, []any{keys, ids, quiet}, []any{&key, discard, discard}, func() {
@@ -345,9 +347,6 @@ func (w *worker) releaseKeys(ctx context.Context, l *link, batch []*op, quiet bo
 		if !o.found && !o.doubt {
 			o.err = errReleaseLost
 		}
-	}
-	if w.session.conf.originalReplicas {
-		w.session.unlockKeys(batch)
 	}
 	return nil
 }

@@ -4,11 +4,11 @@
 // that such a service sends:
 //
 //   - the key of a pull request is its row of env_locks;
-//   - a claim is a NOTIFY on the channel that is named by the decimal key, with
+//   - a claim is announced by a NOTIFY on the channel that is named by the decimal key, with
 //     the JSON {"id": …, "event": …, "lockKey": …};
 //   - to lock is to wait in pg_advisory_lock, on a connection of its own, and
 //     then to LISTEN on that channel, on another;
-//   - a holder is told to stop by a notification with another ID than its own;
+//   - a notification with another ID than the holder's own asks the holder to stop;
 //   - to unlock is pg_advisory_unlock.
 //
 // It reads commands from standard input, one on each line, and writes what
@@ -16,7 +16,7 @@
 // lock. It ends, and everything it holds with it, when its input ends.
 //
 //	key REPO PR
-//	notify NAME KEY EVENT
+//	announce NAME KEY EVENT
 //	lock NAME KEY
 //	unlock NAME
 //	flood NAME COUNT KEY...
@@ -43,11 +43,11 @@ import (
 
 // report is one line of output.
 type report struct {
-	What  string `json:"what"` // key, notified, locked, told, unlocked, flooded, failed
+	What  string `json:"what"` // key, announced, locked, notified, unlocked, flooded, failed
 	Name  string `json:"name,omitempty"`
 	Key   int64  `json:"key,omitempty"`
-	ID    string `json:"id,omitempty"`    // told: of the claimant
-	Event string `json:"event,omitempty"` // told: the claimant's
+	ID    string `json:"id,omitempty"`    // notified: of the claim
+	Event string `json:"event,omitempty"` // notified: of the claim
 	Error string `json:"error,omitempty"` // failed
 }
 
@@ -72,7 +72,7 @@ type lock struct {
 	id       uuid.UUID
 	key      int64
 	conn     *sql.Conn        // which holds the advisory lock
-	listener *pq.ListenerConn // which hears of other claims
+	listener *pq.ListenerConn // which receives other claims
 }
 
 func main() {
@@ -92,7 +92,7 @@ func main() {
 			p.report(report{What: "failed", Error: "bad command " + strconv.Quote(in.Text())})
 			continue
 		}
-		// Every command runs beside the others. The driver waits for what must come first.
+		// All commands run concurrently. The driver waits for what must come first.
 		go func() {
 			if err := p.do(words[0], words[1], words[2:]); err != nil {
 				p.report(report{What: "failed", Name: words[1], Error: err.Error()})
@@ -104,7 +104,7 @@ func main() {
 func (p *process) report(r report) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	_ = p.out.Encode(r) // if nobody reads, the input ends soon
+	_ = p.out.Encode(r) // it fails when the driver has ended; then the input ends, too
 }
 
 func (p *process) do(command, name string, args []string) error {
@@ -116,12 +116,12 @@ func (p *process) do(command, name string, args []string) error {
 	switch {
 	case command == "key" && len(args) == 1:
 		return p.key(ctx, name, numbers[0])
-	case command == "notify" && len(args) >= 2:
+	case command == "announce" && len(args) >= 2:
 		l := p.lock(name, numbers[0])
 		if err := p.notify(ctx, message{l.id, strings.Join(args[1:], " "), l.key}); err != nil {
 			return err
 		}
-		p.report(report{What: "notified", Name: name, Key: l.key})
+		p.report(report{What: "announced", Name: name, Key: l.key})
 		return nil
 	case command == "lock" && len(args) == 1:
 		return p.acquire(ctx, name, p.lock(name, numbers[0]))
@@ -210,7 +210,7 @@ func (p *process) acquire(ctx context.Context, name string, l *lock) error {
 			return err
 		}
 		if m.ID != l.id {
-			p.report(report{What: "told", Name: name, Key: m.LockKey, ID: m.ID.String(), Event: m.Event})
+			p.report(report{What: "notified", Name: name, Key: m.LockKey, ID: m.ID.String(), Event: m.Event})
 		}
 	}
 	return nil
