@@ -77,6 +77,8 @@ func _() {
 		_ func(lockWait time.Duration) providerOpt             = locker.WithLockTimeout
 		_ func(duration time.Duration) providerOpt             = locker.WithMaxLockDuration
 		_ func(duration time.Duration) providerOpt             = locker.WithPreemptionTimeout
+		_ func(timeout time.Duration) providerOpt              = locker.WithSessionTimeout
+		_ func() providerOpt                                   = locker.WithOriginalReplicas
 		_ func(postgresURI, apmServiceName string) providerOpt = locker.WithPostgresBackend
 		_ func(logger *slog.Logger) providerOpt                = locker.WithLogger
 
@@ -113,7 +115,6 @@ func _() {
 		_ func(postgresLock, ctx) error             = (*locker.PostgresLock).Notify
 		_ func(postgresLock) int64                  = (*locker.PostgresLock).Token
 		_ func(postgresLock) error                  = (*locker.PostgresLock).Cause
-		_ func(postgresLock) time.Duration          = (*locker.PostgresLock).Drain
 		_ func(postgresLock, time.Duration) error   = (*locker.PostgresLock).Shield
 		_ func(postgresLock)                        = (*locker.PostgresLock).Unshield
 
@@ -122,7 +123,6 @@ func _() {
 		_ func(fakeLock, ctx) error             = (*locker.FakePreemptableLock).Notify
 		_ func(fakeLock) int64                  = (*locker.FakePreemptableLock).Token
 		_ func(fakeLock) error                  = (*locker.FakePreemptableLock).Cause
-		_ func(fakeLock) time.Duration          = (*locker.FakePreemptableLock).Drain
 		_ func(fakeLock, time.Duration) error   = (*locker.FakePreemptableLock).Shield
 		_ func(fakeLock)                        = (*locker.FakePreemptableLock).Unshield
 
@@ -168,10 +168,13 @@ var (
 
 	_ func(locker.ObservationKind) string = locker.ObservationKind.String
 
-	_ = locker.Observation{Kind: locker.ObservationKind(0), Key: int64(0), Event: "", After: time.Duration(0), Err: error(nil)}
-	_ = locker.Stats{Queued: int(0), Held: int(0), Connected: false}
-	_ = locker.Holder{Key: int64(0), Repo: "", PullRequest: uint(0), Event: "", Host: "", PID: int(0), Since: time.Time{},
-		Token: int64(0), Alive: false, NewestEvent: "", NewestHost: "", NewestPID: int(0), NewestAt: time.Time{}, Waiting: false}
+	_ = locker.Observation{Kind: locker.ObservationKind(0), Key: int64(0), Event: "", After: time.Duration(0),
+		Kept: int(0), Lost: int(0), Err: error(nil)}
+	_ = locker.Stats{Queued: int(0), Held: int(0), Waiting: int(0), Connected: false, Suspended: time.Time{},
+		LastHeartbeat: time.Time{}, Listening: false}
+	_ = locker.Holder{Key: int64(0), Repo: "", PullRequest: uint(0), Event: "", Host: "", PID: int(0), Application: "",
+		Since: time.Time{}, Token: int64(0), Alive: false, NewestEvent: "", NewestHost: "", NewestPID: int(0),
+		NewestApplication: "", NewestAt: time.Time{}, Waiting: false}
 
 	_ func(*locker.LockProviderConfig)                                  = locker.LockProviderOption(nil)
 	_ func(*locker.PreemptiveLockerConfig)                              = locker.PreemptiveLockerOption(nil)
@@ -190,8 +193,10 @@ var exported = []string{
 	"const ObservedFailed",
 	"const ObservedLost",
 	"const ObservedNotified",
+	"const ObservedReconnected",
 	"const ObservedReleased",
 	"const ObservedRevoked",
+	"const ObservedSuspended",
 	"const PostgresLockProviderKind",
 	"const UnknownLockProviderKind",
 	"func ContextWithOrder",
@@ -207,15 +212,16 @@ var exported = []string{
 	"func WithLogger",
 	"func WithMaxLockDuration",
 	"func WithObserver",
+	"func WithOriginalReplicas",
 	"func WithPostgresBackend",
 	"func WithPreemptionTimeout",
+	"func WithSessionTimeout",
 	"type FakeLockProvider",
 	"type FakeLockProvider, method Close",
 	"type FakeLockProvider, method LockKey",
 	"type FakeLockProvider, method New",
 	"type FakePreemptableLock",
 	"type FakePreemptableLock, method Cause",
-	"type FakePreemptableLock, method Drain",
 	"type FakePreemptableLock, method Lock",
 	"type FakePreemptableLock, method Notify",
 	"type FakePreemptableLock, method Shield",
@@ -224,9 +230,11 @@ var exported = []string{
 	"type FakePreemptableLock, method Unshield",
 	"type Holder",
 	"type Holder, field Alive",
+	"type Holder, field Application",
 	"type Holder, field Event",
 	"type Holder, field Host",
 	"type Holder, field Key",
+	"type Holder, field NewestApplication",
 	"type Holder, field NewestAt",
 	"type Holder, field NewestEvent",
 	"type Holder, field NewestHost",
@@ -251,8 +259,10 @@ var exported = []string{
 	"type Observation, field After",
 	"type Observation, field Err",
 	"type Observation, field Event",
+	"type Observation, field Kept",
 	"type Observation, field Key",
 	"type Observation, field Kind",
+	"type Observation, field Lost",
 	"type ObservationKind",
 	"type ObservationKind, method String",
 	"type PostgresEnvLock",
@@ -263,7 +273,6 @@ var exported = []string{
 	"type PostgresEnvLock, method ScanValues",
 	"type PostgresLock",
 	"type PostgresLock, method Cause",
-	"type PostgresLock, method Drain",
 	"type PostgresLock, method Lock",
 	"type PostgresLock, method Notify",
 	"type PostgresLock, method Shield",
@@ -294,7 +303,11 @@ var exported = []string{
 	"type Stats",
 	"type Stats, field Connected",
 	"type Stats, field Held",
+	"type Stats, field LastHeartbeat",
+	"type Stats, field Listening",
 	"type Stats, field Queued",
+	"type Stats, field Suspended",
+	"type Stats, field Waiting",
 	"var ErrClaimOutdated",
 	"var ErrLockLost",
 	"var ErrLockPreempted",
@@ -416,13 +429,14 @@ func TestAPIKinds(t *testing.T) {
 }
 
 func TestAPIObservationKinds(t *testing.T) {
-	for i, want := range []string{"unknown", "acquired", "displaced", "failed", "notified", "released", "revoked", "lost", "unknown"} {
+	for i, want := range []string{"unknown", "acquired", "displaced", "failed", "notified", "released", "revoked", "lost",
+		"suspended", "reconnected", "unknown"} {
 		require.Equal(t, want, locker.ObservationKind(i).String())
 	}
 	require.Equal(t, "unknown", locker.ObservationKind(-1).String())
-	require.Equal(t, []locker.ObservationKind{1, 2, 3, 4, 5, 6, 7}, []locker.ObservationKind{locker.ObservedAcquired,
+	require.Equal(t, []locker.ObservationKind{1, 2, 3, 4, 5, 6, 7, 8, 9}, []locker.ObservationKind{locker.ObservedAcquired,
 		locker.ObservedDisplaced, locker.ObservedFailed, locker.ObservedNotified, locker.ObservedReleased,
-		locker.ObservedRevoked, locker.ObservedLost})
+		locker.ObservedRevoked, locker.ObservedLost, locker.ObservedSuspended, locker.ObservedReconnected})
 }
 
 func TestAPIErrors(t *testing.T) {
@@ -487,7 +501,7 @@ func TestAPISchemaSQL(t *testing.T) {
 	file, err := os.ReadFile("schema.sql")
 	require.NoError(t, err)
 	require.Equal(t, string(file), locker.SchemaSQL)
-	for _, name := range []string{"env_locks", "env_lock_state"} {
+	for _, name := range []string{"env_locks", "env_lock_state", "env_lock_sessions"} {
 		require.Contains(t, locker.SchemaSQL, "IF NOT EXISTS "+name)
 	}
 }

@@ -2,6 +2,7 @@ package locker
 
 import (
 	"context"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,27 +14,29 @@ import (
 	"github.com/preemptable/locker/internal/pgserver"
 )
 
-// What follows is about claims that announce and take at once, on a key that is
-// remembered.
+// What follows is about claims that announce and take in one statement, on a key that
+// is remembered.
 
 // C1: the rows belong to the operator, who may change them between two claims.
 func TestPostgresKeyMoved(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
 	db := pgDB(t, uri)
-	p := pgProvider(t, uri)
+	// A key whose row was deleted, or has been changed to one that never had a row, is
+	// waited for, for the session timeout.
+	p := pgProvider(t, uri, WithSessionTimeout(time.Second))
 	f := pgLocker(t, p)
-	// cycle answers the key that is held meanwhile.
+	// cycle returns the key that is held meanwhile.
 	cycle := func(pr uint) (key int64) {
 		l := f("org/repo", pr, "push")
 		_, err := l.Lock(pgBackground)
 		require.NoError(t, err)
-		held := pgAdvisory(t, db)
+		held := pgHolders(t, db)
 		require.Len(t, held, 1, "one key, and nothing left of another")
 		for key = range held {
 		}
 		require.NoError(t, l.Release(pgBackground))
-		require.Empty(t, pgAdvisory(t, db))
+		require.Empty(t, pgHolders(t, db))
 		fromTable := pgGet[int64](t, db, `SELECT lock_key FROM env_locks WHERE repo = 'org/repo' AND pull_request = $1`, int64(pr))
 		require.Equal(t, fromTable, key)
 		return key
@@ -62,7 +65,7 @@ func TestPostgresKeyMoved(t *testing.T) {
 	cycle(2)
 }
 
-// A claim that comes too late by its order gives back the key that it may have got.
+// A claim that comes too late by its order takes nothing.
 func TestPostgresLateClaimTakesNothing(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -72,26 +75,8 @@ func TestPostgresLateClaimTakesNothing(t *testing.T) {
 	require.NoError(t, goRound(f("org/repo", 1, "new").Order(5)))
 	_, err := f("org/repo", 1, "old").Order(3).Lock(pgBackground)
 	require.ErrorIs(t, err, ErrClaimOutdated)
-	require.Empty(t, pgAdvisory(t, db))
+	require.Empty(t, pgHolders(t, db))
 	require.NoError(t, goRound(f("org/repo", 1, "newer").Order(6)))
-}
-
-// Where it cannot be given back, the session ends with it: a key that nobody holds must
-// not stay locked.
-func TestPostgresLateClaimCannotGiveBack(t *testing.T) {
-	t.Parallel()
-	uri := newDatabase(t)
-	db := pgDB(t, uri)
-	p := pgProvider(t, uri)
-	f := pgLocker(t, p)
-	require.NoError(t, goRound(f("org/repo", 1, "new").Order(5)))
-	require.NoError(t, onLane(t, p.session, 0, func(l *link) (err error) {
-		l.giveBack, err = l.conn.PrepareContext(pgBackground, `SELECT 1 / (cardinality($1::bigint[]) * 0)`)
-		return err
-	}))
-	_, err := f("org/repo", 1, "old").Order(3).Lock(pgBackground)
-	require.ErrorContains(t, err, "give keys back")
-	pgUntil(t, "nothing stays locked", func() bool { return len(pgAdvisory(t, db)) == 0 })
 }
 
 // C21, C22: while the server is away a claim on a key that is remembered ends for the same
@@ -104,16 +89,21 @@ func TestPostgresClaimDuringOutage(t *testing.T) {
 	q := pgProvider(t, px.uri(t, uri))
 	var lockers []*PreemptiveLocker
 	for i, f := range []PreemptiveLockerFactory{pgLocker(t, p), pgLocker(t, q)} {
-		require.NoError(t, goRound(f("org/repo", uint(i), "before")))
+		pgUntil(t, "the provider is open", func() bool { // one lock timeout is short
+			return goRound(f("org/repo", uint(i), "before")) == nil
+		})
 		lockers = append(lockers, f("org/repo", uint(i), "during"))
 	}
 	px.close()
 	for _, provider := range []*PostgresLockProvider{p, q} {
-		pgUntil(t, "the session is lost", func() bool { return !provider.Stats().Connected })
+		pgUntil(t, "the session is suspended", func() bool {
+			st := provider.Stats()
+			return !st.Connected && !st.Suspended.IsZero()
+		})
 	}
 	_, err := lockers[0].Lock(pgBackground)
 	require.ErrorIs(t, err, ErrLockTimeout)
-	require.ErrorContains(t, err, "not available", "and the reason is told")
+	require.ErrorContains(t, err, "connect to postgres", "and the reason is in it")
 
 	failed := make(chan error, 1)
 	go func() {
@@ -129,30 +119,66 @@ func TestPostgresClaimDuringOutage(t *testing.T) {
 	require.ErrorIs(t, pgReceive(t, "the claim", failed), ErrProviderClosed)
 }
 
-// inOneBatch has the worker wait until number operations have been queued by f.
-func inOneBatch(t *testing.T, s *session, number int, f func()) {
+// onWorker has a worker call f on its connection, and returns its error.
+func onWorker(t *testing.T, w *worker, f func(context.Context, *link) error) error {
 	t.Helper()
-	ready, done := make(chan struct{}), make(chan struct{})
+	o := newOp(pgBackground, opCall, claim{})
+	o.call, o.once = f, true
+	s := w.session
 	s.mu.Lock()
-	s.lanes[0].choreLocked(func(*link) error {
-		close(ready)
-		pgUntil(t, "the operations are queued", func() bool {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			return s.lanes[0].queuedLocked() == number
-		})
-		close(done)
-		return nil
-	})
+	s.startLocked()
+	w.queues[opCall] = append(w.queues[opCall], o)
 	s.mu.Unlock()
-	<-ready
-	f()
-	<-done
+	s.wakeUp()
+	pgReceive(t, "the worker has called", o.done)
+	return o.err
+}
+
+// occupy keeps a worker busy until the function that it returns is called, which has
+// to be soon: the call is a statement like any other.
+func occupy(t *testing.T, w *worker) (goOn func()) {
+	t.Helper()
+	begun, end, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	begin := sync.OnceFunc(func() { close(begun) })
+	go func() {
+		done <- onWorker(t, w, func(context.Context, *link) error {
+			begin()
+			<-end
+			return nil
+		})
+	}()
+	pgReceive(t, "the worker is busy", begun)
+	goOn = sync.OnceFunc(func() {
+		close(end)
+		assert.NoError(t, pgReceive(t, "the worker goes on", done))
+	})
+	t.Cleanup(goOn)
+	return goOn
+}
+
+// queued returns when a worker has at least that many operations in its queues.
+func queued(t *testing.T, w *worker, number int) {
+	t.Helper()
+	pgUntil(t, "the operations are queued", func() bool {
+		w.session.mu.Lock()
+		defer w.session.mu.Unlock()
+		return w.queuedLocked() >= number
+	})
+}
+
+// instead has a worker run another statement in place of one of its own.
+func instead(t *testing.T, w *worker, of, text string) {
+	t.Helper()
+	require.NoError(t, onWorker(t, w, func(ctx context.Context, l *link) error {
+		s, err := l.conn.PrepareContext(ctx, text)
+		l.statements[of] = s
+		return err
+	}))
 }
 
 // C15: a token is durable before it is given out, also if another claim of its batch
-// notifies and the batch is not flushed. Where that fails, what was taken is not
-// given out, and is free.
+// notifies and the batch is not flushed. Where the flush fails, the claim is repeated,
+// and then its own commit is flushed.
 func TestPostgresTakenAndNotified(t *testing.T) {
 	t.Parallel()
 	for name, flush := range map[string]string{
@@ -162,46 +188,71 @@ func TestPostgresTakenAndNotified(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			uri := newDatabase(t)
-			db := pgDB(t, uri)
 			p, q := pgProvider(t, uri), pgProvider(t, uri)
 			fp, fq := pgLocker(t, p), pgLocker(t, q)
-			for pr := range uint(2) { // makes the rows, and the provider remembers the keys
+			for pr := range uint(2) { // creates the rows, and the provider remembers the keys
 				require.NoError(t, goRound(fp("org/repo", pr, "before")))
 			}
 			holder := fq("org/repo", 0, "holder")
-			told, err := holder.Lock(pgBackground)
+			notified, err := holder.Lock(pgBackground)
 			require.NoError(t, err)
 
-			require.NoError(t, onLane(t, p.session, 0, func(l *link) (err error) {
-				l.flush, err = l.conn.PrepareContext(pgBackground, flush)
-				return err
-			}))
+			w := p.session.disk
+			instead(t, w, sqlFlush, flush)
+			goOn := occupy(t, w)
 			errs := [2]chan error{make(chan error, 1), make(chan error, 1)}
 			locks := [2]*PreemptiveLocker{fp("org/repo", 0, "waits"), fp("org/repo", 1, "takes")}
-			inOneBatch(t, p.session, 2, func() {
-				for i, l := range locks {
-					go func() {
-						_, err := l.Lock(pgBackground)
-						errs[i] <- err
-					}()
-				}
-			})
-			err = pgReceive(t, "the one that takes", errs[1])
-			require.Equal(t, "waits", pgReceive(t, "the holder is told", told).Message)
-			if name == "it fails" {
-				require.ErrorContains(t, err, "division by zero")
-				key, err := q.LockKey(pgBackground, "org/repo", 1)
-				require.NoError(t, err)
-				pgUntil(t, "the key is free", func() bool { return pgAdvisory(t, db)[key] == 0 })
-			} else {
-				require.NoError(t, err)
-				require.NoError(t, locks[1].Release(pgBackground))
+			for i, l := range locks {
+				go func() {
+					_, err := l.Lock(pgBackground)
+					errs[i] <- err
+				}()
 			}
+			queued(t, w, 2)
+			goOn()
+			require.NoError(t, pgReceive(t, "the one that takes", errs[1]))
+			require.Equal(t, "waits", pgReceive(t, "the holder is notified", notified).Message)
+			require.NoError(t, locks[1].Release(pgBackground))
 			require.NoError(t, holder.Release(pgBackground))
 			require.NoError(t, pgReceive(t, "the one that waits", errs[0]))
 			require.NoError(t, locks[0].Release(pgBackground))
 		})
 	}
+}
+
+// What a batch returned before it failed does not count.
+func TestPostgresHalfAnswered(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	f := pgLocker(t, p)
+	for pr := range uint(2) {
+		require.NoError(t, goRound(f("org/repo", pr, "before")))
+	}
+	// Two claims are granted, and then it fails; for one claim it returns nothing.
+	w := p.session.disk
+	instead(t, w, sqlAnnounceAny, `
+		SELECT k, 1::bigint, 2::bigint, NULL::text, NULL::text
+		FROM unnest($1::bigint[]) k WHERE cardinality($1::bigint[]) = 2
+		UNION ALL
+		SELECT 1 / (cardinality($1::bigint[]) - 2), 0, 0, NULL::text, NULL WHERE cardinality($1::bigint[]) = 2
+			AND num_nulls($2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::float8[], $8::bigint, $9::bigint, $10::boolean) >= 0`)
+	goOn := occupy(t, w)
+	errs := make(chan error, 2)
+	for pr := range uint(2) {
+		go func() {
+			_, err := f("org/repo", pr, "during").Lock(pgBackground)
+			errs <- err
+		}()
+	}
+	queued(t, w, 2)
+	goOn()
+	for range 2 {
+		require.ErrorIs(t, pgReceive(t, "a claim", errs), ErrLockPreempted)
+	}
+	require.Zero(t, p.Stats().Held)
+	require.Empty(t, pgHolders(t, db))
 }
 
 // C15: what grants a key is flushed before it is answered, and nothing else is.
@@ -251,7 +302,7 @@ func TestPostgresDurable(t *testing.T) {
 	}
 	quiet := pgNew(t, q, key, "never announced")
 	failed := waits(quiet.Lock)
-	flushed(false, "a wait that asks to be told")
+	flushed(false, "a wait that asks to be notified")
 	require.NoError(t, quiet.Unlock(pgBackground))
 	require.Error(t, pgReceive(t, "the quiet waiter", failed))
 	failed = waits(waiter.Lock)
@@ -269,69 +320,6 @@ func TestPostgresDurable(t *testing.T) {
 	require.NoError(t, err)
 	flushed(true, "the acquire of a claim that was announced")
 	require.NoError(t, l.Unlock(pgBackground))
-}
-
-// Advisory locks are re-entrant: a key that this session holds is not taken by another
-// claim of the same provider, also if the row does not say so any more.
-func TestPostgresHeldIsNotTaken(t *testing.T) {
-	t.Parallel()
-	uri := newDatabase(t)
-	db := pgDB(t, uri)
-	p := pgProvider(t, uri)
-	f := pgLocker(t, p)
-	holder := f("org/repo", 1, "holder")
-	told, err := holder.Lock(pgBackground)
-	require.NoError(t, err)
-	pgExec(t, db, `DELETE FROM env_lock_state`)
-	next := f("org/repo", 1, "next")
-	got := make(chan error, 1)
-	go func() {
-		_, err := next.Lock(pgBackground)
-		got <- err
-	}()
-	require.Equal(t, "next", pgReceive(t, "the holder is told", told).Message)
-	require.Len(t, pgAdvisory(t, db), 1, "the holder's lock is still there")
-	require.Empty(t, got, "the holder has not released yet")
-	require.NoError(t, holder.Release(pgBackground))
-	require.NoError(t, pgReceive(t, "the next", got))
-	require.NoError(t, next.Release(pgBackground))
-	require.Empty(t, pgAdvisory(t, db))
-}
-
-// What a batch answered before it failed does not count.
-func TestPostgresHalfAnswered(t *testing.T) {
-	t.Parallel()
-	uri := newDatabase(t)
-	db := pgDB(t, uri)
-	p := pgProvider(t, uri)
-	f := pgLocker(t, p)
-	for pr := range uint(2) {
-		require.NoError(t, goRound(f("org/repo", pr, "before")))
-	}
-	// Two claims are granted, and then it fails; for one claim it answers nothing.
-	require.NoError(t, onLane(t, p.session, 0, func(l *link) (err error) {
-		l.announce, err = l.conn.PrepareContext(pgBackground, `
-			SELECT k, 1::bigint, 2::bigint, NULL::float8, NULL::text, NULL::text
-			FROM unnest($1::bigint[]) k WHERE cardinality($1::bigint[]) = 2
-			UNION ALL
-			SELECT 1 / (cardinality($1::bigint[]) - 2), 0, 0, 0, $8::text, NULL WHERE cardinality($1::bigint[]) = 2
-				AND num_nulls($2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::integer, $9::integer) >= 0`)
-		return err
-	}))
-	errs := make(chan error, 2)
-	inOneBatch(t, p.session, 2, func() {
-		for pr := range uint(2) {
-			go func() {
-				_, err := f("org/repo", pr, "during").Lock(pgBackground)
-				errs <- err
-			}()
-		}
-	})
-	for range 2 {
-		require.ErrorContains(t, pgReceive(t, "a claim", errs), "again and again")
-	}
-	require.Zero(t, p.Stats().Held)
-	require.Empty(t, pgAdvisory(t, db))
 }
 
 // All deadlines of a provider share a timer: an observer that takes its time delays
@@ -368,49 +356,46 @@ func TestDeadlinesDoNotWaitForEachOther(t *testing.T) {
 	})
 }
 
-// Ten thousand callers at once: who came first is served first, on each of the two
-// connections between which they are split, and who does something else, such as give
-// back a key, does not wait for all of them.
+// Ten thousand callers concurrently: who came first is served first, and who does
+// something else, such as releasing a key, does not wait for all of them.
 func TestPostgresTenThousandCallers(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
 	p := pgProvider(t, uri)
-	held, _ := pgHold(t, p, 1<<40, "gives back meanwhile")
+	held, _ := pgHold(t, p, 1<<40, "is released meanwhile")
 	s := p.session
 	const callers = 10_000
 	pgExec(t, pgDB(t, uri), `INSERT INTO env_lock_state (lock_key) SELECT generate_series(1, $1)`, callers)
-	goOn := occupy(t, s, 0)
+	goOn := occupy(t, s.swift)
 	all := make([]*op, callers)
 	s.mu.Lock()
 	for i := range all {
-		c := claim{key: int64((i*7919)%callers + 1), id: uuid.New(), event: "all at once"}
+		c := claim{key: int64((i*7919)%callers + 1), id: uuid.New(), event: "concurrently"}
 		all[i] = newOp(pgBackground, opAnnounce, c)
+		all[i].asked = time.Now()
 		s.enqueueLocked(all[i])
 	}
 	s.mu.Unlock()
-	// answered counts who has an answer; they are those who came first of each half.
-	answered := func() int {
+	// served counts who has a result; they are those who came first.
+	served := func() (n int) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		var came, served [2]int
-		for _, o := range all {
-			h := half(o.req.key)
-			came[h]++
+		for i, o := range all {
 			if o.state == opDone {
-				served[h]++
-				require.Equal(t, came[h], served[h], "who came later was served before")
+				n++
+				require.Equal(t, i+1, n, "who came later was served before")
 			}
 		}
-		return served[0] + served[1]
+		return n
 	}
 	released := make(chan int, 1)
 	go func() {
 		assert.NoError(t, held.Unlock(pgBackground))
-		released <- answered()
+		released <- served()
 	}()
-	queued(t, s, 0, opRelease, 1)
+	queued(t, s.swift, callers+1)
 	goOn()
-	pgUntil(t, "all are answered", func() bool { return answered() == callers })
+	pgUntil(t, "all have a result", func() bool { return served() == callers })
 	require.Less(t, pgReceive(t, "the release", released), callers, "it came last, but does not wait for all")
 	for _, o := range all {
 		<-o.done
@@ -419,10 +404,12 @@ func TestPostgresTenThousandCallers(t *testing.T) {
 }
 
 func TestFakeIDs(t *testing.T) {
-	m := newMemory()
+	p := &FakeLockProvider{}
+	p.init()
+	defer func() { require.NoError(t, p.Close()) }()
 	seen := map[uuid.UUID]bool{}
 	for range 1000 {
-		id := m.newID()
+		id := p.session.newID()
 		require.False(t, seen[id])
 		seen[id] = true
 		require.Equal(t, uuid.Version(4), id.Version())

@@ -217,6 +217,7 @@ func TestInputNegativeDurations(t *testing.T) {
 	tr := newDeadEnd(t)
 	for name, option := range map[string]func(time.Duration) LockProviderOption{
 		"lock timeout": WithLockTimeout, "max lock duration": WithMaxLockDuration, "preemption timeout": WithPreemptionTimeout,
+		"session timeout": WithSessionTimeout,
 	} {
 		for _, d := range []time.Duration{-1, -time.Hour, math.MinInt64} {
 			for _, call := range constructors(t) {
@@ -245,11 +246,41 @@ func TestInputNegativeDurations(t *testing.T) {
 	tr.requireNoCaller(t)
 }
 
+// A session timeout is between a second and an hour (C29).
+func TestInputSessionTimeout(t *testing.T) {
+	requireNoLeak(t)
+	tr := newDeadEnd(t)
+	for _, d := range []time.Duration{1, time.Millisecond, time.Second - 1, time.Hour + 1, 24 * time.Hour, math.MaxInt64} {
+		for _, call := range constructors(t) {
+			requireRefused(t, call(tr.uri, WithSessionTimeout(d)), "session timeout is not between 1s and 1h0m0s: "+d.String())
+		}
+		p, err := NewLockProvider(FakeLockProviderKind, WithSessionTimeout(d))
+		requireRefused(t, err, "session timeout")
+		require.True(t, p == nil)
+		f, err := NewFakePreemptiveLockerFactory([]LockProviderOption{WithSessionTimeout(d)})
+		requireRefused(t, err, "session timeout")
+		require.Nil(t, f)
+	}
+	for d, want := range map[time.Duration]time.Duration{
+		0: 10 * time.Second, time.Second: time.Second, time.Minute: time.Minute, time.Hour: time.Hour,
+	} {
+		p, err := NewLockProvider(PostgresLockProviderKind, WithPostgresBackend(tr.uri, ""), WithSessionTimeout(d))
+		require.NoError(t, err)
+		require.Equal(t, want, p.(*PostgresLockProvider).conf.sessionTimeout)
+		require.NoError(t, p.(*PostgresLockProvider).Close())
+		fake, err := NewLockProvider(FakeLockProviderKind, WithSessionTimeout(d))
+		require.NoError(t, err)
+		require.Equal(t, want, fake.(*FakeLockProvider).conf.sessionTimeout)
+		require.NoError(t, fake.(*FakeLockProvider).Close())
+	}
+	tr.requireNoCaller(t)
+}
+
 // An unset configuration value never switches a bound off.
 func TestInputZeroDurations(t *testing.T) {
 	requireNoLeak(t)
-	zero := []LockProviderOption{WithLockTimeout(0), WithMaxLockDuration(0), WithPreemptionTimeout(0)}
-	unset := append([]LockProviderOption{WithLockTimeout(1), WithMaxLockDuration(1), WithPreemptionTimeout(1)}, zero...)
+	zero := []LockProviderOption{WithLockTimeout(0), WithMaxLockDuration(0), WithPreemptionTimeout(0), WithSessionTimeout(0)}
+	unset := append([]LockProviderOption{WithLockTimeout(1), WithMaxLockDuration(1), WithPreemptionTimeout(1), WithSessionTimeout(1)}, zero...)
 	db := openDB(t, newDatabase(t))
 	for name, opts := range map[string][]LockProviderOption{"none": nil, "zero": zero, "zero after another value": unset} {
 		t.Run(name, func(t *testing.T) {
@@ -279,6 +310,7 @@ func TestInputZeroDurations(t *testing.T) {
 				require.Equal(t, 20*time.Second, c.lockTimeout)
 				require.Equal(t, 30*time.Minute+30*time.Second, c.maxLockDuration)
 				require.Equal(t, 10*time.Second, c.preemptionTimeout)
+				require.Equal(t, 10*time.Second, c.sessionTimeout)
 				require.NotNil(t, c.logger)
 			}
 		})
@@ -288,7 +320,7 @@ func TestInputZeroDurations(t *testing.T) {
 func TestInputLongestDurations(t *testing.T) {
 	requireNoLeak(t)
 	factory, err := NewFakePreemptiveLockerFactory([]LockProviderOption{WithLockTimeout(math.MaxInt64),
-		WithMaxLockDuration(math.MaxInt64), WithPreemptionTimeout(math.MaxInt64), WithLogger(nil), WithObserver(nil)}, WithLockDelay(0))
+		WithMaxLockDuration(math.MaxInt64), WithPreemptionTimeout(math.MaxInt64), WithSessionTimeout(time.Hour), WithLogger(nil), WithObserver(nil)}, WithLockDelay(0))
 	require.NoError(t, err)
 	require.NoError(t, factory("a/b", 1, "opened").Do(t.Context(), func(ctx context.Context) error { return context.Cause(ctx) }))
 }
@@ -639,11 +671,9 @@ func TestInputZeroValues(t *testing.T) {
 	for _, l := range []interface {
 		Token() int64
 		Cause() error
-		Drain() time.Duration
 	}{&PostgresLock{}, &FakePreemptableLock{}} {
 		require.Zero(t, l.Token())
 		require.NoError(t, l.Cause())
-		require.Zero(t, l.Drain())
 	}
 	(&PostgresLock{}).Unshield()
 	(&FakePreemptableLock{}).Unshield()
@@ -652,7 +682,7 @@ func TestInputZeroValues(t *testing.T) {
 	require.NotEmpty(t, PostgresEnvLock{}.Columns())
 	require.Len(t, PostgresEnvLock{}.ScanValues(), 3)
 	for _, option := range []LockProviderOption{WithLockTimeout(-1), WithMaxLockDuration(-1), WithPreemptionTimeout(-1),
-		WithPostgresBackend("", ""), WithLogger(nil), WithObserver(nil)} {
+		WithSessionTimeout(-1), WithOriginalReplicas(), WithPostgresBackend("", ""), WithLogger(nil), WithObserver(nil)} {
 		option(&LockProviderConfig{})
 	}
 	for _, option := range []PreemptiveLockerOption{WithLockDelay(-1), WithAPMServiceName("")} {
@@ -730,7 +760,7 @@ func TestInputPassword(t *testing.T) {
 		"read-only":         with(func(u *url.URL) { u.RawQuery += "&default_transaction_read_only=on" }),
 		"certificates":      with(func(u *url.URL) { u.RawQuery = "sslmode=verify-full&sslrootcert=/no/such/file" }),
 	}
-	var group sync.WaitGroup // most of them take the session's patience
+	var group sync.WaitGroup // most of them take the lock timeout
 	for name, uri := range uris {
 		p, err := NewLockProvider(PostgresLockProviderKind, WithPostgresBackend(uri, "service"), WithLogger(logger),
 			WithLockTimeout(6*time.Second))

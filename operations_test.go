@@ -15,12 +15,13 @@ func TestPostgresOperators(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
 	uri := newDatabase(t)
-	p, other := pgProvider(t, uri), pgProvider(t, uri)
+	p, other := pgProvider(t, pgNamed(t, uri, "deployer")), pgProvider(t, pgNamed(t, uri, "reviewer"))
 	watcher := pgProvider(t, uri)
 	newLocker, newOther := pgLocker(t, p), pgLocker(t, other)
 
-	_, err := watcher.Holders(ctx)
-	require.ErrorContains(t, err, "SchemaSQL", "before the schema is made")
+	all, err := watcher.Holders(ctx)
+	require.NoError(t, err, "the first use creates the schema")
+	require.Empty(t, all)
 
 	holder := newLocker("acme/widget", 7, "first")
 	start := time.Now()
@@ -33,7 +34,7 @@ func TestPostgresOperators(t *testing.T) {
 	go func() { _, err := waiter.Lock(ctx); waited <- err }()
 	require.Equal(t, "second", (<-stop).Message)
 
-	all, err := watcher.Holders(ctx)
+	all, err = watcher.Holders(ctx)
 	require.NoError(t, err)
 	require.Len(t, all, 1)
 	h := all[0]
@@ -42,10 +43,16 @@ func TestPostgresOperators(t *testing.T) {
 	h.Since, h.NewestAt = time.Time{}, time.Time{}
 	require.Equal(t, Holder{
 		Key: key, Repo: "acme/widget", PullRequest: 7,
-		Event: "first", Host: hostName, PID: os.Getpid(), Token: holder.Token(), Alive: true,
-		NewestEvent: "second", NewestHost: hostName, NewestPID: os.Getpid(), Waiting: true,
+		Event: "first", Host: hostName, PID: os.Getpid(), Application: "deployer", Token: holder.Token(), Alive: true,
+		NewestEvent: "second", NewestHost: hostName, NewestPID: os.Getpid(), NewestApplication: "reviewer", Waiting: true,
 	}, h)
-	require.Equal(t, Stats{Held: 1, Connected: true}, p.Stats())
+	pgUntil(t, "no check of rows is queued", func() bool { return p.Stats().Queued == 0 })
+	st := p.Stats()
+	require.WithinRange(t, st.LastHeartbeat, start.Add(-time.Minute), time.Now())
+	st.LastHeartbeat = time.Time{}
+	require.Equal(t, Stats{Held: 1, Connected: true, Listening: true}, st)
+	require.Equal(t, 1, other.Stats().Waiting)
+	require.Zero(t, other.Stats().Held)
 
 	require.NoError(t, holder.Release(ctx))
 	require.NoError(t, <-waited)
@@ -110,7 +117,6 @@ func TestPostgresLateRelease(t *testing.T) {
 	pgReceive(t, "the answer", released.done)
 	require.ErrorIs(t, released.err, ErrLockLost)
 	pgQuiet(t, ch)
-	_, held := pgAdvisory(t, pgDB(t, p.session.dsn))[key]
-	require.True(t, held, "the successor's key was freed")
+	require.Contains(t, pgHolders(t, pgDB(t, p.session.dsn)), int64(key), "the successor's key was freed")
 	require.NoError(t, l.Unlock(pgBackground))
 }
