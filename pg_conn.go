@@ -157,8 +157,13 @@ func (l *link) createSchema(ctx context.Context, user string) error {
 	if err == nil {
 		err = tx.Commit()
 	}
-	if e := pq.As(err); e != nil && (e.Code == "42501" || e.Code == "3F000") {
-		return refusedError{errors.Wrapf(err, "locker: create schema: user %q may not create or change tables; run the SQL in locker.SchemaSQL (schema.sql) once as a user with that privilege", user)}
+	if e := pq.As(err); e != nil {
+		switch {
+		case e.Code == "42501", e.Code == "3F000":
+			return refusedError{errors.Wrapf(err, "locker: create schema: user %q may not create or change tables; run the SQL in locker.SchemaSQL (schema.sql) once as a user with that privilege", user)}
+		case e.Code.Class() == "42":
+			return refusedError{errors.Wrap(err, "locker: create schema: there are tables with the same names that are not those of locker.SchemaSQL (schema.sql)")}
+		}
 	}
 	return errors.Wrap(err, "locker: create schema")
 }

@@ -1,0 +1,418 @@
+package locker
+
+import (
+	"context"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/preemptable/locker/internal/pgserver"
+)
+
+// What follows is about claims that announce and take in one statement, on a key that
+// is remembered.
+
+// C1: the rows belong to the operator, who may change them between two claims.
+func TestPostgresKeyMoved(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	// A key whose row was deleted, or has been changed to one that never had a row, is
+	// waited for, for the session timeout.
+	p := pgProvider(t, uri, WithSessionTimeout(time.Second))
+	f := pgLocker(t, p)
+	// cycle returns the key that is held meanwhile.
+	cycle := func(pr uint) (key int64) {
+		l := f("org/repo", pr, "push")
+		_, err := l.Lock(pgBackground)
+		require.NoError(t, err)
+		held := pgHolders(t, db)
+		require.Len(t, held, 1, "one key, and nothing left of another")
+		for key = range held {
+		}
+		require.NoError(t, l.Release(pgBackground))
+		require.Empty(t, pgHolders(t, db))
+		fromTable := pgGet[int64](t, db, `SELECT lock_key FROM env_locks WHERE repo = 'org/repo' AND pull_request = $1`, int64(pr))
+		require.Equal(t, fromTable, key)
+		return key
+	}
+	one, two := cycle(1), cycle(2)
+	require.Equal(t, one, cycle(1))
+	require.NotEqual(t, one, two)
+
+	pgExec(t, db, `UPDATE env_locks SET lock_key = 777 WHERE pull_request = 1`)
+	require.Equal(t, int64(777), cycle(1))
+	pgExec(t, db, `DELETE FROM env_locks WHERE pull_request = 1`)
+	require.NotEqual(t, int64(777), cycle(1))
+
+	// Another pull request has the key that is remembered.
+	one = cycle(1)
+	pgExec(t, db, `UPDATE env_locks SET lock_key = 778 WHERE pull_request = 1`)
+	pgExec(t, db, `UPDATE env_locks SET lock_key = $1 WHERE pull_request = 2`, one)
+	require.Equal(t, one, cycle(2))
+	require.Equal(t, int64(778), cycle(1))
+
+	// The row of the key is gone, then all of them.
+	pgExec(t, db, `DELETE FROM env_lock_state WHERE lock_key = 778`)
+	cycle(1)
+	pgExec(t, db, `TRUNCATE env_locks, env_lock_state`)
+	cycle(1)
+	cycle(2)
+}
+
+// A claim that comes too late by its order takes nothing.
+func TestPostgresLateClaimTakesNothing(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	f := pgLocker(t, p)
+	require.NoError(t, goRound(f("org/repo", 1, "new").Order(5)))
+	_, err := f("org/repo", 1, "old").Order(3).Lock(pgBackground)
+	require.ErrorIs(t, err, ErrClaimOutdated)
+	require.Empty(t, pgHolders(t, db))
+	require.NoError(t, goRound(f("org/repo", 1, "newer").Order(6)))
+}
+
+// C21, C22: while the server is away a claim on a key that is remembered ends for the same
+// reasons as any other.
+func TestPostgresClaimDuringOutage(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	px := newProxy(t, "", uri, nil)
+	p := pgProvider(t, px.uri(t, uri), WithLockTimeout(time.Second))
+	q := pgProvider(t, px.uri(t, uri))
+	var lockers []*PreemptiveLocker
+	for i, f := range []PreemptiveLockerFactory{pgLocker(t, p), pgLocker(t, q)} {
+		pgUntil(t, "the provider is open", func() bool { // one lock timeout is short
+			return goRound(f("org/repo", uint(i), "before")) == nil
+		})
+		lockers = append(lockers, f("org/repo", uint(i), "during"))
+	}
+	px.close()
+	for _, provider := range []*PostgresLockProvider{p, q} {
+		pgUntil(t, "the session is suspended", func() bool {
+			st := provider.Stats()
+			return !st.Connected && !st.Suspended.IsZero()
+		})
+	}
+	_, err := lockers[0].Lock(pgBackground)
+	require.ErrorIs(t, err, ErrLockTimeout)
+	require.ErrorContains(t, err, "connect to postgres", "and the reason is in it")
+
+	failed := make(chan error, 1)
+	go func() {
+		_, err := lockers[1].Lock(pgBackground)
+		failed <- err
+	}()
+	pgUntil(t, "it has been tried", func() bool {
+		q.session.mu.Lock()
+		defer q.session.mu.Unlock()
+		return q.session.trouble != nil && q.session.queuedLocked() == 1
+	})
+	require.NoError(t, q.Close())
+	require.ErrorIs(t, pgReceive(t, "the claim", failed), ErrProviderClosed)
+}
+
+// onWorker has a worker call f on its connection, and returns its error.
+func onWorker(t *testing.T, w *worker, f func(context.Context, *link) error) error {
+	t.Helper()
+	o := newOp(pgBackground, opCall, claim{})
+	o.call, o.once = f, true
+	s := w.session
+	s.mu.Lock()
+	s.startLocked()
+	w.queues[opCall] = append(w.queues[opCall], o)
+	s.mu.Unlock()
+	s.wakeUp()
+	pgReceive(t, "the worker has called", o.done)
+	return o.err
+}
+
+// occupy keeps a worker busy until the function that it returns is called, which has
+// to be soon: the call is a statement like any other.
+func occupy(t *testing.T, w *worker) (goOn func()) {
+	t.Helper()
+	begun, end, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	begin := sync.OnceFunc(func() { close(begun) })
+	go func() {
+		done <- onWorker(t, w, func(context.Context, *link) error {
+			begin()
+			<-end
+			return nil
+		})
+	}()
+	pgReceive(t, "the worker is busy", begun)
+	goOn = sync.OnceFunc(func() {
+		close(end)
+		assert.NoError(t, pgReceive(t, "the worker goes on", done))
+	})
+	t.Cleanup(goOn)
+	return goOn
+}
+
+// queued returns when a worker has at least that many operations in its queues.
+func queued(t *testing.T, w *worker, number int) {
+	t.Helper()
+	pgUntil(t, "the operations are queued", func() bool {
+		w.session.mu.Lock()
+		defer w.session.mu.Unlock()
+		return w.queuedLocked() >= number
+	})
+}
+
+// instead has a worker run another statement in place of one of its own.
+func instead(t *testing.T, w *worker, of, text string) {
+	t.Helper()
+	require.NoError(t, onWorker(t, w, func(ctx context.Context, l *link) error {
+		s, err := l.conn.PrepareContext(ctx, text)
+		l.statements[of] = s
+		return err
+	}))
+}
+
+// C15: a token is durable before it is given out, also if another claim of its batch
+// notifies and the batch is not flushed. Where the flush fails, the claim is repeated,
+// and then its own commit is flushed.
+func TestPostgresTakenAndNotified(t *testing.T) {
+	t.Parallel()
+	for name, flush := range map[string]string{
+		"it is flushed": sqlFlush,
+		"it fails":      `SELECT 1 / (random() * 0)::integer`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			uri := newDatabase(t)
+			p, q := pgProvider(t, uri), pgProvider(t, uri)
+			fp, fq := pgLocker(t, p), pgLocker(t, q)
+			for pr := range uint(2) { // creates the rows, and the provider remembers the keys
+				require.NoError(t, goRound(fp("org/repo", pr, "before")))
+			}
+			holder := fq("org/repo", 0, "holder")
+			notified, err := holder.Lock(pgBackground)
+			require.NoError(t, err)
+
+			w := p.session.disk
+			instead(t, w, sqlFlush, flush)
+			goOn := occupy(t, w)
+			errs := [2]chan error{make(chan error, 1), make(chan error, 1)}
+			locks := [2]*PreemptiveLocker{fp("org/repo", 0, "waits"), fp("org/repo", 1, "takes")}
+			for i, l := range locks {
+				go func() {
+					_, err := l.Lock(pgBackground)
+					errs[i] <- err
+				}()
+			}
+			queued(t, w, 2)
+			goOn()
+			require.NoError(t, pgReceive(t, "the one that takes", errs[1]))
+			require.Equal(t, "waits", pgReceive(t, "the holder is notified", notified).Message)
+			require.NoError(t, locks[1].Release(pgBackground))
+			require.NoError(t, holder.Release(pgBackground))
+			require.NoError(t, pgReceive(t, "the one that waits", errs[0]))
+			require.NoError(t, locks[0].Release(pgBackground))
+		})
+	}
+}
+
+// What a batch returned before it failed does not count.
+func TestPostgresHalfAnswered(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	f := pgLocker(t, p)
+	for pr := range uint(2) {
+		require.NoError(t, goRound(f("org/repo", pr, "before")))
+	}
+	// Two claims are granted, and then it fails; for one claim it returns nothing.
+	w := p.session.disk
+	instead(t, w, sqlAnnounceAny, `
+		SELECT k, 1::bigint, 2::bigint, NULL::text, NULL::text
+		FROM unnest($1::bigint[]) k WHERE cardinality($1::bigint[]) = 2
+		UNION ALL
+		SELECT 1 / (cardinality($1::bigint[]) - 2), 0, 0, NULL::text, NULL WHERE cardinality($1::bigint[]) = 2
+			AND num_nulls($2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::float8[], $8::bigint, $9::bigint, $10::boolean) >= 0`)
+	goOn := occupy(t, w)
+	errs := make(chan error, 2)
+	for pr := range uint(2) {
+		go func() {
+			_, err := f("org/repo", pr, "during").Lock(pgBackground)
+			errs <- err
+		}()
+	}
+	queued(t, w, 2)
+	goOn()
+	for range 2 {
+		require.ErrorIs(t, pgReceive(t, "a claim", errs), ErrLockPreempted)
+	}
+	require.Zero(t, p.Stats().Held)
+	require.Empty(t, pgHolders(t, db))
+}
+
+// C15: what grants a key is flushed before it is answered, and nothing else is.
+func TestPostgresDurable(t *testing.T) {
+	t.Parallel()
+	server := pgCluster(t, pgserver.Options{Config: map[string]string{
+		"wal_writer_delay": "10s", "wal_writer_flush_after": "1GB", "bgwriter_delay": "10s", "autovacuum": "off"}})
+	uri := server.URI("postgres")
+	db := pgDB(t, uri)
+	p, q := pgProvider(t, uri), pgProvider(t, uri)
+	fp, fq := pgLocker(t, p), pgLocker(t, q)
+	require.NoError(t, goRound(fp("org/repo", 1, "before")))
+	require.NoError(t, goRound(fq("org/repo", 1, "before")))
+	flushed := func(want bool, what string) {
+		t.Helper()
+		require.Equal(t, want, pgGet[bool](t, db, `SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()`), what)
+		pgExec(t, db, sqlFlush)
+	}
+	pgExec(t, db, sqlFlush)
+	holder := fp("org/repo", 1, "holder")
+	_, err := holder.Lock(pgBackground)
+	require.NoError(t, err)
+	flushed(true, "a claim that takes the key")
+
+	waiter := fq("org/repo", 1, "waiter")
+	key, err := q.LockKey(pgBackground, "org/repo", 1)
+	require.NoError(t, err)
+	waits := func(lock func(context.Context) (<-chan NotificationPayload, error)) chan error {
+		t.Helper()
+		failed := make(chan error, 1)
+		go func() {
+			_, err := lock(pgBackground)
+			failed <- err
+		}()
+		pgUntil(t, "it waits", func() bool {
+			q.session.hub.mu.Lock()
+			l := q.session.hub.locks[key]
+			q.session.hub.mu.Unlock()
+			if l == nil {
+				return false
+			}
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			return l.wake != nil // it sleeps, or has slept
+		})
+		return failed
+	}
+	quiet := pgNew(t, q, key, "never announced")
+	failed := waits(quiet.Lock)
+	flushed(false, "a wait that asks to be notified")
+	require.NoError(t, quiet.Unlock(pgBackground))
+	require.Error(t, pgReceive(t, "the quiet waiter", failed))
+	failed = waits(waiter.Lock)
+	flushed(false, "a claim that waits")
+	require.NoError(t, holder.Release(pgBackground))
+	require.NoError(t, pgReceive(t, "the waiter", failed))
+	flushed(true, "the waiter's acquire")
+	require.NoError(t, waiter.Release(pgBackground))
+	flushed(false, "a release")
+
+	l := pgNew(t, p, key, "announced")
+	require.NoError(t, l.Notify(pgBackground))
+	flushed(false, "an announcement")
+	_, err = l.Lock(pgBackground)
+	require.NoError(t, err)
+	flushed(true, "the acquire of a claim that was announced")
+	require.NoError(t, l.Unlock(pgBackground))
+}
+
+// All deadlines of a provider share a timer: an observer that takes its time delays
+// nobody else's.
+func TestDeadlinesDoNotWaitForEachOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		observed := make(chan struct{})
+		p, err := NewLockProvider(FakeLockProviderKind, WithMaxLockDuration(time.Minute), WithPreemptionTimeout(time.Second),
+			WithObserver(func(o Observation) {
+				if o.Kind == ObservedNotified && o.Key == 1 {
+					<-observed
+				}
+			}))
+		require.NoError(t, err)
+		var told []<-chan NotificationPayload
+		for key := range int64(3) {
+			l, err := p.New(pgBackground, key+1, "push")
+			require.NoError(t, err)
+			ch, err := l.Lock(pgBackground)
+			require.NoError(t, err)
+			told = append(told, ch)
+			time.Sleep(time.Second)
+		}
+		start := time.Now()
+		for i, ch := range told {
+			<-ch
+			require.Equal(t, time.Minute-time.Duration(3-i)*time.Second, time.Since(start))
+		}
+		for _, ch := range told {
+			_, ok := <-ch
+			require.False(t, ok, "revoked")
+		}
+		close(observed)
+	})
+}
+
+// Ten thousand callers concurrently: who came first is served first, and who does
+// something else, such as releasing a key, does not wait for all of them.
+func TestPostgresTenThousandCallers(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	p := pgProvider(t, uri)
+	held, _ := pgHold(t, p, 1<<40, "is released meanwhile")
+	s := p.session
+	const callers = 10_000
+	pgExec(t, pgDB(t, uri), `INSERT INTO env_lock_state (lock_key) SELECT generate_series(1, $1)`, callers)
+	goOn := occupy(t, s.swift)
+	all := make([]*op, callers)
+	s.mu.Lock()
+	for i := range all {
+		c := claim{key: int64((i*7919)%callers + 1), id: uuid.New(), event: "concurrently"}
+		all[i] = newOp(pgBackground, opAnnounce, c)
+		all[i].asked = time.Now()
+		s.enqueueLocked(all[i])
+	}
+	s.mu.Unlock()
+	// served counts who has a result; they are those who came first.
+	served := func() (n int) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for i, o := range all {
+			if o.state == opDone {
+				n++
+				require.Equal(t, i+1, n, "who came later was served before")
+			}
+		}
+		return n
+	}
+	released := make(chan int, 1)
+	go func() {
+		assert.NoError(t, held.Unlock(pgBackground))
+		released <- served()
+	}()
+	queued(t, s.swift, callers+1)
+	goOn()
+	pgUntil(t, "all have a result", func() bool { return served() == callers })
+	require.Less(t, pgReceive(t, "the release", released), callers, "it came last, but does not wait for all")
+	for _, o := range all {
+		<-o.done
+		require.NoError(t, o.err)
+	}
+}
+
+func TestFakeIDs(t *testing.T) {
+	p := &FakeLockProvider{}
+	p.init()
+	defer func() { require.NoError(t, p.Close()) }()
+	seen := map[uuid.UUID]bool{}
+	for range 1000 {
+		id := p.session.newID()
+		require.False(t, seen[id])
+		seen[id] = true
+		require.Equal(t, uuid.Version(4), id.Version())
+		require.Equal(t, uuid.RFC4122, id.Variant())
+	}
+}

@@ -1,0 +1,122 @@
+package locker
+
+import (
+	"context"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/stretchr/testify/require"
+)
+
+// TestPostgresOperators: what an operator sees and can do (C35).
+func TestPostgresOperators(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	uri := newDatabase(t)
+	p, other := pgProvider(t, pgNamed(t, uri, "deployer")), pgProvider(t, pgNamed(t, uri, "reviewer"))
+	watcher := pgProvider(t, uri)
+	newLocker, newOther := pgLocker(t, p), pgLocker(t, other)
+
+	all, err := watcher.Holders(ctx)
+	require.NoError(t, err, "the first use creates the schema")
+	require.Empty(t, all)
+
+	holder := newLocker("acme/widget", 7, "first")
+	start := time.Now()
+	stop, err := holder.Lock(ctx)
+	require.NoError(t, err)
+	key, err := p.LockKey(ctx, "acme/widget", 7)
+	require.NoError(t, err)
+	waiter := newOther("acme/widget", 7, "second")
+	waited := make(chan error, 1)
+	go func() { _, err := waiter.Lock(ctx); waited <- err }()
+	require.Equal(t, "second", (<-stop).Message)
+
+	all, err = watcher.Holders(ctx)
+	require.NoError(t, err)
+	require.Len(t, all, 1)
+	h := all[0]
+	require.WithinRange(t, h.Since, start.Add(-time.Minute), time.Now().Add(time.Minute))
+	require.False(t, h.NewestAt.Before(h.Since))
+	h.Since, h.NewestAt = time.Time{}, time.Time{}
+	require.Equal(t, Holder{
+		Key: key, Repo: "acme/widget", PullRequest: 7,
+		Event: "first", Host: hostName, PID: os.Getpid(), Application: "deployer", Token: holder.Token(), Alive: true,
+		NewestEvent: "second", NewestHost: hostName, NewestPID: os.Getpid(), NewestApplication: "reviewer", Waiting: true,
+	}, h)
+	pgUntil(t, "no check of rows is queued", func() bool { return p.Stats().Queued == 0 })
+	st := p.Stats()
+	require.WithinRange(t, st.LastHeartbeat, start.Add(-time.Minute), time.Now())
+	st.LastHeartbeat = time.Time{}
+	require.Equal(t, Stats{Held: 1, Connected: true, Listening: true}, st)
+	require.Equal(t, 1, other.Stats().Waiting)
+	require.Zero(t, other.Stats().Held)
+
+	require.NoError(t, holder.Release(ctx))
+	require.NoError(t, <-waited)
+	all, err = watcher.Holders(ctx)
+	require.NoError(t, err)
+	require.Len(t, all, 1)
+	require.Equal(t, "second", all[0].Event)
+	require.False(t, all[0].Waiting)
+
+	asked, err := watcher.Stop(ctx, "acme/widget", 8, "nobody there")
+	require.NoError(t, err)
+	require.False(t, asked)
+	cause := make(chan error, 1)
+	working := newLocker("acme/widget", 9, "works")
+	began, ended := make(chan struct{}), make(chan error, 1)
+	go func() {
+		ended <- working.Do(ctx, func(ctx context.Context) error {
+			close(began)
+			<-ctx.Done()
+			cause <- context.Cause(ctx)
+			return nil
+		})
+	}()
+	<-began
+	asked, err = watcher.Stop(ctx, "acme/widget", 9, `maintenance "now"`)
+	require.NoError(t, err)
+	require.True(t, asked)
+	err = <-cause
+	require.ErrorIs(t, err, ErrStopRequested)
+	require.NotErrorIs(t, err, ErrLockPreempted)
+	require.ErrorContains(t, err, "maintenance")
+	require.ErrorIs(t, <-ended, ErrStopRequested)
+
+	// A waiter that dies is not shown as one that waits.
+	dying := pgProvider(t, uri)
+	go func() { _, _ = pgLocker(t, dying)("acme/widget", 7, "dies").Lock(ctx) }()
+	require.Eventually(t, func() bool {
+		all, err = watcher.Holders(ctx)
+		return err == nil && len(all) == 1 && all[0].NewestEvent == "dies" && all[0].Waiting
+	}, soon, 10*time.Millisecond)
+	require.NoError(t, dying.Close())
+	require.Eventually(t, func() bool {
+		all, err = watcher.Holders(ctx)
+		return err == nil && len(all) == 1 && !all[0].Waiting
+	}, soon, 10*time.Millisecond)
+	_ = waiter.Release(ctx)
+	require.Eventually(t, func() bool {
+		all, err = watcher.Holders(ctx)
+		return err == nil && len(all) == 0
+	}, soon, 10*time.Millisecond)
+}
+
+// TestPostgresLateRelease: a release that comes after its hold was lost does not
+// free a successor of the same process (C19).
+func TestPostgresLateRelease(t *testing.T) {
+	t.Parallel()
+	p := pgProvider(t, newDatabase(t))
+	const key = 7
+	l, ch := pgHold(t, p, key, "successor")
+	late := claim{key: key, id: uuid.New(), event: "predecessor"}
+	released := p.session.release(pgBackground, late)
+	pgReceive(t, "the answer", released.done)
+	require.ErrorIs(t, released.err, ErrLockLost)
+	pgQuiet(t, ch)
+	require.Contains(t, pgHolders(t, pgDB(t, p.session.dsn)), int64(key), "the successor's key was freed")
+	require.NoError(t, l.Unlock(pgBackground))
+}
