@@ -49,6 +49,7 @@ type session struct {
 	disk     *worker    // takes and acquires
 	swift    *worker    // everything else
 	own      *line      // the session's connection; nil while there is none
+	doom     error      // why own was closed
 	trouble  error      // why the session's connection could not be opened the last time; nil since it could
 	refusal  error      // why a provider that has never worked was refused
 	retryAt  time.Time  // refused: no attempt before
@@ -81,7 +82,7 @@ func newSession(dsn string, conf LockProviderConfig) *session {
 		listen: make(chan struct{}, 1),
 	}
 	s.trust = newTrust(&s.conf, s.hub)
-	s.trust.lost = s.dropOwn
+	s.trust.lost = func() { s.dropOwn(errors.New("the session is lost")) }
 	s.disk, s.swift = newWorker(s), newWorker(s)
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	if conf.postgres != nil {
@@ -160,35 +161,55 @@ func (s *session) close() {
 	s.running.Wait()
 }
 
-// keepLine keeps a connection open as long as it is wanted. open returns it, serve
-// uses it until it fails or s.ctx ends, and failed is called with each failure to open
-// it and each end, and with the pause that follows.
-func (s *session) keepLine(wake <-chan struct{}, open func() (*line, error), serve func(*line) error, failed func(err error, opened bool, pause time.Duration)) {
+// kept is one of the two connections that are open as long as the provider is in use.
+type kept struct {
+	name   string
+	wake   <-chan struct{}
+	open   func() (*line, error)
+	serve  func(*line) error                    // until it fails, or s.ctx ends
+	ended  func(err error)                      // after serve has failed
+	failed func(err error, pause time.Duration) // after open has failed, and before the next attempt
+}
+
+// keep opens a connection whenever it is wanted and not open. It ends with s.ctx.
+func (s *session) keep(k kept) {
 	defer s.running.Done()
 	var wait backoff
+	failing := false
 	for {
 		for !s.wanted() {
 			select {
-			case <-wake:
+			case <-k.wake:
 			case <-s.ctx.Done():
 				return
 			}
 		}
-		l, err := open()
-		opened := err == nil
-		if opened {
-			start := time.Now()
-			err = serve(l)
+		l, err := k.open()
+		var pause time.Duration
+		if err == nil {
+			opened := time.Now()
+			err = k.serve(l)
 			l.close()
-			if time.Since(start) > reopenMax {
-				wait = backoff{}
+			wait = backoff{}
+			if time.Since(opened) < reopenMax {
+				pause = wait.next(err, s.urgent()) // it does not last
 			}
+			if s.ctx.Err() != nil {
+				return
+			}
+			failing = false
+			k.ended(err)
+		} else {
+			if s.ctx.Err() != nil {
+				return
+			}
+			pause = wait.next(err, s.urgent())
+			if !failing {
+				s.log.Warn("locker: cannot connect; trying again", slog.String("connection", k.name), slog.String("error", err.Error()))
+			}
+			failing = true
+			k.failed(err, pause)
 		}
-		if s.ctx.Err() != nil {
-			return
-		}
-		pause := wait.next(err)
-		failed(err, opened, pause)
 		select {
 		case <-time.After(pause):
 		case <-s.ctx.Done():
@@ -197,21 +218,43 @@ func (s *session) keepLine(wake <-chan struct{}, open func() (*line, error), ser
 	}
 }
 
-// backoff is the pause before the next attempt to connect. The first attempt follows
-// immediately.
+// urgent is the longest pause that does not cost the session its holds, or zero if it
+// has none to lose.
+func (s *session) urgent() time.Duration {
+	if _, suspended, _ := s.trust.state(); suspended.IsZero() {
+		return 0
+	}
+	return s.conf.sessionTimeout * 3 / 20
+}
+
+// backoff is the pause before the next attempt to connect.
 type backoff struct{ last time.Duration }
 
-func (b *backoff) next(err error) time.Duration {
+func (b *backoff) next(err error, urgent time.Duration) time.Duration {
 	least, most := reopenMin, reopenMax
-	if strings.HasPrefix(sqlState(err), "28") {
+	if isLogin(err) {
 		least, most = loginMin, loginMax
 	}
-	if b.last == 0 && least == reopenMin {
-		b.last = reopenMin / 2
-		return rand.N(10 * time.Millisecond)
+	if urgent > 0 {
+		most = min(most, urgent)
 	}
 	b.last = min(max(2*b.last, least), most)
 	return b.last*3/4 + rand.N(b.last/2) // so that the processes of a service do not connect all together
+}
+
+// isLogin reports whether the server has refused a login.
+func isLogin(err error) bool { return strings.HasPrefix(sqlState(err), "28") }
+
+// loginRefused returns the error with which the server has refused the session's
+// login, or nil. While it is set no other connection is tried: too many attempts lock
+// an account.
+func (s *session) loginRefused() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if isLogin(s.trouble) {
+		return s.trouble
+	}
+	return nil
 }
 
 func isRefusal(err error) bool {
@@ -222,33 +265,36 @@ func isRefusal(err error) bool {
 // keepSession keeps the session's own connection.
 func (s *session) keepSession() {
 	var ref sessionRef
-	s.keepLine(s.work, func() (l *line, err error) {
-		l, ref, err = s.openOwn()
-		return l, err
-	}, func(l *line) error {
-		err := s.serveOwn(l, ref)
-		s.mu.Lock()
-		s.own = nil
-		s.mu.Unlock()
-		if s.ctx.Err() != nil {
-			s.endOwn(l, ref)
-		}
-		return err
-	}, func(err error, opened bool, pause time.Duration) {
-		s.mu.Lock()
-		first := s.trouble == nil
-		s.trouble = err
-		refused := !s.proven && isRefusal(err)
-		s.mu.Unlock()
-		switch {
-		case opened:
-			s.trust.suspend(ref, err)
-		case refused:
-			s.refuse(err, pause)
-		case first:
-			s.log.Warn("locker: cannot connect; trying again", slog.String("error", err.Error()))
-		}
-		s.wakeUp()
+	s.keep(kept{
+		name: "session",
+		wake: s.work,
+		open: func() (l *line, err error) {
+			l, ref, err = s.openOwn()
+			return l, err
+		},
+		serve: func(l *line) error {
+			err := s.serveOwn(l, ref)
+			s.mu.Lock()
+			if s.doom != nil {
+				err = s.doom
+			}
+			s.own, s.doom = nil, nil
+			s.mu.Unlock()
+			if s.ctx.Err() != nil {
+				s.endOwn(l, ref)
+			}
+			return err
+		},
+		ended: func(err error) { s.trust.suspend(ref, err) },
+		failed: func(err error, pause time.Duration) {
+			s.mu.Lock()
+			s.trouble = err
+			refused := !s.proven && isRefusal(err)
+			s.mu.Unlock()
+			if refused {
+				s.refuse(err, pause)
+			}
+		},
 	})
 }
 
@@ -398,9 +444,12 @@ func (s *session) endOwn(l *line, ref sessionRef) {
 }
 
 // dropOwn closes the session's connection; keepSession opens another one.
-func (s *session) dropOwn() {
+func (s *session) dropOwn(cause error) {
 	s.mu.Lock()
 	l := s.own
+	if l != nil && s.doom == nil {
+		s.doom = cause
+	}
 	s.mu.Unlock()
 	if l != nil {
 		l.end()
@@ -410,57 +459,73 @@ func (s *session) dropOwn() {
 // keepListener keeps the connection on which notifications arrive. Only speed
 // depends on it.
 func (s *session) keepListener() {
-	first := true
-	s.keepLine(s.listen, func() (*line, error) {
-		l, err := openLine(s.ctx, s.dsn, s.conf.sessionTimeout, s.heard)
-		if err != nil {
-			return nil, err
-		}
-		defer context.AfterFunc(s.ctx, l.end)()
-		if err := l.exec(openTimeout, sqlListen); err != nil {
-			l.close()
-			return nil, errors.Wrap(err, "locker: LISTEN")
-		}
-		s.mu.Lock()
-		was := s.deaf
-		s.listens, s.deaf = true, nil
-		s.mu.Unlock()
-		if was != nil {
-			s.log.Info("locker: listening again")
-		}
-		if !first {
-			s.catchUp()
-		}
-		first = false
-		return l, nil
-	}, func(l *line) error {
-		tick := time.NewTicker(heartbeatInterval(s.conf.sessionTimeout))
-		defer tick.Stop()
-		for {
-			select {
-			case <-s.ctx.Done():
-				return nil
-			case <-l.down:
-				return errors.Wrap(l.conn.Err(), "the connection ended")
-			case <-tick.C:
+	first, down := true, false
+	s.keep(kept{
+		name: "listener",
+		wake: s.listen,
+		open: func() (*line, error) {
+			if err := s.loginRefused(); err != nil {
+				return nil, err
 			}
-			err := l.exec(max(heartbeatDeadline(s.conf.sessionTimeout), time.Second), sqlListening)
-			if sqlState(err) == "22012" {
-				return errors.New("the channel is not registered in this server session any longer")
-			}
+			l, err := openLine(s.ctx, s.dsn, s.conf.sessionTimeout, s.heard)
 			if err != nil {
-				return err
+				return nil, err
 			}
-		}
-	}, func(err error, _ bool, _ time.Duration) {
-		s.mu.Lock()
-		first := s.deaf == nil
-		s.listens, s.deaf = false, err
-		s.mu.Unlock()
-		if first {
-			s.log.Warn("locker: not listening: notifications arrive late", slog.String("error", err.Error()))
-		}
+			defer context.AfterFunc(s.ctx, l.end)()
+			if err := l.exec(openTimeout, sqlListen); err != nil {
+				l.close()
+				return nil, errors.Wrap(err, "locker: LISTEN")
+			}
+			s.mu.Lock()
+			s.listens, s.deaf = true, nil
+			s.mu.Unlock()
+			if down {
+				s.log.Info("locker: listening again")
+			}
+			if !first {
+				s.catchUp()
+			}
+			first, down = false, false
+			return l, nil
+		},
+		serve: s.serveListener,
+		ended: func(err error) {
+			down = true
+			s.log.Warn("locker: listener lost: notifications arrive late until it is back", slog.String("cause", err.Error()))
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.listens = false
+		},
+		failed: func(err error, _ time.Duration) {
+			down = true
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.deaf = err
+		},
 	})
+}
+
+// serveListener checks now and then that the channel is registered. Notifications
+// arrive by the connection's own goroutine.
+func (s *session) serveListener(l *line) error {
+	tick := time.NewTicker(heartbeatInterval(s.conf.sessionTimeout))
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return nil
+		case <-l.down:
+			return errors.Wrap(l.conn.Err(), "the connection ended")
+		case <-tick.C:
+		}
+		err := l.exec(max(heartbeatDeadline(s.conf.sessionTimeout), time.Second), sqlListening)
+		if sqlState(err) == "22012" {
+			return errors.New("the channel is not registered in this server session any longer")
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // heard receives a payload from the listener.
@@ -678,8 +743,7 @@ func (s *session) checkRows(ctx context.Context, l *link, ref sessionRef, all bo
 // for.
 func (s *session) suspect(ref sessionRef, cause error) {
 	if now, connected := s.trust.current(); now == ref && connected {
-		s.log.Warn("locker: session connects again", slog.String("cause", cause.Error()))
-		s.dropOwn()
+		s.dropOwn(cause)
 	}
 }
 

@@ -181,7 +181,10 @@ func (s *session) do(stop <-chan struct{}, o *op) result {
 	if !done {
 		o.state = opAbandoned
 	}
-	trouble := cmp.Or(o.trouble, s.workerOf(o).trouble, s.trouble)
+	trouble := cmp.Or(o.trouble, s.workerOf(o).trouble)
+	if s.own == nil && s.trouble != nil {
+		trouble = s.trouble
+	}
 	s.mu.Unlock()
 	if done {
 		<-o.done
@@ -289,7 +292,8 @@ func (w *worker) run() {
 	defer idle.Stop()
 	for {
 		ref, connected := s.trust.current()
-		batch, wait, over := w.take(connected)
+		refused := s.loginRefused() != nil
+		batch, wait, over := w.take(connected, refused)
 		switch {
 		case over:
 			s.mu.Lock()
@@ -338,7 +342,7 @@ func (w *worker) gather() {
 // how long to wait for one, and reports whether none will come. No key is taken
 // while the session is not connected, and nothing is done before it was for the first
 // time.
-func (w *worker) take(connected bool) (batch []*op, wait time.Duration, over bool) {
+func (w *worker) take(connected, refused bool) (batch []*op, wait time.Duration, over bool) {
 	s := w.session
 	now := time.Now()
 	wait = s.conf.sessionTimeout
@@ -348,7 +352,7 @@ func (w *worker) take(connected bool) (batch []*op, wait time.Duration, over boo
 	if w.ctx.Err() != nil {
 		return nil, 0, true
 	}
-	ready := s.proven && (w == s.swift || connected)
+	ready := s.proven && (connected || w == s.swift && !refused)
 	for range opKinds {
 		kind := w.next
 		w.next = (w.next + 1) % opKinds
@@ -418,7 +422,7 @@ func (w *worker) open(batch []*op) *link {
 
 // pause waits before the next attempt to connect.
 func (w *worker) pause(err error) {
-	end := time.NewTimer(w.wait.next(err))
+	end := time.NewTimer(w.wait.next(err, w.session.urgent()))
 	defer end.Stop()
 	select {
 	case <-end.C:
@@ -465,7 +469,7 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 		}
 		w.requeue(batch, err)
 		if sqlState(err) == "25006" {
-			s.dropOwn() // the session's connection is to the same server
+			s.dropOwn(errors.WithMessage(err, "the server has become read-only"))
 		}
 		if batch[0].attempts > 1 {
 			w.pause(err)
@@ -542,8 +546,8 @@ func (w *worker) repair(err error) {
 	if err := l.check(ctx); err != nil {
 		s.log.Warn("locker: tables could not be created", slog.String("error", err.Error()))
 	}
-	w.hangUp()  // its statements were prepared for other tables
-	s.dropOwn() // the session's row is gone, too
+	w.hangUp() // its statements were prepared for other tables
+	s.dropOwn(errors.WithMessage(err, "the session's row is gone"))
 }
 
 // finish hands out the results of a batch.
