@@ -615,8 +615,8 @@ func migrationConnectionSilent(m *migration) {
 	theirs.await("locked", "late")
 }
 
-// All holds of a session go through a reconnect together; only those whose key was
-// taken are lost.
+// All holds of a session go through a reconnect together, also those that begin or end
+// during it; only those whose key was taken are lost.
 func migrationManyReconnect(m *migration) {
 	const holds, taken = 2*maxChecked + 10, 1_234
 	p, theirs := m.provider(), m.standin()
@@ -629,12 +629,16 @@ func migrationManyReconnect(m *migration) {
 		locks[i] = l.(*PostgresLock)
 		all[i] = m.locks(locks[i])
 	}
+	m.cut(p)
 	for i := range all {
 		got := pgReceive(m, "our lock", all[i])
 		require.NoError(m, got.err)
 		channels[i] = got.ch
 	}
-	require.Equal(m, holds, m.count(keyLocksHeld))
+	m.until(`SELECT (`+keyLocksHeld+`) = $1`, holds)
+	for _, ch := range channels {
+		pgQuiet(m, ch)
+	}
 	theirs.send("lock heir %d", taken)
 	m.until(isAwaited, taken)
 	start := time.Now()
@@ -653,6 +657,7 @@ func migrationManyReconnect(m *migration) {
 	for _, l := range locks {
 		released.Go(func() { _ = l.Unlock(context.Background()) }) // one of them is lost
 	}
+	m.terminate(m.backend(p))
 	released.Wait()
 	m.until(noneHeld)
 }
