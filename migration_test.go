@@ -52,6 +52,7 @@ func TestMigration(t *testing.T) {
 		{"two locks of one provider", migrationSameProvider},
 		{"no key lock is left behind", migrationLeaks},
 		{"key taken during the grant", migrationGone},
+		{"key of a suspended holder", migrationUntouched},
 		{"connections killed at random", migrationFlapping},
 		{"option is removed", migrationRemoved},
 		{"roll back", migrationBack},
@@ -949,6 +950,34 @@ func migrationGone(m *migration) {
 	require.NotNil(m, ch)
 	m.unlock(l)
 	m.until(noneHeld)
+}
+
+// A waiter does not touch the advisory lock of a key whose row names another holder,
+// though it may be free: that holder may be about to reconnect.
+func migrationUntouched(m *migration) {
+	const key = 55
+	p := m.provider()
+	l, _ := m.hold(p, key, "makes the row")
+	m.unlock(l)
+	link, err := openLink(context.Background(), p.session.dsn, "", defaultSessionTimeout)
+	require.NoError(m, err)
+	defer link.close()
+	ref, connected := p.session.trust.current()
+	require.True(m, connected)
+	tries := func() bool {
+		o := newOp(context.Background(), opAcquire, claim{key: key, id: p.session.newID()})
+		require.NoError(m, p.session.lockKeys(context.Background(), link, ref, []*op{o}))
+		return o.keyLocked
+	}
+	_, err = m.db.Exec(`UPDATE env_lock_state SET holder_id = gen_random_uuid(), holder_session = 1 WHERE lock_key = $1`, key)
+	require.NoError(m, err)
+	require.False(m, tries())
+	m.until(noneHeld)
+	_, err = m.db.Exec(`UPDATE env_lock_state SET holder_id = NULL, holder_session = NULL WHERE lock_key = $1`, key)
+	require.NoError(m, err)
+	require.True(m, tries())
+	m.until(isHeld, key)
+	require.False(m, tries(), "it is another claim's")
 }
 
 // Connections of our sessions that are killed again and again cost no hold, and no key
