@@ -52,6 +52,7 @@ func TestMigration(t *testing.T) {
 		{"two locks of one provider", migrationSameProvider},
 		{"no key lock is left behind", migrationLeaks},
 		{"key taken during the grant", migrationGone},
+		{"key of a suspended holder", migrationUntouched},
 		{"connections killed at random", migrationFlapping},
 		{"option is removed", migrationRemoved},
 		{"roll back", migrationBack},
@@ -615,8 +616,8 @@ func migrationConnectionSilent(m *migration) {
 	theirs.await("locked", "late")
 }
 
-// All holds of a session go through a reconnect together; only those whose key was
-// taken are lost.
+// All holds of a session go through a reconnect together, also those that begin or end
+// during it; only those whose key was taken are lost.
 func migrationManyReconnect(m *migration) {
 	const holds, taken = 2*maxChecked + 10, 1_234
 	p, theirs := m.provider(), m.standin()
@@ -629,12 +630,16 @@ func migrationManyReconnect(m *migration) {
 		locks[i] = l.(*PostgresLock)
 		all[i] = m.locks(locks[i])
 	}
+	m.cut(p)
 	for i := range all {
 		got := pgReceive(m, "our lock", all[i])
 		require.NoError(m, got.err)
 		channels[i] = got.ch
 	}
-	require.Equal(m, holds, m.count(keyLocksHeld))
+	m.until(`SELECT (`+keyLocksHeld+`) = $1`, holds)
+	for _, ch := range channels {
+		pgQuiet(m, ch)
+	}
 	theirs.send("lock heir %d", taken)
 	m.until(isAwaited, taken)
 	start := time.Now()
@@ -653,6 +658,7 @@ func migrationManyReconnect(m *migration) {
 	for _, l := range locks {
 		released.Go(func() { _ = l.Unlock(context.Background()) }) // one of them is lost
 	}
+	m.terminate(m.backend(p))
 	released.Wait()
 	m.until(noneHeld)
 }
@@ -944,6 +950,34 @@ func migrationGone(m *migration) {
 	require.NotNil(m, ch)
 	m.unlock(l)
 	m.until(noneHeld)
+}
+
+// A waiter does not touch the advisory lock of a key whose row names another holder,
+// though it may be free: that holder may be about to reconnect.
+func migrationUntouched(m *migration) {
+	const key = 55
+	p := m.provider()
+	l, _ := m.hold(p, key, "makes the row")
+	m.unlock(l)
+	link, err := openLink(context.Background(), p.session.dsn, "", defaultSessionTimeout)
+	require.NoError(m, err)
+	defer link.close()
+	ref, connected := p.session.trust.current()
+	require.True(m, connected)
+	tries := func() bool {
+		o := newOp(context.Background(), opAcquire, claim{key: key, id: p.session.newID()})
+		require.NoError(m, p.session.lockKeys(context.Background(), link, ref, []*op{o}))
+		return o.keyLocked
+	}
+	_, err = m.db.Exec(`UPDATE env_lock_state SET holder_id = gen_random_uuid(), holder_session = 1 WHERE lock_key = $1`, key)
+	require.NoError(m, err)
+	require.False(m, tries())
+	m.until(noneHeld)
+	_, err = m.db.Exec(`UPDATE env_lock_state SET holder_id = NULL, holder_session = NULL WHERE lock_key = $1`, key)
+	require.NoError(m, err)
+	require.True(m, tries())
+	m.until(isHeld, key)
+	require.False(m, tries(), "it is another claim's")
 }
 
 // Connections of our sessions that are killed again and again cost no hold, and no key

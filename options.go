@@ -93,8 +93,9 @@ func WithSessionTimeout(timeout time.Duration) LockProviderOption {
 
 // WithOriginalReplicas makes locks exclude those of the original library, too, for a
 // rolling deployment in which replicas of both work on one database. Every hold then
-// also has the session-level advisory lock on its key, which costs a statement for
-// each claim and release. A hold whose session is suspended is lost if a replica of
+// also has the session-level advisory lock on its key, which costs up to two statements
+// for each attempt to take a key, one for each release, and an entry in the server's
+// lock table for each hold. A hold whose session is suspended is lost if a replica of
 // the original takes the key meanwhile. Remove the option when the last of them has
 // ended. The fake provider ignores it.
 func WithOriginalReplicas() LockProviderOption {
