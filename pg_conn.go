@@ -81,6 +81,8 @@ type link struct {
 	db         *sql.DB
 	conn       *sql.Conn
 	statements map[string]*sql.Stmt // what was prepared, by text
+	clock      float64              // the server's clock at clockAt, see serverTime
+	clockAt    time.Time
 
 	mu      sync.Mutex // guards everything below
 	sockets []net.Conn // the connection, and those that only cancel a statement of it

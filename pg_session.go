@@ -59,9 +59,12 @@ type session struct {
 	proof    uuid.UUID  // of the notification that is expected
 	proved   chan struct{}
 	listens  bool
-	deaf     error // why the listener does not listen, the last time
+	deaf     error     // why the listener does not listen, the last time
+	unsure   time.Time // when the answer to a statement that may have taken keys was lost the last time
 	started  bool
 	closing  bool
+
+	connections int64 // of the session, also attempts
 
 	cursor int // of the check of rows; the swift worker's own
 
@@ -218,13 +221,13 @@ func (s *session) keep(k kept) {
 	}
 }
 
-// urgent is the longest pause that does not cost the session its holds, or zero if it
-// has none to lose.
+// urgent returns the session timeout if the session is suspended, otherwise zero. The
+// pauses are short then, since the session may have holds to lose.
 func (s *session) urgent() time.Duration {
 	if _, suspended, _ := s.trust.state(); suspended.IsZero() {
 		return 0
 	}
-	return s.conf.sessionTimeout * 3 / 20
+	return s.conf.sessionTimeout
 }
 
 // backoff is the pause before the next attempt to connect.
@@ -234,9 +237,10 @@ func (b *backoff) next(err error, urgent time.Duration) time.Duration {
 	least, most := reopenMin, reopenMax
 	if isLogin(err) {
 		least, most = loginMin, loginMax
+		urgent *= 3
 	}
 	if urgent > 0 {
-		most = min(most, urgent)
+		most = min(most, urgent/20)
 	}
 	b.last = min(max(2*b.last, least), most)
 	return b.last*3/4 + rand.N(b.last/2) // so that the processes of a service do not connect all together
@@ -314,6 +318,8 @@ func (s *session) refuse(err error, pause time.Duration) {
 func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 	s.mu.Lock()
 	proven := s.proven
+	s.connections++
+	connection := s.connections
 	s.mu.Unlock()
 	if !proven {
 		if err := s.prepare(); err != nil {
@@ -347,7 +353,7 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 		}
 	}
 	start := time.Now()
-	if err := l.exec(max(deadline, statementTimeout), sessionUpsert(ref, s.conf.sessionTimeout)); err != nil {
+	if err := l.exec(max(deadline, statementTimeout), sessionUpsert(ref, connection, s.conf.sessionTimeout)); err != nil {
 		if isMissingTable(err) {
 			s.unprove()
 		}
@@ -635,9 +641,11 @@ func (s *session) lookAfterRows(ref sessionRef, beats int) {
 	holds, _ := s.hub.counts()
 	s.mu.Lock()
 	mute, checking := s.mute, s.checking
-	s.checking = s.checking || holds > 0 || mute
+	unsure := time.Since(s.unsure) < unsureFor
+	wanted := holds > 0 || mute || unsure
+	s.checking = s.checking || wanted
 	s.mu.Unlock()
-	if checking || holds == 0 && !mute {
+	if checking || !wanted {
 		return
 	}
 	s.enqueueCheck(ref, func(ctx context.Context, l *link) error {
@@ -653,12 +661,21 @@ func (s *session) lookAfterRows(ref sessionRef, beats int) {
 		if _, err := s.checkRows(ctx, l, ref, mute); err != nil {
 			return err
 		}
+		if unsure || beats%sweepBeats == 0 {
+			if err := s.releaseForgotten(ctx, l, ref); err != nil {
+				return err
+			}
+		}
 		if beats%sweepBeats == 0 {
 			return s.sweep(ctx, l, ref)
 		}
 		return nil
 	})
 }
+
+// unsureFor is how long after an answer was lost the statement may still be carried
+// out: the release of a claim that has left may come before its acquire.
+const unsureFor = 30 * time.Second
 
 // reconcile compares the rows with the holds after a reconnect, in both directions,
 // and then reports how the session got through: lost are the holds that it has lost
@@ -748,7 +765,8 @@ func (s *session) suspect(ref sessionRef, cause error) {
 }
 
 // releaseForgotten releases what the rows say the session holds, and no lock of it
-// does: releases that a crash of the server forgot.
+// does: the server forgot a release in a crash, or carried out an acquire after the
+// release of its claim.
 func (s *session) releaseForgotten(ctx context.Context, l *link, ref sessionRef) error {
 	var key int64
 	var id uuid.UUID

@@ -68,8 +68,8 @@ WHERE s.lock_key = w.key AND s.claim_id = w.id AND s.claim_open
 RETURNING s.lock_key, ` + sqlNoFlush
 
 	// Takes free keys for claims that are not superseded. A key is free if its row
-	// names no holder, or this very claim (the answer to an earlier attempt was
-	// lost), or a holder whose session has the lock that this process has watched
+	// names no holder, or this very claim of this very session (the answer to an earlier
+	// attempt was lost), or a holder whose session has the lock that this process has watched
 	// being dead ($7), and which is dead now. The key's own lock keeps out holders of
 	// the original library, and operators; $10 is set if lockKeys has tried it already.
 	//
@@ -96,7 +96,7 @@ WITH want AS MATERIALIZED (
         AND (w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id)
         AND CASE
             WHEN s.holder_id IS NULL THEN coalesce(w.locked, pg_try_advisory_xact_lock(s.lock_key))
-            WHEN s.holder_id = w.id THEN coalesce(w.locked, true)
+            WHEN s.holder_id = w.id AND s.holder_session = $8::bigint THEN coalesce(w.locked, true)
             WHEN w.dead IS NULL THEN false
             WHEN w.dead <> coalesce((SELECT x.lock FROM env_lock_sessions x WHERE x.id = s.holder_session), s.holder_session, 0) THEN false
             WHEN NOT pg_try_advisory_xact_lock_shared(w.dead) THEN false
@@ -200,6 +200,8 @@ DELETE FROM env_lock_sessions x
 WHERE x.lock = ANY ($1::bigint[]) AND pg_try_advisory_xact_lock_shared(x.lock)
     AND NOT EXISTS (SELECT FROM env_lock_state s WHERE s.holder_session = x.id AND s.holder_id IS NOT NULL)`
 
+	sqlTime = `SELECT date_part('epoch', clock_timestamp())`
+
 	sqlNotify = `SELECT pg_notify('` + notifyChannel + `', $1)`
 
 	sqlServer = `
@@ -231,10 +233,11 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
 //   - A claim that takes ($6) gets the key immediately if the row names no holder and
 //     no waiter. The row decides that, too; the key's own lock keeps out holders of the
 //     original library.
-//   - A claim with an age ($7) is repeated or late: it was asked for so many seconds
-//     ago. If it is the newest already, it stays as it is. If the newest claim was asked
-//     for later, it is superseded. A claim from the future is one of another clock, and
-//     does not count.
+//   - Every copy of a claim carries the time at which its caller asked for it, on the
+//     server's clock ($7). A copy that arrives late, or is repeated ($12), makes nothing
+//     newer than it is: if the claim is the newest already, it stays as it is; if the
+//     newest claim was asked for later, it is superseded. A newest claim from the future
+//     is one of another clock, and does not count.
 //   - A claim with an order is rejected if a higher order has been announced, or the
 //     same by a claim that still waits or holds.
 //   - A claim for a pull request that has another key is dropped.
@@ -245,28 +248,28 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
 // the commit is not flushed. If it took a key nevertheless, sqlFlush follows.
 func sqlAnnounce(ordered bool) string {
 	const (
-		takes = `(w.got AND s.holder_id IS NULL AND NOT s.waiting OR w.take AND s.holder_id = w.id)`
-		again = `w.age IS NOT NULL AND s.claim_id = w.id`
-		asked = `statement_timestamp() - w.age * interval '1 second'`
+		takes = `(w.got AND s.holder_id IS NULL AND NOT s.waiting OR w.take AND s.holder_id = w.id AND s.holder_session = $8::bigint)`
+		again = `w.late AND s.claim_id = w.id`
 	)
 	name, array, column, set := "", "", "", "claim_order = NULL"
-	condition := ` AND (w.age IS NULL OR s.claim_id = w.id OR s.claimed_at IS NULL
-        OR s.claimed_at <= ` + asked + ` OR s.claimed_at > statement_timestamp())`
+	condition := ` AND (NOT w.late OR s.claim_id = w.id OR s.claimed_at IS NULL
+        OR s.claimed_at <= w.asked OR s.claimed_at > statement_timestamp())`
 	if ordered {
-		name, array, column = ", ord", ", $11::bigint[]", " u.ord,"
+		name, array, column = ", ord", ", $13::bigint[]", " u.ord,"
 		set = "claim_order = w.ord, top_order = coalesce(w.ord, s.top_order)"
-		condition = strings.Replace(condition, "(w.age IS NULL", "(w.ord IS NOT NULL OR w.age IS NULL", 1) +
+		condition = strings.Replace(condition, "(NOT w.late", "(w.ord IS NOT NULL OR NOT w.late", 1) +
 			` AND (w.ord IS NULL OR s.top_order IS NULL OR w.ord > s.top_order
         OR w.ord = s.top_order AND (s.claim_id = w.id OR NOT s.claim_open OR s.claim_order IS DISTINCT FROM w.ord
             OR coalesce((SELECT pg_try_advisory_xact_lock_shared(x.lock) FROM env_lock_sessions x WHERE x.id = s.claimer_session), true)))`
 	}
 	return `
 WITH want AS MATERIALIZED (
-    SELECT u.key, u.id, u.event, u.take, u.age,` + column + `
+    SELECT u.key, u.id, u.event, u.take, least(to_timestamp(u.asked), statement_timestamp()) AS asked,
+        coalesce(u.repeated, false) OR statement_timestamp() - to_timestamp(u.asked) > $11::interval AS late,` + column + `
         CASE WHEN u.take AND s.holder_id IS NULL AND NOT s.waiting AND (SELECT NOT pg_try_advisory_xact_lock_shared($9::bigint))
             THEN pg_try_advisory_xact_lock(u.key) ELSE false END AS got
-    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::float8[]` + array + `)
-        AS u(key, id, event, repo, pull_request, take, age` + name + `)
+    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::float8[], $12::boolean[]` + array + `)
+        AS u(key, id, event, repo, pull_request, take, asked, repeated` + name + `)
     JOIN env_lock_state s ON s.lock_key = u.key
     LEFT JOIN env_locks e ON e.lock_key = u.key
     WHERE u.pull_request < 0 OR e.repo = u.repo AND e.pull_request = u.pull_request
@@ -275,7 +278,7 @@ UPDATE env_lock_state s SET
     claim = CASE WHEN ` + again + ` THEN s.claim ELSE greatest(s.claim + 1, ` + sqlClock + `) END,
     claim_id = w.id,
     claim_event = w.event,
-    claimed_at = CASE WHEN ` + again + ` THEN s.claimed_at WHEN w.age IS NULL THEN statement_timestamp() ELSE ` + asked + ` END,
+    claimed_at = w.asked,
     ` + set + `,
     claim_open = true,
     claimer_session = $8::bigint,
@@ -286,7 +289,7 @@ UPDATE env_lock_state s SET
     holder_event = CASE WHEN ` + takes + ` THEN w.event ELSE s.holder_event END
 FROM want w
 WHERE s.lock_key = w.key` + condition + `
-RETURNING s.lock_key, s.claim, CASE WHEN w.take AND s.holder_id = w.id THEN s.token END,
+RETURNING s.lock_key, s.claim, CASE WHEN w.take AND s.holder_id = w.id AND s.holder_session = $8::bigint THEN s.token END,
     CASE WHEN s.waiting OR s.holder_id IS DISTINCT FROM w.id THEN ` + sqlNoFlush + ` END,
     CASE WHEN NOT $10::boolean AND (s.waiting OR s.holder_id <> w.id) THEN pg_notify('` + notifyChannel + `',
         format('` + payloadClaim + `', s.lock_key, s.claim, s.claim_id, to_json(s.claim_event)))::text END`
@@ -323,9 +326,10 @@ const (
 	sqlSessionLock   = `SELECT pg_advisory_lock(%d)`
 	sqlSessionEnd    = `DELETE FROM env_lock_sessions WHERE id = %d`
 	sqlSessionUpsert = `
-INSERT INTO env_lock_sessions (id, lock, timeout, host, pid, application)
-VALUES (%d, %d, interval '%d milliseconds', %s, %d, current_setting('application_name'))
-ON CONFLICT (id) DO UPDATE SET lock = excluded.lock, timeout = excluded.timeout`
+INSERT INTO env_lock_sessions AS x (id, lock, connection, timeout, host, pid, application)
+VALUES (%d, %d, %d, interval '%d milliseconds', %s, %d, current_setting('application_name'))
+ON CONFLICT (id) DO UPDATE SET lock = excluded.lock, connection = excluded.connection
+WHERE x.connection < excluded.connection`
 	sqlHeartbeat = `
 SELECT 1 / (EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND granted
         AND objsubid = 1 AND (classid::bigint << 32) | objid::bigint = %d))::int,
@@ -348,6 +352,6 @@ WHERE locktype = 'advisory' AND granted AND mode = 'ExclusiveLock' AND objsubid 
 	sqlSessionDead = `SELECT pg_advisory_xact_lock_shared(k) FROM unnest('{%s}'::bigint[]) AS k`
 )
 
-func sessionUpsert(s sessionRef, t time.Duration) string {
-	return fmt.Sprintf(sqlSessionUpsert, s.id, s.lock, t.Milliseconds(), pq.QuoteLiteral(hostName), processID)
+func sessionUpsert(s sessionRef, connection int64, t time.Duration) string {
+	return fmt.Sprintf(sqlSessionUpsert, s.id, s.lock, connection, t.Milliseconds(), pq.QuoteLiteral(hostName), processID)
 }

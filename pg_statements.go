@@ -16,6 +16,22 @@ import (
 // claims of its key is where it was asked for, not where it arrives.
 const lateAfter = time.Second
 
+// clockFor is how long a measurement of the server's clock is used. After a step of
+// that clock claims may count as late for so long.
+const clockFor = 10 * time.Second
+
+// serverTime returns the time t on the server's clock, in seconds since 1970.
+func (l *link) serverTime(ctx context.Context, t time.Time) (float64, error) {
+	if l.clockAt.IsZero() || time.Since(l.clockAt) > clockFor {
+		start := time.Now()
+		if err := l.each(ctx, sqlTime, nil, []any{&l.clock}, func() {}); err != nil {
+			return 0, err
+		}
+		l.clockAt = start.Add(time.Since(start) / 2)
+	}
+	return l.clock + t.Sub(l.clockAt).Seconds(), nil
+}
+
 // statement carries out a batch for the session ref. The results are with the
 // operations; an error is that of all.
 func (w *worker) statement(ctx context.Context, l *link, ref sessionRef, batch []*op) error {
@@ -101,12 +117,17 @@ func lookupKeys(ctx context.Context, l *link, batch []*op) error {
 
 func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
 	for range 3 { // the second time a row that was missing is there
-		text, args := announceArgs(ref, batch, quiet)
+		now := time.Now()
+		clock, err := l.serverTime(ctx, now)
+		if err != nil {
+			return err
+		}
+		text, args := announceArgs(ref, batch, quiet, func(t time.Time) float64 { return clock - now.Sub(t).Seconds() })
 		var taken, unflushed bool
 		var key, number int64
 		var token sql.NullInt64
 		var noFlush sql.NullString
-		err := l.each(ctx, text, args, []any{&key, &number, &token, &noFlush, discard}, func() {
+		err = l.each(ctx, text, args, []any{&key, &number, &token, &noFlush, discard}, func() {
 			o := find(batch, key)
 			o.found = true
 			o.answer.outcome, o.answer.newest = again, standing{number, o.req.id}
@@ -137,14 +158,14 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 
 // announceArgs are the statement by which the claims of a batch that are not found
 // yet are announced, and its arguments. An array that is too short goes on with NULLs,
-// and hardly any claim needs the orders and the ages.
-func announceArgs(ref sessionRef, batch []*op, quiet bool) (string, []any) {
+// and hardly any claim needs the orders and the repeats.
+func announceArgs(ref sessionRef, batch []*op, quiet bool, serverTime func(time.Time) float64) (string, []any) {
 	n := len(batch)
 	keys, ids := newArray(oid.T_int8, n, 8), newArray(oid.T_uuid, n, len(uuid.UUID{}))
 	events, repos := newArray(oid.T_text, n, 32), newArray(oid.T_text, n, 32)
 	pulls, takes := newArray(oid.T_int4, n, 4), newArray(oid.T_bool, n, 1)
-	var orders, ages array
-	now := time.Now()
+	asked := newArray(oid.T_float8, n, 8)
+	var orders, repeats array
 	i := 0
 	for _, o := range batch {
 		if o.found {
@@ -157,20 +178,23 @@ func announceArgs(ref sessionRef, batch []*op, quiet bool) (string, []any) {
 		repos.addText(repo)
 		pulls.addInt32(pr)
 		takes.addBool(o.take)
-		if age := now.Sub(o.asked); o.doubt || age > lateAfter {
-			ages.addAt(i, oid.T_float8).addFloat64(age.Seconds())
+		asked.addFloat64(serverTime(o.asked))
+		if o.doubt {
+			repeats.addAt(i, oid.T_bool).addBool(true)
 		}
 		if o.order != nil {
 			orders.addAt(i, oid.T_int8).addInt64(*o.order)
 		}
 		i++
 	}
-	args := []any{keys, ids, events, repos, pulls, takes, ages, ref.id, ref.lock, quiet}
+	args := []any{keys, ids, events, repos, pulls, takes, asked, ref.id, ref.lock, quiet, lateAfterInterval, repeats}
 	if orders == nil {
 		return sqlAnnounceAny, args
 	}
 	return sqlAnnounceOrdered, append(args, orders)
 }
+
+var lateAfterInterval = milliseconds(lateAfter)
 
 var sqlAnnounceAny, sqlAnnounceOrdered = sqlAnnounce(false), sqlAnnounce(true)
 

@@ -467,6 +467,11 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 		for _, o := range batch {
 			o.doubt = true
 		}
+		if w == s.disk {
+			s.mu.Lock()
+			s.unsure = time.Now()
+			s.mu.Unlock()
+		}
 		w.requeue(batch, err)
 		if sqlState(err) == "25006" {
 			s.dropOwn(errors.WithMessage(err, "the server has become read-only"))

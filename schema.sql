@@ -19,6 +19,9 @@ CREATE TABLE IF NOT EXISTS env_locks (
 CREATE TABLE IF NOT EXISTS env_lock_sessions (
     id          bigint PRIMARY KEY,
     lock        bigint NOT NULL,
+    -- The place of the present connection among the session's: a late statement of
+    -- an earlier one changes nothing.
+    connection  bigint NOT NULL DEFAULT 0,
     -- How long a successor has to watch the session being dead.
     timeout     interval NOT NULL,
     host        text NOT NULL DEFAULT '',
