@@ -1,266 +1,216 @@
 /*
- * The lock protocol: N clients, one key, one claim each.
+ * The lock protocol: N clients, one key, one claim each. Holds outlive
+ * connections.
  *
  * One step of this model is one SQL statement, one message or one event
  * of the outside world. README.md says what is left out and why.
  *
  * Modes (cpp -D)
  *   N=n            clients, default 3
- *   CALM           no lost session, nobody gives up; hints still get lost
+ *   FAULTS=n       session connections that are lost, default 1
+ *   SLIPS=n        statements that are delayed or lose their reply, default 1
+ *   QUITS=n        waiters that give up, default 0
+ *   CALM           no faults, no waiter gives up; hints still get lost
  *   STAY           a holder never stops by itself
  *   JUDGE          when nothing moves any more, look who is left (with STAY)
  *   CRASH          the database server crashes once, at any moment
- *   RECONNECT      a waiter that lost its session may go on with a new one
+ *   VIEW           the snapshot of an acquire is older than its effect
  *   STRICT         a holder that knows of its lost session still counts as inside
- *   LONGDELAY      the lock delay also outlasts the drain of a lost holder
- *   LTL_PREEMPT, LTL_END  the two liveness formulas
+ *   LONGDELAY      a lock delay that outlasts the drain of a lost holder
+ *   NOKEEP         do not look whether a hold is kept
+ *   NOINSIDE       do not look who goes inside
+ *   LTL_PREEMPT, LTL_WAITED, LTL_END  the liveness formulas
  * Mutants: each takes one rule away, and must be caught
- *   NODELAY        no lock delay
- *   FORGET         a release during the lock delay clears the holder
+ *   KEEPLOCK       a reconnect keeps the lock number, or the watch is per session
+ *   ROWALONE       take-over of any holder: no liveness, no watch
+ *   NOWATCH        take-over of a lock that is dead now, however short
+ *   NOCOMPARE      a watched lock is not compared with the session's row
+ *   LISTAFTER      the list of watched locks is younger than the snapshot (with VIEW)
+ *   MISSING        a session without a row is dead, without a watch (with VIEW)
+ *   LATEUPDATE     an old connection's update may overwrite a newer one
+ *   NOTRUST        a holder is not notified when its trust expires
+ *   GRANTLOST      a grant is accepted although the session is lost
+ *   ACQANY         a repeated acquire does not compare the session
+ *   RELANY         a release compares the claim, but not the session
  *   CLEARANY       a late release clears whatever holder the row names
  *   NOCHECK        acquire does not compare claims
  *   STALEHINT      a hint is obeyed without comparing claims
- *   NOBEAT         no heartbeat, only hints
+ *   STALEAGE       a delayed announcement counts from its arrival
+ *   NOBEAT         no check of rows, only hints
  *   NOPOLL         a waiter tries again only when hinted
+ *   NOFOLLOW       an abandoned acquire is not followed by a release
+ *   RELONCE        a release is final although an acquire is still in flight
+ *   NORECONCILE    a reconnect does not look for forgotten releases (with CRASH)
+ *   NOREPEAT       a forgotten announcement is not repeated (with CRASH)
  *   ASYNCGRANT     acquire does not wait for the disk (with CRASH)
+ *   ASYNCLOCK      the update of the session's row does not (with CRASH)
+ *   ASYNCROW       the insert of the session's row does not (with CRASH)
  */
 
 #ifndef N
 #define N 3
 #endif
+#ifdef CALM
+#undef FAULTS
+#undef QUITS
+#define FAULTS 0
+#define QUITS 0
+#endif
+#ifndef FAULTS
+#define FAULTS 1
+#endif
+#ifndef SLIPS
+#define SLIPS 1
+#endif
+#ifndef QUITS
+#define QUITS 0
+#endif
+#define G 2 /* sessions of a client, one after the other */
 
-/* phases of a client; END and above are final */
+/* phases of a client */
 #define INIT       0
 #define WAIT       1
-#define DELAY      2  /* granted, sits out the lock delay */
-#define HOLD       3  /* inside, undisturbed as far as it knows */
-#define DRAIN      4  /* inside, told to stop */
-#define END        5
-#define RELEASED   5
-#define PREEMPTED  6  /* was told, then released or revoked */
-#define SUPERSEDED 7  /* a newer claim came while it waited */
-#define TIMEDOUT   8
-#define LOST       9
+#define TRY        2  /* an acquire has taken its snapshot (VIEW) */
+#define SENT       3  /* granted, the reply is under way */
+#define DELAY      4  /* granted, sits out the lock delay (LONGDELAY) */
+#define HOLD       5  /* inside, not notified */
+#define DRAIN      6  /* inside, notified */
+#define LOST       7  /* inside, notified that the session is lost */
+#define RELEASING  8  /* outside; the release is not yet known to have happened */
+#define END        9
 
-/* the row in the database */
-byte row_claim;   /* newest claim */
-byte row_token;   /* last token */
-byte row_holder;  /* client + 1, 0: none; still set at a grant: unclean */
+/* the row of the key */
+byte row_claim;      /* newest claim */
+byte row_holder;     /* session + 1, 0: none */
+byte row_token;      /* last token */
 
-byte adv;         /* advisory lock: owner + 1, 0: free */
+/* the rows of the sessions: number of the current lock, 0: no row */
+byte lock[N * G];
 
+/* the connections, counted per client; a lock has its connection's number */
+byte top[N];         /* last one that was opened */
+byte alive[N];       /* set of those that the server has not ended */
+byte anchor[N];      /* that of the last good heartbeat; 0: the session is lost */
+bit  cut[N];         /* no heartbeat gets through */
+
+byte gen[N];         /* current session */
 byte phase[N];
 byte claim[N];
-byte token[N];
-bit  unclean[N];  /* my grant found an unclean row */
-byte waitfor[N];  /* set of clients: dead at my grant, not yet told */
-byte hint[N];     /* claim number in a NOTIFY under way, 0: none */
-bit  cut[N];      /* the client no longer gets answers from its session */
-bit  dead[N];     /* the server has ended the session */
-bit  lost[N];     /* the client knows that its session is lost */
-bit  giveup[N];   /* lock timeout or done context */
-byte entered;     /* token of the last client that went inside */
+bit  pending[N];     /* an acquire had no reply and may have been granted */
+byte hint[N];        /* claim in a NOTIFY under way, 0: none */
+
+/* statements that the client has given up on, but the server has not */
+byte late_lock[N];   /* connection that is to enter its lock */
+byte late_take[N];   /* acquire for this session + 1 */
+byte late_clear[N];  /* release of this session's hold + 1 */
+bit  late_ask[N];    /* announcement */
+
+byte asks;           /* the claims, in the order in which callers asked */
+byte entered;        /* token of the last client that went inside */
+byte faults = FAULTS, slips = SLIPS, quits = QUITS;
 bit  over;
 
+#ifdef VIEW
+byte seen[N];        /* set of sessions that the snapshot lets i take over from */
+#endif
 #ifdef NOPOLL
 bit asleep[N];
 #endif
 
 /* Verdicts. They stay 0 unless a property is broken. */
-bit two_inside, older_granted, token_not_rising, not_just_the_newest;
+bit two_inside, hold_lost, older_granted, token_not_rising, not_just_the_newest;
 
 #ifdef CRASH
-/* What is on disk, and ghosts that a crash cannot turn back. */
-byte disk_claim, disk_token, disk_holder;
-byte seq[N], last_seq, last_token;
-#define FLUSH disk_claim = row_claim; disk_token = row_token; disk_holder = row_holder
-#define FLUSHED (disk_claim == row_claim && disk_token == row_token && disk_holder == row_holder)
-#endif
-
-#define NAME(i) (64 + N - i) /* A, B, C */
-
-#ifdef LONGDELAY
-#define UNTOLD(k) (dead[k] && phase[k] >= DELAY && phase[k] < END)
+byte disk_claim, disk_token, disk_holder, disk_lock[N * G];
+byte last_token;     /* a ghost that a crash cannot turn back */
+bit  settled;        /* the crash is over, or there will be none */
+#define SETTLED settled
 #else
-#define UNTOLD(k) (dead[k] && phase[k] >= DELAY && phase[k] < END && !lost[k])
+#define SETTLED true
 #endif
 
-/* Who has not sat out its lock delay may not hand on a clean row. */
-#ifdef FORGET
-#define CLEARS(i) true
+#define NAME(i) (64 + N - i)        /* A, B, C */
+#define SESSION(i, g) ((i) * G + (g))
+#define MINE(i) (row_holder == SESSION(i, gen[i]) + 1)
+#define OURS(i) (row_holder != 0 && (row_holder - 1) / G == i)
+#define ALIVE(i, c) ((alive[i] >> (c)) & 1)
+
+/* ---- the rules ---- */
+
+/*
+ * Time. A watch of lock c ends only after its client has had a good
+ * heartbeat on a later connection, or has learned that its session is
+ * lost. See README.md.
+ */
+#define WATCHED(i, c) (!ALIVE(i, c) && (anchor[i] == 0 || anchor[i] > (c)))
+
+/*
+ * A hold of session s may be taken over: the lock in the session's row was
+ * watched and is dead. A row that is missing was watched, too, but by
+ * the clock of another timeout: no rule about time is assumed.
+ */
+#define OWNER(s) ((s) / G)
+#ifdef MISSING
+#define NOROW(s) (lock[s] == 0)
 #else
-#define CLEARS(i) (phase[i] >= HOLD || !unclean[i])
+#define NOROW(s) (lock[s] == 0 && row_holder == (s) + 1)
 #endif
-
-#ifdef CLEARANY
-#define OWNS(i) (row_holder != 0)
+#define FIRST(s) ((s) % G == 0 && lock[s] > 1 && WATCHED(OWNER(s), 1))
+#if defined(ROWALONE)
+#define TAKEABLE(s) true
+#elif defined(NOWATCH)
+#define TAKEABLE(s) (NOROW(s) || lock[s] != 0 && !ALIVE(OWNER(s), lock[s]))
+#elif defined(KEEPLOCK)
+#define TAKEABLE(s) (NOROW(s) || lock[s] != 0 && !ALIVE(OWNER(s), lock[s]) && (WATCHED(OWNER(s), lock[s]) || FIRST(s)))
+#elif defined(NOCOMPARE)
+#define TAKEABLE(s) (NOROW(s) || lock[s] != 0 && (WATCHED(OWNER(s), lock[s]) || FIRST(s)))
 #else
-#define OWNS(i) (row_holder == i + 1)
+#define TAKEABLE(s) (NOROW(s) || lock[s] != 0 && WATCHED(OWNER(s), lock[s]))
 #endif
 
-/* ---- what the server does ---- */
-
-/* Every other client is sent a hint; each copy may get lost. */
-inline announce(i)
-{
-	row_claim++;
-	claim[i] = row_claim;
-#ifdef CRASH
-	last_seq++;
-	seq[i] = last_seq;
-#endif
-	printf("%c announces claim %d\n", NAME(i), claim[i]);
-#ifndef STALEHINT
-	hint[i] = 0; /* whatever is under way to me is older */
-#endif
-	k = 0;
-	do
-	:: k < N && k != i && phase[k] < DRAIN -> hint[k] = row_claim; k++
-	:: k < N -> k++
-	:: k == N -> break
-	od;
-	k = 0
-}
-
-/* The advisory lock is free and no claim is newer: one statement. */
-inline grant(i)
-{
-	d_step {
-		adv = i + 1;
-		row_token++;
-		token[i] = row_token;
-		unclean[i] = (row_holder != 0);
-		row_holder = i + 1;
-		waitfor[i] = 0;
-		k = 0;
-		do
-		:: k < N ->
-			if
-			:: unclean[i] && k != i && UNTOLD(k) -> waitfor[i] = waitfor[i] | (1 << k)
-			:: else
-			fi;
-			k++
-		:: k == N -> break
-		od;
-		k = 0;
-		if
-		:: unclean[i] -> printf("%c is granted token %d, predecessor unclean\n", NAME(i), token[i])
-		:: else       -> printf("%c is granted token %d\n", NAME(i), token[i])
-		fi;
-#ifdef CRASH
-		older_granted = (seq[i] != last_seq);
-		token_not_rising = (token[i] <= last_token);
-		last_token = token[i];
-#ifndef ASYNCGRANT
-		FLUSH;
-#endif
+#ifdef ACQANY
+#define VERY(i, g) OURS(i)
 #else
-		older_granted = (claim[i] != row_claim);
+#define VERY(i, g) (row_holder == SESSION(i, g) + 1)
 #endif
-		assert(!older_granted);
-		assert(!token_not_rising)
-	}
-}
 
-/* Release: also notifies the waiters, which matters only without polls. */
-inline give_back(i)
-{
-	if
-	:: row_holder == i + 1 && CLEARS(i) -> row_holder = 0
-	:: else
-	fi;
-	if
-	:: adv == i + 1 -> adv = 0
-	:: else
-	fi;
-#ifdef NOPOLL
-	k = 0;
-	do
-	:: k < N && k != i -> asleep[k] = 0; k++
-	:: k < N -> k++
-	:: k == N -> break
-	od;
-	k = 0
-#endif
-}
-
-/* A lost holder that has ended may clear its own mark with a new session. */
-inline give_back_late(i)
-{
-	if
-	:: OWNS(i) && CLEARS(i) -> row_holder = 0
-	:: true
-	fi
-}
-
-/* ---- what the client does ---- */
-
-/* Nobody's lock delay has to go on because of client i. */
-inline unwait(i)
-{
-	k = 0;
-	do
-	:: k < N -> waitfor[k] = waitfor[k] & ~(1 << i); k++
-	:: k == N -> break
-	od;
-	k = 0
-}
-
-inline finish(i, how)
-{
-	d_step {
-		phase[i] = how;
-		unwait(i);
-		claim[i] = 0; token[i] = 0; unclean[i] = 0; waitfor[i] = 0;
-		hint[i] = 0; lost[i] = 0; giveup[i] = 0
-	}
-}
-
-/* The end of a hold. A session that is cut may or may not still be heard. */
-inline leave(i, how)
-{
-	if
-	:: !cut[i] -> give_back(i); printf("%c releases\n", NAME(i)); finish(i, how)
-	:: cut[i] && !dead[i] -> give_back(i); printf("%c releases, and gets no answer\n", NAME(i)); finish(i, LOST)
-	:: cut[i] -> give_back_late(i); printf("%c leaves without a session\n", NAME(i)); finish(i, LOST)
-	fi
-}
-
-#ifdef STRICT
-#define INSIDE(k) (phase[k] == HOLD || phase[k] == DRAIN)
+#ifdef NOCHECK
+#define VALID(i) true
 #else
-#define INSIDE(k) ((phase[k] == HOLD || phase[k] == DRAIN) && !lost[k])
+#define VALID(i) (row_claim <= claim[i])
+#endif
+#define FREE(i, g) (row_holder == 0 || VERY(i, g) || TAKEABLE(row_holder - 1))
+
+#ifdef GRANTLOST
+#define TRUSTED(i) true
+#else
+#define TRUSTED(i) (anchor[i] != 0)
 #endif
 
-inline enter(i)
-{
-	d_step {
-		printf("%c goes inside\n", NAME(i));
-		k = 0;
-		do
-		:: k < N ->
-			if
-			:: k != i && INSIDE(k) -> two_inside = 1
-			:: else
-			fi;
-			k++
-		:: k == N -> break
-		od;
-		k = 0;
-		assert(!two_inside);
-		token_not_rising = (token[i] <= entered);
-		assert(!token_not_rising);
-		entered = token[i];
-		unclean[i] = 0; waitfor[i] = 0;
-		phase[i] = HOLD
-	}
-}
-
-/* Time: 9 s < 10 s. See README.md. */
-#ifdef NODELAY
-#define DELAY_OVER(i) true
+#ifdef LATEUPDATE
+#define YOUNGER(i, c) true
 #else
-#define DELAY_OVER(i) (waitfor[i] == 0)
+#define YOUNGER(i, c) ((c) > lock[SESSION(i, gen[i])])
+#endif
+
+#if defined(CLEARANY)
+#define CLEARS(i, g) true
+#elif defined(RELANY)
+#define CLEARS(i, g) OURS(i)
+#else
+#define CLEARS(i, g) (row_holder == SESSION(i, g) + 1)
+#endif
+
+#ifdef NOFOLLOW
+#define FOLLOW(i) false
+#else
+#define FOLLOW(i) pending[i]
+#endif
+
+#ifdef RELONCE
+#define FINAL(i) true
+#else
+#define FINAL(i) (late_take[i] == 0)
 #endif
 
 #ifdef STALEHINT
@@ -281,147 +231,457 @@ inline enter(i)
 #define AWAKE(i) true
 #endif
 
-#ifdef NOCHECK
-#define NEWER(i) false
+#ifdef STRICT
+#define INSIDE(k) (phase[k] == HOLD || phase[k] == DRAIN || phase[k] == LOST)
 #else
-#define NEWER(i) (row_claim > claim[i])
+#define INSIDE(k) (phase[k] == HOLD || phase[k] == DRAIN)
 #endif
+
+/* ---- what the server does ---- */
+
+#ifdef CRASH
+inline flush()
+{
+	disk_claim = row_claim; disk_token = row_token; disk_holder = row_holder;
+	f = 0;
+	do
+	:: f < N * G -> disk_lock[f] = lock[f]; f++
+	:: f == N * G -> break
+	od;
+	f = 0
+}
+#endif
+
+inline wake()
+{
+#ifdef NOPOLL
+	k = 0;
+	do
+	:: k < N -> asleep[k] = 0; k++
+	:: k == N -> break
+	od;
+	k = 0
+#else
+	skip
+#endif
+}
+
+/* Every other client is sent a hint; each copy may get lost. */
+inline announce(i)
+{
+	row_claim = claim[i];
+	printf("%c announces claim %d\n", NAME(i), claim[i]);
+#ifndef STALEHINT
+	hint[i] = 0; /* whatever is under way to me is older */
+#endif
+	k = 0;
+	do
+	:: k < N && k != i && phase[k] < DRAIN -> hint[k] = row_claim; k++
+	:: k < N -> k++
+	:: k == N -> break
+	od;
+	k = 0
+}
+
+/* The key is free for session g of client i, and no claim is newer. */
+inline acquire(i, g)
+{
+	d_step {
+		if
+		:: VERY(i, g) -> printf("%c is granted the key again\n", NAME(i))
+		:: else ->
+			row_token++;
+			if
+			:: row_holder == 0 -> printf("%c is granted token %d\n", NAME(i), row_token)
+			:: else -> printf("%c takes over from %c with token %d\n", NAME(i), NAME((row_holder - 1) / G), row_token)
+			fi;
+			older_granted = (claim[i] < row_claim);
+			assert(!older_granted);
+#ifdef CRASH
+			token_not_rising = (row_token <= last_token);
+			assert(!token_not_rising);
+			last_token = row_token
+#endif
+		fi;
+		row_holder = SESSION(i, g) + 1;
+		if
+		:: claim[i] > row_claim -> row_claim = claim[i]
+		:: else
+		fi;
+#if defined(CRASH) && !defined(ASYNCGRANT)
+		flush()
+#endif
+	}
+}
+
+/* ---- what the client does ---- */
+
+inline finish(i)
+{
+	d_step {
+		phase[i] = END;
+		hint[i] = 0; pending[i] = 0;
+#ifndef CRASH
+		cut[i] = 0;
+		if
+		:: !OURS(i) && late_take[i] == 0 -> alive[i] = 0; anchor[i] = 0; late_lock[i] = 0
+		:: else
+		fi
+#endif
+	}
+}
+
+/* Lock fails. */
+inline give_up(i)
+{
+	if
+	:: FOLLOW(i) -> phase[i] = RELEASING; hint[i] = 0
+	:: else -> finish(i)
+	fi
+}
+
+inline enter(i)
+{
+	d_step {
+		printf("%c goes inside\n", NAME(i));
+#ifndef NOINSIDE
+		k = 0;
+		do
+		:: k < N ->
+			if
+			:: k != i && INSIDE(k) -> two_inside = 1
+			:: else
+			fi;
+			k++
+		:: k == N -> break
+		od;
+		k = 0;
+		assert(!two_inside);
+		token_not_rising = (row_token <= entered);
+		assert(!token_not_rising);
+#endif
+		entered = row_token;
+		phase[i] = HOLD
+	}
+}
+
+/* The row of a new connection's session has its lock, and the client knows. */
+inline connected(i, c)
+{
+	anchor[i] = c;
+	cut[i] = 0;
+	alive[i] = 1 << c;
+	if
+	:: late_lock[i] != 0 -> alive[i] = alive[i] | (1 << late_lock[i])
+	:: else
+	fi
+}
+
+inline enter_lock(i, c)
+{
+	lock[SESSION(i, gen[i])] = c;
+#if defined(CRASH) && !defined(ASYNCLOCK)
+	flush()
+#endif
+}
 
 proctype Client(byte i)
 {
 	byte k;
-
-	/* announce */
-	atomic {
-		if
-		:: !dead[i] ->
-			announce(i);
-			if
-			:: cut[i] -> printf("%c gets no answer\n", NAME(i)); finish(i, LOST); goto out
-			:: else   -> phase[i] = WAIT
-			fi
-		:: cut[i] -> finish(i, LOST); goto out
 #ifdef CRASH
-		:: dead[i] -> /* starts only after the crash */
-			cut[i] = 0; dead[i] = 0;
-			announce(i);
-			phase[i] = WAIT
+	byte f;
 #endif
-		fi
-	}
+	do
+
+	/* The caller asks. */
+	:: atomic { phase[i] == INIT ->
+		asks++;
+		claim[i] = asks;
+		phase[i] = WAIT;
+		if
+		:: announce(i)
+		:: slips > 0 -> slips--; late_ask[i] = 1; printf("%c's announcement of claim %d is delayed\n", NAME(i), claim[i])
+		fi }
 
 	/*
 	 * Wait. An attempt that finds the key busy changes nothing, so it is
 	 * not a step: a poll is the attempt that finds something to do.
 	 */
-	do
-	:: atomic { !cut[i] && AWAKE(i) && NEWER(i) ->
-		printf("%c is refused: a newer claim exists\n", NAME(i)); finish(i, SUPERSEDED); goto out }
-	:: atomic { !dead[i] && AWAKE(i) && !NEWER(i) && adv == 0 ->
-		grant(i);
-		if
-		:: cut[i] -> printf("%c never hears of it\n", NAME(i)); finish(i, LOST); goto out
-#ifdef RECONNECT
-		:: cut[i] -> printf("%c never hears of it\n", NAME(i)); token[i] = 0; unclean[i] = 0; waitfor[i] = 0
+	:: atomic { phase[i] == WAIT && AWAKE(i) && row_claim > claim[i] && !(VALID(i)) ->
+		printf("%c is refused: a newer claim exists\n", NAME(i)); give_up(i) }
+	:: atomic { phase[i] == WAIT && HINTED(i) ->
+		printf("%c hears of a newer claim while waiting\n", NAME(i)); give_up(i) }
+#ifndef NOREPEAT
+	:: atomic { phase[i] == WAIT && row_claim < claim[i] -> announce(i) }
 #endif
-		:: else   -> phase[i] = DELAY; break
-		fi }
-#ifdef NOPOLL
-	:: atomic { AWAKE(i) && !NEWER(i) && adv != 0 -> asleep[i] = 1 }
-#endif
-	:: atomic { HINTED(i) ->
-		printf("%c hears of a newer claim while waiting\n", NAME(i)); finish(i, SUPERSEDED); goto out }
-	:: atomic { giveup[i] ->
-		printf("%c gives up waiting\n", NAME(i)); finish(i, TIMEDOUT); goto out }
-#ifdef RECONNECT
-	:: atomic { dead[i] ->
-		printf("%c goes on waiting with a new session\n", NAME(i)); cut[i] = 0; dead[i] = 0 }
-#endif
-	:: atomic { cut[i] ->
-		printf("%c learns that its session is lost\n", NAME(i)); finish(i, LOST); goto out }
-	od;
-
-	/* Lock delay. A client that is cut and does not know it goes inside too. */
-	if
-	:: atomic { DELAY_OVER(i) -> enter(i) }
-	:: atomic { HINTED(i) || BEAT(i) ->
-		printf("%c is told during its lock delay\n", NAME(i)); leave(i, PREEMPTED); goto out }
-	:: atomic { cut[i] ->
-		printf("%c learns of its lost session during its lock delay\n", NAME(i)); leave(i, LOST); goto out }
-	fi;
-
-	/* Inside, undisturbed. */
-	if
-#ifdef STAY
-	:: atomic { over -> leave(i, RELEASED); goto out }
+#ifdef VIEW
+	:: atomic { phase[i] == WAIT && anchor[i] != 0 && VALID(i) ->
+		k = 0;
+		do
+#ifdef LISTAFTER
+		:: k < N * G && !ALIVE(OWNER(k), lock[k]) -> seen[i] = seen[i] | (1 << k); k++
+		:: k < N * G && ALIVE(OWNER(k), lock[k]) -> k++
 #else
-	:: atomic { leave(i, RELEASED); goto out }
+		:: k < N * G && TAKEABLE(k) -> seen[i] = seen[i] | (1 << k); k++
+		:: k < N * G && !(TAKEABLE(k)) -> k++
 #endif
-	:: atomic { HINTED(i) ->
-		printf("%c is told by a hint\n", NAME(i)); hint[i] = 0; phase[i] = DRAIN }
-	:: atomic { BEAT(i) ->
-		printf("%c is told by its heartbeat\n", NAME(i)); hint[i] = 0; phase[i] = DRAIN }
-	:: atomic { cut[i] -> goto told_lost }
-	fi;
+		:: k == N * G -> break
+		od;
+		k = 0;
+		phase[i] = TRY }
+	:: atomic { phase[i] == TRY ->
+		if
+		:: VALID(i) && (row_holder == 0 || VERY(i, gen[i])) -> acquire(i, gen[i]); phase[i] = SENT
+#ifdef LISTAFTER
+		:: VALID(i) && row_holder != 0 && !(VERY(i, gen[i])) && ((seen[i] >> (row_holder - 1)) & 1) &&
+			(TAKEABLE(row_holder - 1) || FIRST(row_holder - 1)) -> acquire(i, gen[i]); phase[i] = SENT
+#else
+		:: VALID(i) && row_holder != 0 && !(VERY(i, gen[i])) && ((seen[i] >> (row_holder - 1)) & 1) ->
+			acquire(i, gen[i]); phase[i] = SENT
+#endif
+		:: else -> phase[i] = WAIT
+		fi;
+		seen[i] = 0 }
+#else
+	:: atomic { phase[i] == WAIT && AWAKE(i) && anchor[i] != 0 && VALID(i) && FREE(i, gen[i]) ->
+		acquire(i, gen[i]);
+		phase[i] = SENT }
+#endif
+	:: atomic { phase[i] == WAIT && anchor[i] != 0 && VALID(i) && slips > 0 && late_take[i] == 0 ->
+		printf("%c's acquire is delayed\n", NAME(i));
+		slips--;
+		late_take[i] = gen[i] + 1;
+		pending[i] = 1 }
+#ifdef NOPOLL
+	:: atomic { phase[i] == WAIT && AWAKE(i) && VALID(i) && !(FREE(i, gen[i])) -> asleep[i] = 1 }
+#endif
 
-	/* Inside, draining; ends by release or by revocation. */
-	if
-	:: atomic { cut[i] ->
-told_lost:	printf("%c learns that its session is lost\n", NAME(i));
-		hint[i] = 0;
-		lost[i] = 1;
-		phase[i] = DRAIN;
-#ifndef LONGDELAY
-		d_step { unwait(i) }
+	/* Granted. A reply that comes after the session was lost is not accepted. */
+	:: atomic { phase[i] == SENT ->
+		if
+		:: TRUSTED(i) ->
+			pending[i] = 0;
+#ifdef LONGDELAY
+			phase[i] = DELAY
+#else
+			enter(i)
 #endif
-		}
-	:: atomic { leave(i, PREEMPTED); goto out }
-	fi;
-	atomic { leave(i, LOST) };
-out:
-	skip
+		:: !(TRUSTED(i)) -> printf("%c is granted the key too late\n", NAME(i)); pending[i] = 1; phase[i] = WAIT
+		:: slips > 0 -> printf("%c's grant is lost\n", NAME(i)); slips--; pending[i] = 1; phase[i] = WAIT
+		fi }
+#ifdef LONGDELAY
+	:: atomic { phase[i] == DELAY && anchor[i] != 0 ->
+		k = 0;
+		do
+		:: k < N && phase[k] != LOST -> k++
+		:: k == N -> break
+		od;
+		enter(i) }
+	:: atomic { phase[i] == DELAY && (HINTED(i) || BEAT(i) || anchor[i] == 0) ->
+		printf("%c leaves during its lock delay\n", NAME(i)); hint[i] = 0; phase[i] = RELEASING }
+#endif
+
+	/* Inside. */
+#ifdef STAY
+	:: atomic { phase[i] == HOLD && over -> phase[i] = RELEASING }
+#else
+	:: atomic { phase[i] == HOLD -> printf("%c is done\n", NAME(i)); hint[i] = 0; phase[i] = RELEASING }
+#endif
+	:: atomic { phase[i] == HOLD && HINTED(i) ->
+		printf("%c is notified by a hint\n", NAME(i)); hint[i] = 0; phase[i] = DRAIN }
+	:: atomic { phase[i] == HOLD && BEAT(i) ->
+		printf("%c is notified by the check of its row\n", NAME(i)); hint[i] = 0; phase[i] = DRAIN }
+#ifndef NOKEEP
+	:: d_step { (phase[i] == HOLD || phase[i] == DRAIN) && !cut[i] && !MINE(i) ->
+		printf("%c is connected, but its row does not name it\n", NAME(i));
+		hold_lost = 1;
+		assert(!hold_lost) }
+#endif
+
+	/* Draining ends, by itself or by revocation. */
+	:: atomic { phase[i] == DRAIN -> printf("%c stops\n", NAME(i)); phase[i] = RELEASING }
+	:: atomic { phase[i] == LOST -> printf("%c stops\n", NAME(i)); phase[i] = RELEASING }
+
+	/* Release until it is known; without a session this may also fail for ever. */
+	:: atomic { phase[i] == RELEASING && (OURS(i) || FINAL(i)) ->
+		if
+		:: OURS(i) -> row_holder = 0; wake(); printf("%c releases\n", NAME(i))
+		:: !OURS(i)
+		:: slips > 0 && late_clear[i] == 0 ->
+			printf("%c's release is delayed\n", NAME(i)); slips--; late_clear[i] = gen[i] + 1; goto again
+		fi;
+		if
+		:: FINAL(i) -> finish(i)
+		:: !(FINAL(i)) /* an acquire is under way: once more */
+		:: slips > 0 && FINAL(i) -> slips-- /* the reply is lost: once more */
+		fi;
+again:		skip }
+	:: atomic { phase[i] == RELEASING && anchor[i] == 0 ->
+		printf("%c ends without a release\n", NAME(i)); finish(i) }
+
+	/* The session is suspended: reconnect, or learn that it is lost. */
+	:: atomic { cut[i] && anchor[i] != 0 && top[i] < 7 ->
+		top[i]++;
+		if
+		:: enter_lock(i, top[i]);
+			connected(i, top[i]);
+			printf("%c reconnects with lock %d\n", NAME(i), top[i]);
+#ifdef CRASH
+#ifndef NORECONCILE
+			if
+			:: phase[i] == END && OURS(i) -> row_holder = 0; wake(); printf("%c finds a forgotten release\n", NAME(i))
+			:: else
+			fi
+#endif
+#endif
+		:: faults > 0 ->
+			faults--;
+			alive[i] = alive[i] | (1 << top[i]);
+			enter_lock(i, top[i]);
+			printf("%c reconnects with lock %d and gets no reply\n", NAME(i), top[i])
+		:: faults > 0 && late_lock[i] == 0 ->
+			faults--;
+			alive[i] = alive[i] | (1 << top[i]);
+			late_lock[i] = top[i];
+			printf("%c reconnects, its update of lock %d is delayed\n", NAME(i), top[i])
+		fi }
+	:: atomic { cut[i] && anchor[i] != 0 ->
+		anchor[i] = 0;
+		late_lock[i] = 0;
+#ifndef NOTRUST
+		if
+		:: phase[i] == HOLD || phase[i] == DRAIN -> phase[i] = LOST; hint[i] = 0
+		:: else
+		fi;
+#endif
+		printf("%c learns that its session is lost\n", NAME(i)) }
+
+	/* A waiter goes on with a new session, or fails. */
+	:: atomic { phase[i] == WAIT && anchor[i] == 0 && gen[i] < G - 1 ->
+		gen[i]++;
+		top[i]++;
+		lock[SESSION(i, gen[i])] = top[i];
+#if defined(CRASH) && !defined(ASYNCROW)
+		flush();
+#endif
+		anchor[i] = top[i];
+		alive[i] = alive[i] | (1 << top[i]);
+		cut[i] = 0;
+		printf("%c goes on waiting with a new session and lock %d\n", NAME(i), top[i]) }
+	:: atomic { phase[i] == WAIT && anchor[i] == 0 ->
+		printf("%c's Lock fails without a session\n", NAME(i)); give_up(i) }
+
+	/* It may clear what an acquire of the old session was granted. */
+	:: atomic { phase[i] == WAIT && pending[i] && anchor[i] != 0 && OURS(i) && !MINE(i) ->
+		row_holder = 0;
+		wake();
+		printf("%c releases the grant of its old session\n", NAME(i)) }
+	:: atomic { phase[i] == WAIT && pending[i] && anchor[i] != 0 && OURS(i) && !MINE(i) && slips > 0 && late_clear[i] == 0 ->
+		slips--;
+		late_clear[i] = gen[i]; /* the session before, + 1 */
+		printf("%c's release of the grant of its old session is delayed\n", NAME(i)) }
+
+	:: phase[i] == END && SETTLED && !(cut[i] && anchor[i] != 0) -> break
+	od
 }
 
 /*
- * What may happen to a client from outside, at any moment or never:
- * it gives up, or its session is lost. A lost session is two events: the
- * client gets no more answers; the server ends the session. The client may
- * learn of it before or after the second.
+ * What happens to a client from outside, at any moment: a waiter gives up, no
+ * heartbeat gets through, the server ends a connection, a statement that
+ * the client has given up on takes effect after all, or never.
  */
 proctype World(byte i)
 {
-	if
-	:: skip
-	:: phase[i] >= END
-	:: atomic { phase[i] == WAIT -> giveup[i] = 1 }
-	:: atomic { phase[i] < END -> printf("%c's session is cut off\n", NAME(i)); cut[i] = 1 };
-		d_step {
-			cut[i] = 1; dead[i] = 1;
-			if
-			:: adv == i + 1 -> adv = 0
-			:: else
-			fi;
-			printf("the server ends %c's session\n", NAME(i))
-		}
-	fi
+	byte k, c;
+#ifdef CRASH
+	byte f;
+#endif
+end:	do
+	:: atomic { quits > 0 && (phase[i] == WAIT || phase[i] == SENT) ->
+		quits--;
+		printf("%c gives up waiting\n", NAME(i));
+		if
+		:: phase[i] == SENT -> pending[i] = 1
+		:: else
+		fi;
+		give_up(i) }
+	:: d_step { quits > 0 -> quits = 0 }
+	:: d_step { faults > 0 && phase[i] < END && anchor[i] != 0 && !cut[i] ->
+		faults--;
+		cut[i] = 1;
+		printf("%c's session is suspended\n", NAME(i)) }
+	:: d_step { faults > 0 -> faults = 0 }
+	:: d_step { (alive[i] & ~(cut[i] -> 0 : 1 << anchor[i])) != 0 ->
+		c = 1;
+		do
+		:: c < 8 && ALIVE(i, c) && (cut[i] || c != anchor[i]) -> break
+		:: else -> c++
+		od;
+		alive[i] = alive[i] & ~(1 << c);
+		if
+		:: late_lock[i] == c -> late_lock[i] = 0
+		:: else
+		fi;
+		printf("the server ends %c's connection with lock %d\n", NAME(i), c);
+		c = 0 }
+	:: atomic { late_lock[i] != 0 ->
+		if
+		:: YOUNGER(i, late_lock[i]) -> enter_lock(i, late_lock[i]); printf("%c's delayed update enters lock %d\n", NAME(i), late_lock[i])
+		:: else
+		fi;
+		late_lock[i] = 0 }
+	:: atomic { late_take[i] != 0 ->
+		if
+		:: VALID(i) && FREE(i, late_take[i] - 1) ->
+			printf("%c's delayed acquire takes effect\n", NAME(i));
+			acquire(i, late_take[i] - 1)
+		:: true
+		fi;
+		late_take[i] = 0 }
+	:: atomic { late_clear[i] != 0 ->
+		if
+		:: CLEARS(i, late_clear[i] - 1) -> row_holder = 0; wake(); printf("%c's delayed release takes effect\n", NAME(i))
+		:: true
+		fi;
+		late_clear[i] = 0 }
+	:: atomic { late_ask[i] ->
+		if
+#ifdef STALEAGE
+		:: asks++; claim[i] = asks; announce(i)
+#else
+		:: row_claim < claim[i] -> announce(i)
+#endif
+		:: true
+		fi;
+		late_ask[i] = 0 }
+	od
 }
 
 #ifdef CRASH
 proctype Server()
 {
-	byte k;
+	byte k, f;
 	do
-	:: d_step { !FLUSHED -> FLUSH }
+	:: d_step { row_claim != disk_claim || row_token != disk_token || row_holder != disk_holder -> flush() }
 	:: break
 	:: d_step {
-		row_claim = disk_claim; row_token = disk_token;
-		row_holder = disk_holder;
-		adv = 0;
+		row_claim = disk_claim; row_token = disk_token; row_holder = disk_holder;
+		k = 0;
+		do
+		:: k < N * G -> lock[k] = disk_lock[k]; k++
+		:: k == N * G -> break
+		od;
 		k = 0;
 		do
 		:: k < N ->
+			alive[k] = 0; hint[k] = 0;
+			late_lock[k] = 0; late_take[k] = 0; late_clear[k] = 0; late_ask[k] = 0;
 			if
-			:: phase[k] < END -> cut[k] = 1; dead[k] = 1
+			:: anchor[k] != 0 -> cut[k] = 1
+			:: else
+			fi;
+			if
+			:: phase[k] == SENT -> phase[k] = WAIT; pending[k] = 1
 			:: else
 			fi;
 			k++
@@ -431,7 +691,8 @@ proctype Server()
 		printf("the server crashes; newest claim on disk %d, token %d\n", row_claim, row_token)
 		};
 		break
-	od
+	od;
+	settled = 1
 }
 #endif
 
@@ -444,16 +705,12 @@ proctype Judge()
 		do
 		:: k < N ->
 			if
-			:: phase[k] == HOLD && claim[k] == row_claim
-			:: phase[k] == PREEMPTED || phase[k] == SUPERSEDED
+			:: phase[k] == HOLD && claim[k] == row_claim -> holders++
+			:: phase[k] == END
 			:: else ->
 				not_just_the_newest = 1;
 				printf("at rest: %c is in phase %d with claim %d, newest is %d\n",
 					NAME(k), phase[k], claim[k], row_claim)
-			fi;
-			if
-			:: phase[k] == HOLD -> holders++
-			:: else
 			fi;
 			k++
 		:: k == N -> break
@@ -475,10 +732,13 @@ init
 	atomic {
 		do
 		:: n < N ->
-			run Client(n);
-#ifndef CALM
-			run World(n);
+			top[n] = 1; alive[n] = 2; anchor[n] = 1;
+			lock[SESSION(n, 0)] = 1;
+#ifdef CRASH
+			disk_lock[SESSION(n, 0)] = 1;
 #endif
+			run Client(n);
+			run World(n);
 			n++
 		:: n == N -> break
 		od;
@@ -496,6 +756,9 @@ init
 #ifdef LTL_PREEMPT
 ltl preempt { [] ((phase[0] == HOLD && row_claim > claim[0]) -> <> (phase[0] != HOLD)) }
 #endif
+#ifdef LTL_WAITED
+ltl waited { [] ((phase[0] == HOLD && phase[1] == WAIT && claim[1] > claim[0]) -> <> (phase[0] != HOLD || phase[1] != WAIT)) }
+#endif
 #ifdef LTL_END
-ltl ends { [] (phase[0] == WAIT -> <> (phase[0] >= END)) }
+ltl ends { [] (phase[0] == WAIT -> <> (phase[0] == END)) }
 #endif
