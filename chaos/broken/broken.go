@@ -201,12 +201,12 @@ func (l *lock) held() <-chan locker.NotificationPayload {
 		tick := time.NewTicker(poll)
 		defer tick.Stop()
 		stop := l.p.stop
-		told := false
+		notified := false
 		tell := func(cause error) {
-			if told {
+			if notified {
 				return
 			}
-			told = true
+			notified = true
 			l.mu.Lock()
 			l.cause = cause
 			l.mu.Unlock()

@@ -20,7 +20,7 @@ type Fault struct {
 	Name    string
 	Victims int           // how many workers it hits; All for all of them
 	Session bool          // it may keep the victims' sessions from working
-	Bound   time.Duration // holders of the victims are told within this time; 0: they need not be
+	Bound   time.Duration // holders of the victims are notified within this time; 0: they need not be
 	Hold    time.Duration // until it is healed
 	Settle  time.Duration // until the next one
 	Alone   bool          // not to be mixed with others
@@ -45,7 +45,7 @@ var ids atomic.Int64
 // Run injects a fault, waits and heals it. The error says that it could not be
 // injected, which happens when faults are mixed.
 func (f Fault) Run(ctx context.Context, w *World, victims []*Worker, r *rand.Rand) error {
-	for _, v := range victims { // somebody for the fault to hit
+	for _, v := range victims { // holders for the fault to hit
 		_ = w.Command(v, fmt.Sprintf("hold %d", w.private(v)))
 	}
 	if len(victims) > 0 {
@@ -308,7 +308,7 @@ func fillLockTable(ctx context.Context, s Scene) (func() error, error) {
 }
 
 // flood sends what has no business on the library's channel: garbage, other
-// software's messages, claims of nobody, and releases that did not happen.
+// software's messages, claims of no process, and releases that did not happen.
 func flood(ctx context.Context, s Scene) (func() error, error) {
 	db, err := sql.Open("postgres", s.Server.URI(Database)+"&connect_timeout=2")
 	if err != nil {
@@ -327,7 +327,7 @@ func flood(ctx context.Context, s Scene) (func() error, error) {
 				SELECT pg_notify(c, p) FROM unnest(ARRAY['env_lock_events', 'broken_released', 'other']) c, unnest(ARRAY[
 					'', 'x', '{', '{}', 'null', '[1,2]', '"claim"', '{"kind":"claim"}', '{"kind":"claim","lockKey":"seven"}',
 					'{"kind":"nonsense","lockKey":1}', '{"lockKey":1e400}', '{"kind":"claim","lockKey":9223372036854775808}',
-					'{"kind":"check","id":"00000000-0000-0000-0000-000000000000"}', '{"lockKey":-1,"event":"nobody holds this"}',
+					'{"kind":"check","id":"00000000-0000-0000-0000-000000000000"}', '{"lockKey":-1,"event":"no process holds this"}',
 					repeat('9', 7999), '{"event":"' || repeat('\u0000', 1300) || '"}', repeat('{"a":', 1500),
 					chr(1) || chr(127) || chr(65533), random()::text]) p`)
 			_, _ = db.ExecContext(ctx, `

@@ -259,7 +259,7 @@ func (w *World) Thaw(v *Worker) {
 }
 
 // Query runs one statement in the locks' database as superuser, past the
-// proxies, and answers the number it gives.
+// proxies, and returns the number it gives.
 func (w *World) Query(ctx context.Context, query string, args ...any) (n int64, err error) {
 	db, err := sql.Open("postgres", w.Server.URI(Database)+"&connect_timeout=2")
 	if err != nil {
@@ -270,7 +270,7 @@ func (w *World) Query(ctx context.Context, query string, args ...any) (n int64, 
 	return n, err
 }
 
-// End stops the workers and answers everything that is left over afterwards.
+// End stops the workers and returns everything that is left over afterwards.
 func (w *World) End(ctx context.Context) []string {
 	var left []string
 	workers := w.Workers()

@@ -23,7 +23,7 @@ type Rules struct {
 
 	// GrantTime reads from a token when the database granted it, on the
 	// history's clock. Without it, or with a false answer, the beginning of the
-	// wait is taken, which accuses nobody.
+	// wait is taken, which accuses no claim.
 	GrantTime func(token int64) (int64, bool)
 }
 
@@ -62,9 +62,9 @@ const (
 	RuleFence      = "the resource accepted an older token"
 	RuleRejected   = "a rejected write that nothing explains"
 	RuleNewest     = "an older claim was granted (C3)"
-	RuleHolder     = "a holder was not told of a newer claim (C5, C8)"
+	RuleHolder     = "a holder was not notified of a newer claim (C5, C8)"
 	RuleWaiter     = "a waiter did not leave for a newer claim (C4, C8)"
-	RuleLost       = "a holder was not told of its loss in time (C24)"
+	RuleLost       = "a holder was not notified of its loss in time (C24)"
 	RuleRevoked    = "a hold outlived its preemption timeout (C14)"
 	RuleHang       = "a claim hangs (C18, C20, C21)"
 	RuleFailed     = "a claim failed though nothing was wrong (C26)"
@@ -85,8 +85,8 @@ const (
 	ExcuseRows   = "state rows deleted by an operator"
 	ExcuseAsync  = "asynchronous standby promoted"
 	ExcuseCrash  = "claim of the last moment before a server crash"
-	ExcuseDrain  = "told and still cleaning up in Do"
-	ExcuseRace   = "told while it was writing"
+	ExcuseDrain  = "notified and still cleaning up in Do"
+	ExcuseRace   = "notified while it was writing"
 )
 
 // Verdict is the result of Check.
@@ -97,7 +97,7 @@ type Verdict struct {
 	Detection  []Detection
 }
 
-// Detection is how long it took a holder to be told of a fault, not counting the
+// Detection is how long it took a holder to be notified of a fault, not counting the
 // time for which its process was stopped.
 type Detection struct {
 	Fault string
@@ -215,8 +215,8 @@ func touched(spans []span, from, to int64) bool {
 	return slices.ContainsFunc(spans, func(s span) bool { return s.touches(from, to) })
 }
 
-// forgot answers the documented reason for which the database may not know at
-// the time to what it was told at the time from.
+// forgot returns the documented reason for which the database may know nothing at
+// the time of what it knew at the time from.
 func (j *judge) forgot(from, to int64) string {
 	for _, f := range j.forgets {
 		switch {
@@ -268,8 +268,8 @@ func (j *judge) overlap(earlier, later *Claim, end int64) {
 		return
 	}
 	// Do does not tell that the session died while the function was cleaning up.
-	if earlier.How == HowDo && earlier.Told != 0 && earlier.Told <= later.Begin &&
-		(earlier.ToldClass == ClassLost || touched(j.trouble[place(earlier.Worker)], earlier.Begin, later.Begin)) {
+	if earlier.How == HowDo && earlier.Notified != 0 && earlier.Notified <= later.Begin &&
+		(earlier.NotifiedClass == ClassLost || touched(j.trouble[place(earlier.Worker)], earlier.Begin, later.Begin)) {
 		j.excuse(ExcuseDrain, earlier, later.Begin)
 		return
 	}
@@ -351,7 +351,7 @@ func (j *judge) newest(claims []*Claim) {
 	}
 }
 
-// after answers the claims that were announced at or after a time.
+// after returns the claims that were announced at or after a time.
 func after(announced []*Claim, at int64) []*Claim {
 	i, _ := slices.BinarySearchFunc(announced, at, func(c *Claim, at int64) int { return cmp.Compare(c.Announced, at) })
 	return announced[i:]
@@ -382,7 +382,7 @@ func (j *judge) granted(older *Claim, announced []*Claim) {
 }
 
 func (j *judge) holder(older, newer *Claim) {
-	noticed := first(older.Told, older.HoldEnd())
+	noticed := first(older.Notified, older.HoldEnd())
 	limit := newer.Announced + int64(j.Heartbeat+j.Late)
 	if noticed != 0 && noticed <= limit {
 		return
@@ -468,23 +468,23 @@ func (j *judge) stopped(worker string, from, to int64) int64 {
 	return sum
 }
 
-// revocation: a hold that was told is over when the preemption timeout has
+// revocation: a hold that was notified is over when the preemption timeout has
 // passed (C14).
 func (j *judge) revocation(c *Claim) {
-	if c.Told == 0 || c.How == HowDo { // Do does not show the end of the hold
+	if c.Notified == 0 || c.How == HowDo { // Do does not show the end of the hold
 		return
 	}
 	end := c.HoldEnd()
 	if end == 0 {
-		end = c.Told + int64(time.Hour)
+		end = c.Notified + int64(time.Hour)
 	}
-	if took := end - c.Told - j.stopped(c.Worker, c.Told, end); took > int64(j.Preemption+j.Late) {
-		j.violate(Violation{RuleRevoked, end, c.Key, c.ID, fmt.Sprintf("told %v before the end", ms(took))})
+	if took := end - c.Notified - j.stopped(c.Worker, c.Notified, end); took > int64(j.Preemption+j.Late) {
+		j.violate(Violation{RuleRevoked, end, c.Key, c.ID, fmt.Sprintf("notified %v before the end", ms(took))})
 	}
 }
 
 // rejections: a write is only refused to a worker that was stopped, or that has
-// just been told.
+// just been notified.
 func (j *judge) rejections() {
 	byID := map[string]*Claim{}
 	for _, c := range j.claims {
@@ -500,10 +500,10 @@ func (j *judge) rejections() {
 			j.excuse(ExcuseFrozen, c, e.At)
 		case j.forgot(c.Locked, e.At) == ExcuseRows, j.forgot(c.Locked, e.At) == ExcuseAsync:
 			j.excuse(j.forgot(c.Locked, e.At), c, e.At)
-		case c.Told != 0 && c.Told <= e.At+int64(j.Late):
+		case c.Notified != 0 && c.Notified <= e.At+int64(j.Late):
 			j.excuse(ExcuseRace, c, e.At)
 		default:
-			j.violate(Violation{RuleRejected, e.At, c.Key, c.ID, fmt.Sprintf("token %d was refused though nobody told the holder", e.Token)})
+			j.violate(Violation{RuleRejected, e.At, c.Key, c.ID, fmt.Sprintf("token %d was refused though the holder was not notified", e.Token)})
 		}
 	}
 }
@@ -534,12 +534,12 @@ func (j *judge) losses() {
 				if c.Locked >= e.At || end != 0 && end <= e.At {
 					continue
 				}
-				if c.ToldClass == ClassLost && c.Told >= e.At {
-					j.verdict.Detection = append(j.verdict.Detection, Detection{e.Fault, e.At, time.Duration(c.Told - e.At - j.stopped(w, e.At, c.Told))})
+				if c.NotifiedClass == ClassLost && c.Notified >= e.At {
+					j.verdict.Detection = append(j.verdict.Detection, Detection{e.Fault, e.At, time.Duration(c.Notified - e.At - j.stopped(w, e.At, c.Notified))})
 				}
-				noticed := end // a hold that was told before for another reason still has to end
+				noticed := end // a hold that was notified before for another reason still has to end
 				if c.How == HowDo {
-					noticed = first(c.Told, end)
+					noticed = first(c.Notified, end)
 				}
 				if noticed != 0 && noticed <= limit || touched(j.frozen[w], e.At, limit) {
 					continue

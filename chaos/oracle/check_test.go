@@ -10,7 +10,7 @@ import (
 // s is a time in a history, in seconds after an arbitrary moment.
 func s(seconds float64) int64 { return int64(1000*time.Second) + int64(seconds*float64(time.Second)) }
 
-// story is a history that is being told. Claims are named by worker and number:
+// story is a history in the making. Claims are named by worker and number:
 // "a1" is worker a's.
 type story []Event
 
@@ -39,12 +39,12 @@ func (h *story) locked(at float64, claim string, token int64) *story {
 	return h.add(at, Begin, claim, nil)
 }
 
-func (h *story) told(at float64, claim, class string) *story {
-	return h.add(at, Told, claim, func(e *Event) { e.Class = class })
+func (h *story) notified(at float64, claim, class string) *story {
+	return h.add(at, Notified, claim, func(e *Event) { e.Class = class })
 }
 
 func (h *story) lost(at float64, claim string) *story {
-	h.told(at, claim, ClassLost).add(at, Over, claim, nil)
+	h.notified(at, claim, ClassLost).add(at, Over, claim, nil)
 	return h.ended(at+0.01, claim, ClassLost)
 }
 
@@ -76,7 +76,7 @@ func (h *story) inject(at, heal, bound float64, victims ...string) *story {
 func displaced() *story {
 	h := &story{}
 	h.claim(0, "a1").locked(0.1, "a1", 10).write(0.2, "a1", 10, true, true)
-	h.claim(1, "b1").told(1.1, "a1", ClassDisplaced).released(1.4, "a1", ClassDisplaced)
+	h.claim(1, "b1").notified(1.1, "a1", ClassDisplaced).released(1.4, "a1", ClassDisplaced)
 	return h.locked(1.5, "b1", 20).released(2, "b1", ClassReleased)
 }
 
@@ -89,16 +89,16 @@ func TestCheck(t *testing.T) {
 	}{
 		{"one claim displaces another", displaced(), nil, nil},
 		{"an older waiter leaves", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).claim(1, "b1").claim(1.5, "c1").
-			ended(1.6, "b1", ClassDisplaced).told(1.1, "a1", ClassDisplaced).released(3, "a1", ClassReleased).
+			ended(1.6, "b1", ClassDisplaced).notified(1.1, "a1", ClassDisplaced).released(3, "a1", ClassReleased).
 			locked(3.1, "c1", 2).released(4, "c1", ClassReleased), nil, nil},
 		{"two hold at a time", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).claim(1, "b1").locked(1.2, "b1", 2).
-			told(1.3, "a1", ClassDisplaced).released(1.9, "a1", ClassDisplaced).released(2, "b1", ClassReleased), []string{RuleExclusion}, nil},
-		{"a told holder still holds", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).claim(1, "b1").told(1.1, "a1", ClassDisplaced).
+			notified(1.3, "a1", ClassDisplaced).released(1.9, "a1", ClassDisplaced).released(2, "b1", ClassReleased), []string{RuleExclusion}, nil},
+		{"a notified holder still holds", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).claim(1, "b1").notified(1.1, "a1", ClassDisplaced).
 			locked(1.2, "b1", 2).released(1.9, "a1", ClassDisplaced).released(2, "b1", ClassReleased), []string{RuleExclusion}, nil},
-		{"frozen past the lease, and told at once when it goes on", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).
+		{"frozen past the lease, and notified immediately when it goes on", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).
 			of(1, Frozen, "a", "").claim(12, "b1").locked(16, "b1", 2).of(21, Thawed, "a", "").lost(21.1, "a1").
 			released(22, "b1", ClassReleased), nil, []string{ExcuseFrozen}},
-		{"frozen, and not told for long when it goes on", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).
+		{"frozen, and not notified for long when it goes on", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).
 			of(1, Frozen, "a", "").claim(16, "b1").locked(17, "b1", 2).of(21, Thawed, "a", "").lost(25, "a1").
 			released(25, "b1", ClassReleased), []string{RuleExclusion}, nil},
 		{"killed while it held", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).of(1, Killed, "a", "").
@@ -111,27 +111,27 @@ func TestCheck(t *testing.T) {
 			released(2.5, "a1", ClassReleased).locked(2.6, "b1", int64(s(2.6))).released(3, "b1", ClassReleased), []string{RuleNewest}, nil},
 		{"the same, but the server crashed", (&story{}).claim(0, "a1").claim(1, "b1").of(1.5, Forget, "", ForgetCrash).locked(2, "a1", int64(s(2))).
 			released(2.5, "a1", ClassReleased).locked(2.6, "b1", int64(s(2.6))).released(3, "b1", ClassReleased), nil, []string{ExcuseCrash}},
-		{"a grant that was under way", (&story{}).claim(0, "a1").claim(1, "b1").locked(2, "a1", int64(s(0.9))).told(2.1, "a1", ClassDisplaced).
+		{"a grant that was under way", (&story{}).claim(0, "a1").claim(1, "b1").locked(2, "a1", int64(s(0.9))).notified(2.1, "a1", ClassDisplaced).
 			released(2.5, "a1", ClassDisplaced).locked(2.6, "b1", int64(s(2.6))).released(3, "b1", ClassReleased), nil, nil},
-		{"a holder that nobody tells", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).claim(1, "b1").released(7, "a1", ClassReleased).
+		{"a holder that is never notified", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).claim(1, "b1").released(7, "a1", ClassReleased).
 			locked(7.1, "b1", 2).released(8, "b1", ClassReleased), []string{RuleHolder}, nil},
 		{"the same, but its session may be gone", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).inject(0.5, 2, 0, "a").claim(1, "b1").
 			released(7, "a1", ClassReleased).locked(7.1, "b1", 2).released(8, "b1", ClassReleased), nil, nil},
-		{"a waiter that does not leave", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).claim(1, "b1").told(1.1, "a1", ClassDisplaced).claim(2, "c1").
+		{"a waiter that does not leave", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).claim(1, "b1").notified(1.1, "a1", ClassDisplaced).claim(2, "c1").
 			released(3, "a1", ClassReleased).locked(3.1, "c1", 2).ended(7, "b1", ClassDisplaced).released(8, "c1", ClassReleased), []string{RuleWaiter}, nil},
 		{"a session is lost", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).inject(1, 30, 9, "a").lost(9.5, "a1"), nil, nil},
 		{"a session is lost and the holder learns of it late", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).inject(1, 30, 9, "a").lost(11.5, "a1"), []string{RuleLost}, nil},
 		{"a wait without end", (&story{}).claim(0, "a1"), []string{RuleHang, RuleHang}, nil},
 		{"a wait that is too long", (&story{}).claim(0, "a1").ended(11, "a1", ClassTimeout), []string{RuleHang}, nil},
 		{"a release that is too long", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).add(1, Releasing, "a1", nil).ended(9, "a1", ClassReleased), []string{RuleHang}, nil},
-		{"not revoked", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).claim(1, "b1").told(1.1, "a1", ClassDisplaced).released(6, "a1", ClassDisplaced).
+		{"not revoked", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).claim(1, "b1").notified(1.1, "a1", ClassDisplaced).released(6, "a1", ClassDisplaced).
 			locked(6.1, "b1", 2).released(7, "b1", ClassReleased), []string{RuleRevoked}, nil},
 		{"refused for no reason", displaced().write(1.9, "b1", 20, false, true), []string{RuleRejected}, nil},
-		{"refused after it was told", displaced().write(1.35, "a1", 10, false, false), nil, nil},
-		{"told and still cleaning up in Do", (&story{}).add(0, Attempt, "a1", func(e *Event) { e.How = HowDo }).locked(0.1, "a1", 1).claim(1, "b1").
-			told(1.1, "a1", ClassDisplaced).locked(1.2, "b1", 2).released(1.3, "a1", ClassDisplaced).released(2, "b1", ClassReleased), []string{RuleExclusion}, nil},
+		{"refused after it was notified", displaced().write(1.35, "a1", 10, false, false), nil, nil},
+		{"notified and still cleaning up in Do", (&story{}).add(0, Attempt, "a1", func(e *Event) { e.How = HowDo }).locked(0.1, "a1", 1).claim(1, "b1").
+			notified(1.1, "a1", ClassDisplaced).locked(1.2, "b1", 2).released(1.3, "a1", ClassDisplaced).released(2, "b1", ClassReleased), []string{RuleExclusion}, nil},
 		{"the same, but its session may be gone", (&story{}).add(0, Attempt, "a1", func(e *Event) { e.How = HowDo }).locked(0.1, "a1", 1).claim(1, "b1").inject(1.1, 2, 0, "a").
-			told(1.1, "a1", ClassDisplaced).locked(1.2, "b1", 2).released(1.3, "a1", ClassDisplaced).released(2, "b1", ClassReleased), nil, []string{ExcuseDrain}},
+			notified(1.1, "a1", ClassDisplaced).locked(1.2, "b1", 2).released(1.3, "a1", ClassDisplaced).released(2, "b1", ClassReleased), nil, []string{ExcuseDrain}},
 		{"fails during a fault", (&story{}).claim(0, "a1").inject(0.5, 2, 0, "a").ended(1, "a1", ClassFailed), nil, nil},
 		{"fails without a fault", (&story{}).claim(0, "a1").inject(0.5, 2, 0, "b").ended(1, "a1", ClassFailed), []string{RuleFailed}, nil},
 		{"goroutines are left", displaced().add(9, Bye, "", func(e *Event) { e.Worker, e.Count = "a", 2 }), []string{RuleLeak}, nil},

@@ -110,7 +110,7 @@ func (d *driver) failover(ctx context.Context, base int64, f failover) (err erro
 				return nil, err
 			}
 			w.Server = standby
-			if f.silent { // somebody makes sure that it does not come back
+			if f.silent { // an operator makes sure that it does not come back
 				sleep(ctx, 12*time.Second)
 				return nil, primary.Kill()
 			}

@@ -75,13 +75,13 @@ func (d *recording) judge(say func(format string, args ...any)) report {
 	return r
 }
 
-// skewSeen looks for a worker that began after a time and told a wrong one.
+// skewSeen looks for a worker that began after a time and read a wrong one.
 func (d *recording) skewSeen(after int64) bool {
 	for _, e := range d.Events {
 		if e.Kind == oracle.Hello && e.At > after {
-			told, err := time.Parse(time.RFC3339, e.Text)
+			read, err := time.Parse(time.RFC3339, e.Text)
 			right := time.Unix(0, e.At+d.Offset)
-			if err == nil && right.Sub(told).Abs() > 50*time.Minute {
+			if err == nil && right.Sub(read).Abs() > 50*time.Minute {
 				return true
 			}
 		}
@@ -214,7 +214,7 @@ func (l *line) plus(o *line) {
 // table is the table of RELIABILITY.md.
 func (r *report) table() string {
 	var b strings.Builder
-	b.WriteString("| fault | runs | claims | holds | displaced | timed out | lost | failed | killed | hung | writes | refused | excused | violations | told: median | worst |\n")
+	b.WriteString("| fault | runs | claims | holds | displaced | timed out | lost | failed | killed | hung | writes | refused | excused | violations | notified: median | worst |\n")
 	b.WriteString("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n")
 	sum := &line{name: "**all**"}
 	lines := slices.Clone(r.lines)

@@ -329,7 +329,7 @@ func (w *worker) direct(key int64, p plan, announce bool) {
 }
 
 // hold waits for the lock delay, and then writes until the time is over or the
-// lock is wanted. It answers why it was told to stop.
+// lock is wanted. It returns why the holder was notified.
 func (c *claim) hold(l locker.PreemptableLock, ch <-chan locker.NotificationPayload, drain time.Duration, p plan) string {
 	var over <-chan time.Time
 	beginning := time.After(drain)
@@ -358,7 +358,7 @@ func (c *claim) hold(l locker.PreemptableLock, ch <-chan locker.NotificationPayl
 			if cause, has := l.(interface{ Cause() error }); has && cause.Cause() != nil {
 				class, text = classOf(cause.Cause()), cause.Cause().Error()
 			}
-			c.emit(oracle.Event{Kind: oracle.Told, Class: class, Text: text})
+			c.emit(oracle.Event{Kind: oracle.Notified, Class: class, Text: text})
 			if !ok {
 				c.emit(oracle.Event{Kind: oracle.Over})
 				return class
@@ -417,7 +417,7 @@ func (w *worker) viaDo(key int64, p plan) {
 				c.write(true)
 			case <-ctx.Done():
 				cause := context.Cause(ctx)
-				c.emit(oracle.Event{Kind: oracle.Told, Class: classOf(cause), Text: cause.Error()})
+				c.emit(oracle.Event{Kind: oracle.Notified, Class: classOf(cause), Text: cause.Error()})
 				if !errors.Is(cause, locker.ErrLockLost) {
 					time.Sleep(p.react)
 				}
