@@ -55,6 +55,7 @@ func main() {
 	clients := flag.Int("clients", 3, "claims at a time")
 	seed := flag.Uint64("seed", 1, "of the claims' timing")
 	lockTimeout := flag.Duration("lock-timeout", 8*time.Second, "of the provider")
+	sessionTimeout := flag.Duration("session-timeout", 10*time.Second, "of the provider")
 	sweep := flag.Bool("sweep", false, "lock and release every key once, then end")
 	verbose := flag.Bool("v", false, "the provider's log on standard error")
 	w := &worker{out: os.Stdout, stopping: make(chan struct{})}
@@ -79,7 +80,7 @@ func main() {
 		level = slog.LevelError + 1
 	}
 	idle := runtime.NumGoroutine()
-	if err := w.open(*uri, *fence, *kind, *lockTimeout, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))); err != nil {
+	if err := w.open(*uri, *fence, *kind, *lockTimeout, *sessionTimeout, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))); err != nil {
 		fmt.Fprintln(os.Stderr, "worker:", err)
 		os.Exit(2)
 	}
@@ -101,7 +102,7 @@ func main() {
 	w.end(idle)
 }
 
-func (w *worker) open(uri, fence, kind string, lockTimeout time.Duration, logger *slog.Logger) (err error) {
+func (w *worker) open(uri, fence, kind string, lockTimeout, sessionTimeout time.Duration, logger *slog.Logger) (err error) {
 	if w.fence, err = sql.Open("postgres", fence); err != nil {
 		return err
 	}
@@ -111,7 +112,7 @@ func (w *worker) open(uri, fence, kind string, lockTimeout time.Duration, logger
 		w.provider, err = locker.NewLockProvider(locker.PostgresLockProviderKind,
 			locker.WithPostgresBackend(uri, ""), locker.WithLockTimeout(lockTimeout), locker.WithPreemptionTimeout(w.preempt), locker.WithLogger(logger))
 	} else {
-		w.provider, err = broken.New(kind, uri, lockTimeout)
+		w.provider, err = broken.New(kind, uri, lockTimeout, sessionTimeout)
 	}
 	if err != nil {
 		return err
