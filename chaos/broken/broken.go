@@ -30,7 +30,7 @@ const (
 	GiveUp        = "give-up"        // the first error ends a claim
 	TakeSuspended = "take-suspended" // a session that has been out of contact for half of its timeout is taken from
 	NeverTake     = "never-take"     // a dead session is never taken from
-	ForgetRelease = "forget-release" // the release that follows a failed heartbeat is lost with its connection, and not repeated
+	ForgetRelease = "forget-release" // releases soon after a failed heartbeat are lost with their connection, and not repeated
 )
 
 // Mistakes are all of them.
@@ -67,7 +67,7 @@ type Provider struct {
 	session string
 	good    time.Time // start of the session's last good heartbeat; zero: it has had none
 	watched map[string]watch
-	failing bool // a heartbeat has failed since the last release
+	failed  time.Time // when a heartbeat did last
 }
 
 // watch is what is known of another session.
@@ -142,7 +142,9 @@ func (p *Provider) beat() {
 			if err == nil && p.session == session {
 				p.good = start
 			}
-			p.failing = p.failing || err != nil
+			if err != nil {
+				p.failed = time.Now()
+			}
 			if err != nil && p.mistake == LoseOnCut {
 				p.loseLocked()
 			}
@@ -414,8 +416,7 @@ func (l *lock) Unlock(context.Context) error {
 	done := make(chan struct{})
 	p.mu.Lock()
 	lost := l.cause == locker.ErrLockLost
-	forgotten := p.failing && p.mistake == ForgetRelease
-	p.failing = false
+	forgotten := p.mistake == ForgetRelease && time.Since(p.failed) < p.lease/2
 	p.running.Go(func() { // before Close can see that there is no hold any more
 		defer close(done)
 		// Not the provider's context: what is held is released on Close, too.

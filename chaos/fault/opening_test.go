@@ -17,7 +17,7 @@ import (
 // a caller gets his error, and Close comes to an end.
 func TestSilenceWhileOpening(t *testing.T) {
 	t.Parallel()
-	server, err := NewServer(t.Context(), map[string]string{"max_connections": "300"}) // all at once
+	server, err := NewServer(t.Context(), map[string]string{"max_connections": "300"}) // all of them concurrently
 	if errors.Is(err, pgserver.ErrNoBinaries) {
 		t.Skip(err)
 	}
