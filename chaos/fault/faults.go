@@ -334,12 +334,13 @@ func errorReplies(odds int, affected ...Role) func(context.Context, Scene) (func
 
 func change(f func(*Shape), affected ...Role) func(context.Context, Scene) (func() error, error) {
 	return func(_ context.Context, s Scene) (func() error, error) {
+		var undo []func()
 		for _, v := range s.Victims {
-			v.Proxy.Change(f, affected...)
+			undo = append(undo, v.Proxy.Change(f, affected...))
 		}
 		return func() error {
-			for _, v := range s.Victims {
-				v.Proxy.Change(func(s *Shape) { *s = Shape{} })
+			for _, u := range undo {
+				u()
 			}
 			return nil
 		}, nil
@@ -368,7 +369,7 @@ func refuseLogins(_ context.Context, s Scene) (func() error, error) {
 	}
 	return func() error {
 		for _, v := range s.Victims {
-			v.Proxy.RefuseLogins("")
+			v.Proxy.AcceptLogins()
 		}
 		return nil
 	}, nil

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"regexp"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -66,13 +67,21 @@ type Proxy struct {
 	mu       sync.Mutex // guards everything below
 	turn     *sync.Cond // a shape has changed, or a connection was cut
 	listener net.Listener
-	shapes   [roles]Shape
+	effects  []*effect
+	shapes   [roles]Shape // what all effects make of it, one after the other
 	conns    map[*conn]bool
 	orphans  []net.Conn // backends that were swapped and live on
-	refusal  string     // the SQLSTATE that a login gets; empty: it is welcome
+	refused  int        // how many Refuses have not met their Accept
+	refusals []string   // the SQLSTATEs of which a login gets the last; none: it is welcome
 	closed   bool
 	requests int // of all clients so far
 	last     int // the network goes silent before the next one; 0: it does not
+}
+
+// effect is one change of the network.
+type effect struct {
+	change   func(*Shape)
+	affected []Role
 }
 
 // conn is one client's connection.
@@ -124,21 +133,37 @@ func (p *Proxy) listen() error {
 }
 
 // Change changes the network for the connections of the given roles; without any,
-// for all connections.
-func (p *Proxy) Change(change func(*Shape), affected ...Role) {
+// for all connections. Changes that are made concurrently by several faults can be
+// undone one by one.
+func (p *Proxy) Change(change func(*Shape), affected ...Role) (undo func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if len(affected) == 0 {
 		affected = []Role{Statements, Session, Listener}
 	}
-	for _, r := range affected {
-		change(&p.shapes[r])
+	e := &effect{change, affected}
+	p.effects = append(p.effects, e)
+	p.shapeLocked()
+	return func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.effects = slices.DeleteFunc(p.effects, func(o *effect) bool { return o == e })
+		p.shapeLocked()
+	}
+}
+
+func (p *Proxy) shapeLocked() {
+	p.shapes = [roles]Shape{}
+	for _, e := range p.effects {
+		for _, r := range e.affected {
+			e.change(&p.shapes[r])
+		}
 	}
 	p.turn.Broadcast()
 }
 
-// SilentAfter makes the network go silent, both ways, when clients have sent n
-// more requests.
+// SilentAfter makes the network go silent, both ways and for good, when clients
+// have sent n more requests.
 func (p *Proxy) SilentAfter(n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -154,9 +179,11 @@ func (p *Proxy) requestedLocked() {
 	}
 }
 
-// Refuse ends every connection and refuses new ones, until Accept.
+// Refuse ends every connection and refuses new ones, until Accept is called as
+// often.
 func (p *Proxy) Refuse() {
 	p.mu.Lock()
+	p.refused++
 	if p.listener != nil {
 		_ = p.listener.Close()
 		p.listener = nil
@@ -168,7 +195,8 @@ func (p *Proxy) Refuse() {
 // Accept ends Refuse.
 func (p *Proxy) Accept() error {
 	p.mu.Lock()
-	open := p.listener != nil
+	p.refused--
+	open := p.refused > 0 || p.listener != nil
 	p.mu.Unlock()
 	if open {
 		return nil
@@ -176,11 +204,19 @@ func (p *Proxy) Accept() error {
 	return p.listen()
 }
 
-// RefuseLogins makes every login fail with a SQLSTATE; an empty one ends that.
+// RefuseLogins makes every login fail with a SQLSTATE, until AcceptLogins is
+// called as often.
 func (p *Proxy) RefuseLogins(code string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.refusal = code
+	p.refusals = append(p.refusals, code)
+}
+
+// AcceptLogins ends RefuseLogins.
+func (p *Proxy) AcceptLogins() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refusals = p.refusals[1:]
 }
 
 // Cut ends every connection.
@@ -302,12 +338,7 @@ type chunk struct {
 // is reports whether the connection has one of the roles, or whether there are
 // none to choose from.
 func (c *conn) is(affected []Role) bool {
-	for _, r := range affected {
-		if c.role == r {
-			return true
-		}
-	}
-	return len(affected) == 0
+	return len(affected) == 0 || slices.Contains(affected, c.role)
 }
 
 func (c *conn) endLocked() {
@@ -379,10 +410,10 @@ func (c *conn) readClient() {
 	c.proxy.mu.Lock()
 	c.startup = first
 	c.proxy.requestedLocked()
-	refusal := c.proxy.refusal
+	refusals := c.proxy.refusals
 	c.proxy.mu.Unlock()
-	if refusal != "" && code(first) != cancelRequest {
-		c.send(ToClient, failure("FATAL", refusal))
+	if len(refusals) > 0 && code(first) != cancelRequest {
+		c.send(ToClient, failure("FATAL", refusals[len(refusals)-1]))
 		c.send(ToClient, nil)
 		<-c.over // by the writer, when the client has it
 		return

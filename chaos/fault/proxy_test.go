@@ -176,30 +176,35 @@ func TestProxyShapes(t *testing.T) {
 		t.Error(pids)
 	}
 
-	p.Change(func(s *Shape) { s.Silent[ToClient] = true }, Session)
+	undo := p.Change(func(s *Shape) { s.Silent[ToClient] = true }, Session)
 	session.send(message('Q', "a\x00"))
 	if reply, err := session.hear(200 * time.Millisecond); !os.IsTimeout(err) {
 		t.Fatalf("%q %v through a silent network", reply, err)
 	}
-	listener.want("b", "2:b") // only the session is silent
-	p.Change(func(s *Shape) { *s = Shape{} })
+	listener.want("b", "2:b")                                   // only the session is silent
+	p.Change(func(s *Shape) { s.Latency = time.Millisecond })() // leaves the other change as it is
+	if reply, err := session.hear(50 * time.Millisecond); !os.IsTimeout(err) {
+		t.Fatalf("%q %v through a silent network", reply, err)
+	}
+	undo()
 	if reply, err := session.hear(5 * time.Second); reply != "1:a" {
 		t.Fatalf("%q %v after the silence", reply, err)
 	}
 
-	p.Change(func(s *Shape) { s.Latency = 100 * time.Millisecond }, Session)
+	undo = p.Change(func(s *Shape) { s.Latency = 100 * time.Millisecond }, Session)
 	start := time.Now()
 	session.want("c", "1:c")
 	if took := time.Since(start); took < 200*time.Millisecond {
 		t.Error("no latency:", took)
 	}
-	p.Change(func(s *Shape) { *s = Shape{Rate: 100} }, Session)
+	undo()
+	undo = p.Change(func(s *Shape) { s.Rate = 100 }, Session)
 	start = time.Now()
 	session.want("0123456789", "1:0123456789") // about 16 bytes there and 25 back
 	if took := time.Since(start); took < 300*time.Millisecond {
 		t.Error("no limit of bandwidth:", took)
 	}
-	p.Change(func(s *Shape) { *s = Shape{} })
+	undo()
 
 	p.Refuse()
 	if _, err := listener.hear(5 * time.Second); err == nil || os.IsTimeout(err) {
@@ -224,7 +229,7 @@ func TestRefusedLogins(t *testing.T) {
 		t.Fatalf("%q %v, want 28P01 and the end of the connection", reply, err)
 	}
 	before.want("a", "1:a") // who is logged in stays so
-	p.RefuseLogins("")
+	p.AcceptLogins()
 	logIn(t, p)
 }
 
@@ -234,7 +239,7 @@ func TestErrorReplies(t *testing.T) {
 	session, other := logIn(t, p), logIn(t, p)
 	session.want(lockText, "1:"+lockText)
 	other.want("a", "2:a")
-	p.Change(func(s *Shape) { s.Odds, s.Errors = 1, []string{"53300"} }, Session)
+	undo := p.Change(func(s *Shape) { s.Odds, s.Errors = 1, []string{"53300"} }, Session)
 	seen := b.seen.Load()
 	session.want("b", "53300")
 	// A request of several messages gets one reply.
@@ -246,7 +251,7 @@ func TestErrorReplies(t *testing.T) {
 		t.Errorf("the server has seen %d of the requests", n)
 	}
 	other.want("c", "2:c")
-	p.Change(func(s *Shape) { *s = Shape{} })
+	undo()
 	session.want("d", "1:d")
 }
 

@@ -258,10 +258,11 @@ func (w *World) Thaw(v *Worker) {
 	if v.freezer == nil {
 		return
 	}
+	at := oracle.Now() // what it notices comes later
 	_ = v.freezer.stdin.Close()
 	_ = v.freezer.cmd.Wait()
 	v.freezer = nil
-	w.Record(oracle.Event{At: oracle.Now(), Kind: oracle.Thawed, Worker: v.Name})
+	w.Record(oracle.Event{At: at, Kind: oracle.Thawed, Worker: v.Name})
 }
 
 // Query runs one statement in the locks' database as superuser, past the

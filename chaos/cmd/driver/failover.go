@@ -111,11 +111,8 @@ func (d *driver) failover(ctx context.Context, base int64, f failover) (err erro
 		}}
 		if f.standby {
 			loss = fault.Fault{Name: f.name, Slow: true, Hold: 15 * time.Second, Inject: func(context.Context, fault.Scene) (func() error, error) {
-				replication.Change(func(s *fault.Shape) { s.Silent = [2]bool{true, true} })
-				return func() error {
-					replication.Change(func(s *fault.Shape) { *s = fault.Shape{} })
-					return nil
-				}, nil
+				undo := replication.Change(func(s *fault.Shape) { s.Silent = [2]bool{true, true} })
+				return func() error { undo(); return nil }, nil
 			}}
 		}
 		d.say("%s", f.name)
