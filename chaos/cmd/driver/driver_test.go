@@ -100,7 +100,7 @@ func TestOracle(t *testing.T) {
 		{broken.GiveUp, 4 * time.Second, []string{"cut as statements"}, 0, []string{oracle.RuleFailed}},
 		{broken.TakeSuspended, 10 * time.Second, []string{"SIGKILL of a worker", "network silent for 8 s"}, 0, []string{oracle.RuleEarly, oracle.RuleExclusion}},
 		{broken.NeverTake, 4 * time.Second, []string{"SIGKILL of a worker"}, 0, []string{oracle.RuleStuck}},
-		{broken.ForgetRelease, 6 * time.Second, []string{"logins refused for 2 s"}, 30 * time.Second, []string{oracle.RuleStuck}},
+		{broken.ForgetRelease, 6 * time.Second, []string{"logins refused for 2 s"}, 40 * time.Second, []string{oracle.RuleStuck}},
 	} {
 		t.Run(c.mistake, func(t *testing.T) {
 			t.Parallel()
