@@ -1,6 +1,8 @@
 // Package broken has lock providers with one deliberate mistake each, to see
-// that the oracle notices. They share a simple lock on one table that is polled;
-// without a mistake, and without faults, it keeps the promises that are checked.
+// that the oracle notices. They share a simple lock on one table that is polled,
+// with sessions that are leases: a counter that goes up as long as its process is
+// in contact. Without a mistake it keeps the promises that are checked, whatever
+// happens to its connections.
 package broken
 
 import (
@@ -19,39 +21,63 @@ import (
 
 // The mistakes.
 const (
-	None        = "none"         // the control
-	NoFencing   = "no-fencing"   // tokens are counted by each process for itself
-	TrustNotify = "trust-notify" // a waiter takes the key when a message says that it is free
-	UnlockOther = "unlock-other" // Unlock, also after a wait that failed, frees whoever holds the key
+	None          = "none"           // the control
+	NoFencing     = "no-fencing"     // tokens are counted by each process for itself
+	TrustNotify   = "trust-notify"   // a waiter takes the key when a message says that it is free
+	UnlockOther   = "unlock-other"   // Unlock, also after a wait that failed, frees whoever holds the key
+	LoseOnCut     = "lose-on-cut"    // one failed heartbeat, and every hold is lost
+	HoldOn        = "hold-on"        // holders are not notified when contact is lost
+	GiveUp        = "give-up"        // the first error ends a claim
+	TakeSuspended = "take-suspended" // a session that has been out of contact for half of its timeout is taken from
+	NeverTake     = "never-take"     // a dead session is never taken from
+	ForgetRelease = "forget-release" // releases soon after a failed heartbeat are lost with their connection, and not repeated
 )
 
 // Mistakes are all of them.
-var Mistakes = []string{NoFencing, TrustNotify, UnlockOther}
+var Mistakes = []string{NoFencing, TrustNotify, UnlockOther, LoseOnCut, HoldOn, GiveUp, TakeSuspended, NeverTake, ForgetRelease}
 
 // Channel is where the providers announce releases.
 const Channel = "broken_released"
 
-const schema = `CREATE TABLE IF NOT EXISTS broken_locks (
-	key bigint PRIMARY KEY, claim bigint NOT NULL DEFAULT 0, claimant text, holder text, token bigint NOT NULL DEFAULT 0)`
+const schema = `
+CREATE TABLE IF NOT EXISTS broken_locks (
+	key bigint PRIMARY KEY, claim bigint NOT NULL DEFAULT 0, claimant text, holder text, session text, token bigint NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS broken_sessions (id text PRIMARY KEY, beats bigint NOT NULL)`
 
-const poll = 100 * time.Millisecond
+const (
+	poll    = 100 * time.Millisecond
+	release = 4 * time.Second // Unlock goes on in the background after it
+)
 
 // Provider is a locker.LockProvider.
 type Provider struct {
 	mistake string
-	timeout time.Duration
+	timeout time.Duration // of a wait
+	lease   time.Duration // the session timeout
 	db      *sql.DB
 	heard   *pq.Listener
 	tokens  atomic.Int64
-	stop    chan struct{}
+	ctx     context.Context // ends with Close
+	stop    context.CancelFunc
 	running sync.WaitGroup
 
-	mu      sync.Mutex // guards waiting
+	mu      sync.Mutex // guards everything below
 	waiting map[*lock]chan struct{}
+	held    map[*lock]bool
+	session string
+	good    time.Time // start of the session's last good heartbeat; zero: it has had none
+	watched map[string]watch
+	failed  time.Time // when a heartbeat did last
+}
+
+// watch is what is known of another session.
+type watch struct {
+	beats int64
+	since time.Time // it has not changed since then
 }
 
 // New makes a provider with one of the mistakes.
-func New(mistake, uri string, lockTimeout time.Duration) (*Provider, error) {
+func New(mistake, uri string, lockTimeout, sessionTimeout time.Duration) (*Provider, error) {
 	db, err := sql.Open("postgres", uri)
 	if err != nil {
 		return nil, err
@@ -60,18 +86,18 @@ func New(mistake, uri string, lockTimeout time.Duration) (*Provider, error) {
 	if _, err := db.Exec("SELECT pg_advisory_xact_lock(77); " + schema); err != nil {
 		return nil, err
 	}
-	p := &Provider{mistake: mistake, timeout: lockTimeout, db: db, stop: make(chan struct{}), waiting: map[*lock]chan struct{}{}}
+	p := &Provider{mistake: mistake, timeout: lockTimeout, lease: sessionTimeout, db: db, session: uuid.NewString(),
+		waiting: map[*lock]chan struct{}{}, held: map[*lock]bool{}, watched: map[string]watch{}}
+	p.ctx, p.stop = context.WithCancel(context.Background())
 	p.heard = pq.NewListener(uri, poll, time.Second, nil)
-	if err := p.heard.Listen(Channel); err != nil {
-		return nil, err
-	}
-	p.running.Add(1)
-	go p.listen()
+	p.running.Go(p.listen)
+	p.running.Go(p.beat)
+	p.running.Go(p.alarm)
 	return p, nil
 }
 
 func (p *Provider) listen() {
-	defer p.running.Done()
+	_ = p.heard.Listen(Channel) // waits for the first connection
 	for n := range p.heard.Notify {
 		if n == nil {
 			continue
@@ -89,6 +115,76 @@ func (p *Provider) listen() {
 	}
 }
 
+// every calls f until the provider is closed.
+func (p *Provider) every(interval time.Duration, f func()) {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		f()
+		select {
+		case <-p.ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// beat keeps the session in contact.
+func (p *Provider) beat() {
+	p.every(p.lease*3/10, func() {
+		for p.ctx.Err() == nil {
+			p.mu.Lock()
+			session := p.session
+			p.mu.Unlock()
+			start := time.Now()
+			_, err := p.db.ExecContext(p.ctx, `INSERT INTO broken_sessions AS s VALUES ($1, 1) ON CONFLICT (id) DO UPDATE SET beats = s.beats + 1`, session)
+			p.mu.Lock()
+			if err == nil && p.session == session {
+				p.good = start
+			}
+			if err != nil {
+				p.failed = time.Now()
+			}
+			if err != nil && p.mistake == LoseOnCut {
+				p.loseLocked()
+			}
+			p.mu.Unlock()
+			if err == nil {
+				return
+			}
+			pause(p.ctx, poll)
+		}
+	})
+}
+
+// alarm ends the session when it has been out of contact for too long.
+func (p *Provider) alarm() {
+	p.every(poll/2, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if !p.good.IsZero() && time.Since(p.good) > p.lease*9/10 && p.mistake != HoldOn {
+			p.loseLocked()
+		}
+	})
+}
+
+// loseLocked ends every hold and begins another session.
+func (p *Provider) loseLocked() {
+	for l := range p.held {
+		l.notify(locker.ErrLockLost)
+		close(l.ch)
+		delete(p.held, l)
+	}
+	p.session, p.good = uuid.NewString(), time.Time{}
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
 // LockKey is the number itself.
 func (p *Provider) LockKey(_ context.Context, _ string, pr uint) (int64, error) {
 	return int64(pr), nil
@@ -96,15 +192,29 @@ func (p *Provider) LockKey(_ context.Context, _ string, pr uint) (int64, error) 
 
 // New makes a lock.
 func (p *Provider) New(_ context.Context, key int64, event string) (locker.PreemptableLock, error) {
-	return &lock{p: p, key: key, id: uuid.New(), event: event, over: make(chan struct{})}, nil
+	return &lock{p: p, key: key, id: uuid.New(), event: event, ch: make(chan locker.NotificationPayload, 1)}, nil
 }
 
 // Close ends every hold.
 func (p *Provider) Close() error {
-	close(p.stop)
+	p.stop()
+	p.mu.Lock()
+	for l := range p.held {
+		l.notify(locker.ErrProviderClosed)
+	}
+	p.mu.Unlock()
+	for end := time.Now().Add(release); time.Now().Before(end) && p.holding(); {
+		time.Sleep(poll / 10)
+	}
 	_ = p.heard.Close()
 	p.running.Wait()
 	return p.db.Close()
+}
+
+func (p *Provider) holding() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.held) > 0
 }
 
 type lock struct {
@@ -114,74 +224,160 @@ type lock struct {
 	event string
 	claim int64
 	token int64
-	once  sync.Once
-	over  chan struct{}
+	ch    chan locker.NotificationPayload
 
-	mu    sync.Mutex // guards cause
+	// guarded by the provider's mu
 	cause error
 }
 
 func (l *lock) Token() int64 { return l.token }
 
 func (l *lock) Cause() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
+	l.p.mu.Lock()
+	defer l.p.mu.Unlock()
 	return l.cause
 }
 
+// notify is called with the provider's mu.
+func (l *lock) notify(cause error) {
+	if l.cause == nil {
+		l.cause = cause
+		l.ch <- locker.NotificationPayload{ID: l.id, Message: cause.Error(), LockKey: l.key}
+	}
+}
+
+// persist repeats a statement until it has worked. The error is why that did not
+// happen.
+func (p *Provider) persist(ctx context.Context, statement func(context.Context) error) error {
+	for {
+		err := statement(ctx)
+		if err == nil || p.mistake == GiveUp {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-p.ctx.Done():
+			return locker.ErrProviderClosed
+		case <-time.After(poll):
+		}
+	}
+}
+
+// Notify announces the claim. It may do so more than once; what counts is the
+// last time.
 func (l *lock) Notify(ctx context.Context) error {
-	return l.p.db.QueryRowContext(ctx, `INSERT INTO broken_locks AS b (key, claim, claimant) VALUES ($1, 1, $2)
-		ON CONFLICT (key) DO UPDATE SET claim = b.claim + 1, claimant = $2 RETURNING claim`, l.key, l.event).Scan(&l.claim)
+	return l.p.persist(ctx, func(ctx context.Context) error {
+		return l.p.db.QueryRowContext(ctx, `INSERT INTO broken_locks AS b (key, claim, claimant) VALUES ($1, 1, $2)
+			ON CONFLICT (key) DO UPDATE SET claim = b.claim + 1, claimant = $2 RETURNING claim`, l.key, l.event).Scan(&l.claim)
+	})
 }
 
 func (l *lock) Lock(ctx context.Context) (<-chan locker.NotificationPayload, error) {
-	if l.claim == 0 { // never announced: as old as the newest
-		if _, err := l.p.db.ExecContext(ctx, `INSERT INTO broken_locks (key) VALUES ($1) ON CONFLICT DO NOTHING`, l.key); err != nil {
-			return nil, err
-		}
-		if err := l.p.db.QueryRowContext(ctx, `SELECT claim FROM broken_locks WHERE key = $1`, l.key).Scan(&l.claim); err != nil {
-			return nil, err
-		}
-	}
+	p := l.p
+	ctx, cancel := context.WithTimeout(ctx, p.timeout)
+	defer cancel()
 	free := make(chan struct{}, 1)
-	l.p.mu.Lock()
-	l.p.waiting[l] = free
-	l.p.mu.Unlock()
+	p.mu.Lock()
+	p.waiting[l] = free
+	p.mu.Unlock()
 	defer func() {
-		l.p.mu.Lock()
-		delete(l.p.waiting, l)
-		l.p.mu.Unlock()
+		p.mu.Lock()
+		delete(p.waiting, l)
+		p.mu.Unlock()
 	}()
-	deadline := time.After(l.p.timeout)
-	condition := "holder IS NULL"
-	for {
-		err := l.p.db.QueryRowContext(ctx, `UPDATE broken_locks SET holder = $2, token = token + 1
-			WHERE key = $1 AND claim = $3 AND `+condition+` RETURNING token`, l.key, l.id, l.claim).Scan(&l.token)
-		if err == nil {
-			return l.held(), nil
-		}
-		newest := l.claim
-		if err := l.p.db.QueryRowContext(ctx, `SELECT claim FROM broken_locks WHERE key = $1`, l.key).Scan(&newest); err != nil {
+	for trusting := false; ; {
+		newest, holder, beats, err := l.look(ctx)
+		switch {
+		case err != nil && p.mistake == GiveUp:
 			return nil, err
-		}
-		if newest > l.claim {
+		case err != nil:
+		case newest > l.claim:
 			l.failed()
 			return nil, locker.ErrLockPreempted
+		default:
+			if got, err := l.take(ctx, p.dead(holder, beats), beats, trusting); got {
+				return l.ch, nil
+			} else if err != nil && p.mistake == GiveUp {
+				return nil, err
+			}
 		}
 		select {
 		case <-free:
-			if l.p.mistake == TrustNotify {
-				condition = "true"
-			}
+			trusting = p.mistake == TrustNotify
 		case <-time.After(poll):
-		case <-deadline:
+		case <-ctx.Done():
 			l.failed()
 			return nil, locker.ErrLockTimeout
-		case <-l.p.stop:
+		case <-p.ctx.Done():
 			l.failed()
 			return nil, locker.ErrProviderClosed
 		}
 	}
+}
+
+// look reads the key's newest claim and its holder's session. A claim that was
+// never announced is as old as the newest.
+func (l *lock) look(ctx context.Context) (newest int64, holder string, beats int64, err error) {
+	err = l.p.db.QueryRowContext(ctx, `WITH made AS (INSERT INTO broken_locks (key) VALUES ($1) ON CONFLICT DO NOTHING RETURNING claim)
+		SELECT claim, '', 0 FROM made UNION ALL
+		SELECT b.claim, coalesce(b.session, ''), coalesce(s.beats, 0) FROM broken_locks b LEFT JOIN broken_sessions s ON s.id = b.session WHERE b.key = $1`,
+		l.key).Scan(&newest, &holder, &beats)
+	if err == nil && l.claim == 0 {
+		l.claim = newest
+	}
+	return newest, holder, beats, err
+}
+
+// dead returns the session if it has been watched being dead for long enough.
+func (p *Provider) dead(session string, beats int64) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	w, known := p.watched[session]
+	if !known || w.beats != beats {
+		w = watch{beats, time.Now()}
+		p.watched[session] = w
+	}
+	limit := p.lease
+	if p.mistake == TakeSuspended {
+		limit /= 2
+	}
+	if session == "" || time.Since(w.since) < limit || p.mistake == NeverTake {
+		return ""
+	}
+	return session
+}
+
+// take tries to take the key. Who is out of contact takes nothing.
+func (l *lock) take(ctx context.Context, dead string, beats int64, trusting bool) (bool, error) {
+	p := l.p
+	p.mu.Lock()
+	session, trusted := p.session, !p.good.IsZero()
+	p.mu.Unlock()
+	if !trusted {
+		return false, nil
+	}
+	err := p.db.QueryRowContext(ctx, `UPDATE broken_locks SET holder = $2, session = $4, token = token + 1
+		WHERE key = $1 AND claim = $3 AND (holder IS NULL OR holder = $2 OR $7
+			OR session = $5 AND (SELECT beats FROM broken_sessions WHERE id = $5) = $6) RETURNING token`,
+		l.key, l.id.String(), l.claim, session, dead, beats, trusting).Scan(&l.token)
+	if err == sql.ErrNoRows {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	if p.mistake == NoFencing {
+		l.token = p.tokens.Add(1)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.session != session { // lost meanwhile; the next try finds it held by this very claim
+		return false, nil
+	}
+	p.held[l] = true
+	p.running.Go(l.watch)
+	return true, nil
 }
 
 func (l *lock) failed() {
@@ -190,55 +386,59 @@ func (l *lock) failed() {
 	}
 }
 
-func (l *lock) held() <-chan locker.NotificationPayload {
-	if l.p.mistake == NoFencing {
-		l.token = l.p.tokens.Add(1)
+// watch ends with the hold.
+func (l *lock) watch() {
+	p := l.p
+	for p.ctx.Err() == nil {
+		var newest int64
+		err := p.db.QueryRowContext(p.ctx, `SELECT claim FROM broken_locks WHERE key = $1`, l.key).Scan(&newest)
+		p.mu.Lock()
+		held := p.held[l]
+		if held && err == nil && newest > l.claim {
+			l.notify(locker.ErrLockPreempted)
+		}
+		p.mu.Unlock()
+		if !held {
+			return
+		}
+		pause(p.ctx, poll)
 	}
-	ch := make(chan locker.NotificationPayload, 1)
-	l.p.running.Add(1)
-	go func() { // ends with Unlock
-		defer l.p.running.Done()
-		tick := time.NewTicker(poll)
-		defer tick.Stop()
-		stop := l.p.stop
-		told := false
-		tell := func(cause error) {
-			if told {
-				return
-			}
-			told = true
-			l.mu.Lock()
-			l.cause = cause
-			l.mu.Unlock()
-			ch <- locker.NotificationPayload{ID: l.id, Message: cause.Error(), LockKey: l.key}
-		}
-		for {
-			select {
-			case <-l.over:
-				return
-			case <-stop:
-				tell(locker.ErrProviderClosed)
-				stop = nil
-			case <-tick.C:
-				var newest int64
-				if err := l.p.db.QueryRow(`SELECT claim FROM broken_locks WHERE key = $1`, l.key).Scan(&newest); err == nil && newest > l.claim {
-					tell(locker.ErrLockPreempted)
-				}
-			}
-		}
-	}()
-	return ch
 }
 
-func (l *lock) Unlock(ctx context.Context) error {
+// Unlock returns nil when the key is free, or when it will be as soon as the
+// server can be reached.
+func (l *lock) Unlock(context.Context) error {
+	p := l.p
 	mine := " AND holder = $2"
-	if l.p.mistake == UnlockOther {
+	if p.mistake == UnlockOther {
 		mine = " AND $2 <> ''"
 	}
-	l.once.Do(func() { close(l.over) })
-	_, err := l.p.db.ExecContext(ctx, `UPDATE broken_locks SET holder = NULL WHERE key = $1`+mine, l.key, l.id.String())
-	if err == nil {
-		_, err = l.p.db.ExecContext(ctx, `SELECT pg_notify($1, $2)`, Channel, fmt.Sprint(l.key))
+	done := make(chan struct{})
+	p.mu.Lock()
+	lost := l.cause == locker.ErrLockLost
+	forgotten := p.mistake == ForgetRelease && time.Since(p.failed) < p.lease/2
+	p.running.Go(func() { // before Close can see that there is no hold any more
+		defer close(done)
+		// Not the provider's context: what is held is released on Close, too.
+		ctx, cancel := context.WithTimeout(context.Background(), p.lease+release)
+		defer cancel()
+		for !forgotten && ctx.Err() == nil {
+			_, err := p.db.ExecContext(ctx, `UPDATE broken_locks SET holder = NULL, session = NULL WHERE key = $1`+mine, l.key, l.id.String())
+			if err == nil || p.ctx.Err() != nil {
+				_, _ = p.db.ExecContext(ctx, `SELECT pg_notify($1, $2)`, Channel, fmt.Sprint(l.key))
+				return
+			}
+			pause(p.ctx, poll)
+		}
+	})
+	delete(p.held, l)
+	p.mu.Unlock()
+	select {
+	case <-done:
+	case <-time.After(release):
 	}
-	return err
+	if lost {
+		return locker.ErrLockLost
+	}
+	return nil
 }

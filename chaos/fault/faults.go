@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -19,8 +20,9 @@ import (
 type Fault struct {
 	Name    string
 	Victims int           // how many workers it hits; All for all of them
-	Session bool          // it may keep the victims' sessions from working
-	Bound   time.Duration // holders of the victims are told within this time; 0: they need not be
+	Session bool          // it may keep the victims' sessions out of contact with the server
+	Cut     bool          // it does so, from its first to its last moment
+	Slow    bool          // it breaks no contact, but reconnecting and looking things up may take as long as it lasts
 	Hold    time.Duration // until it is healed
 	Settle  time.Duration // until the next one
 	Alone   bool          // not to be mixed with others
@@ -42,17 +44,27 @@ type Scene struct {
 // ids number the instances of faults.
 var ids atomic.Int64
 
-// Run injects a fault, waits and heals it. The error says that it could not be
-// injected, which happens when faults are mixed.
+// Run injects a fault, waits and heals it. It is over when the server takes
+// writes again. The error says that it could not be injected, which happens when
+// faults are mixed.
 func (f Fault) Run(ctx context.Context, w *World, victims []*Worker, r *rand.Rand) error {
-	for _, v := range victims { // somebody for the fault to hit
+	// The fault finds a holder in each victim, and elsewhere a waiter that disturbs
+	// none.
+	for _, v := range victims {
 		_ = w.Command(v, fmt.Sprintf("hold %d", w.private(v)))
 	}
 	if len(victims) > 0 {
 		pause(ctx, time.Second)
 	}
+	others := slices.DeleteFunc(w.Workers(), func(o *Worker) bool { return slices.Contains(victims, o) })
+	if len(others) == 0 {
+		others = w.Workers()
+	}
+	for _, v := range victims {
+		_ = w.Command(others[r.IntN(len(others))], fmt.Sprintf("wait %d", w.private(v)))
+	}
 	id := int(ids.Add(1))
-	w.Record(oracle.Event{At: oracle.Now(), Kind: oracle.Inject, ID: id, Fault: f.Name, Victims: w.Names(victims), Session: f.Session, Bound: int64(f.Bound)})
+	w.Record(oracle.Event{At: oracle.Now(), Kind: oracle.Inject, ID: id, Fault: f.Name, Victims: w.Names(victims), Session: f.Session, Cut: f.Cut, Slow: f.Slow})
 	heal, err := f.Inject(ctx, Scene{w, f.Name, victims, r})
 	if err == nil {
 		pause(ctx, f.Hold)
@@ -60,6 +72,7 @@ func (f Fault) Run(ctx context.Context, w *World, victims []*Worker, r *rand.Ran
 	if heal != nil {
 		err = errors.Join(err, heal())
 	}
+	w.await(ctx, 20*time.Second)
 	healed := oracle.Event{At: oracle.Now(), Kind: oracle.Heal, ID: id}
 	if err != nil {
 		healed.Class, healed.Text = oracle.ClassFailed, err.Error()
@@ -75,45 +88,85 @@ func pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-// atOnce is the bound of a loss that the worker's own machine reports: the end of
-// a connection.
-const atOnce = time.Second
-
-// silence is C24's bound for a network that goes silent.
-const silence = 9 * time.Second
+// again does something every so often for some time.
+func again(ctx context.Context, every, length time.Duration, do func()) {
+	for end := time.Now().Add(length); time.Now().Before(end) && ctx.Err() == nil; {
+		do()
+		pause(ctx, every)
+	}
+}
 
 // Faults are all of them, except the loss of a primary, which needs a world of
-// its own.
+// its own. With a session timeout of 10 s no hold may be lost to one that keeps
+// its process out of contact for 3 s.
 func Faults() []Fault {
+	const s = time.Second
 	return []Fault{
-		{Name: "none", Hold: 15 * time.Second, Alone: true, Inject: func(context.Context, Scene) (func() error, error) { return nil, nil }},
-		{Name: "SIGKILL of a worker", Victims: 1, Hold: 3 * time.Second, Settle: 9 * time.Second, Inject: killWorker},
-		{Name: "SIGSTOP of a worker for 20 s", Victims: 1, Hold: 20 * time.Second, Settle: 6 * time.Second, Inject: freezeWorker},
-		// Longer than the lease and the successor's lock delay: two believe that they hold.
-		{Name: "SIGSTOP of a worker for 32 s", Victims: 1, Hold: 32 * time.Second, Settle: 6 * time.Second, Inject: freezeWorker},
-		{Name: "session terminated", Victims: 1, Session: true, Bound: atOnce, Settle: 6 * time.Second, Inject: terminate(Session)},
-		{Name: "listener terminated", Victims: 1, Settle: 4 * time.Second, Inject: terminate(Listener)},
-		{Name: "session and listener terminated", Victims: All, Session: true, Bound: atOnce, Settle: 12 * time.Second, Inject: terminate(Session, Listener)},
-		{Name: "server restart (smart)", Victims: All, Session: true, Hold: 5 * time.Second, Settle: 12 * time.Second, Inject: restartSmart},
-		{Name: "server restart (fast)", Victims: All, Session: true, Bound: 2 * time.Second, Settle: 12 * time.Second, Inject: restart(pgserver.Fast)},
-		{Name: "server restart (immediate)", Victims: All, Session: true, Bound: 2 * time.Second, Settle: 12 * time.Second, Inject: restart(pgserver.Immediate)},
-		{Name: "SIGKILL of a backend (crash recovery)", Victims: All, Session: true, Bound: 2 * time.Second, Settle: 12 * time.Second, Inject: killBackend},
-		{Name: "network silent to the server", Victims: 1, Session: true, Bound: silence, Hold: 20 * time.Second, Settle: 6 * time.Second, Inject: silent(ToServer)},
-		{Name: "network silent to the client", Victims: 1, Session: true, Bound: silence, Hold: 20 * time.Second, Settle: 6 * time.Second, Inject: silent(ToClient)},
-		{Name: "network silent both ways", Victims: 1, Session: true, Bound: silence, Hold: 20 * time.Second, Settle: 6 * time.Second, Inject: silent(ToServer, ToClient)},
-		{Name: "network silent for the session alone", Victims: 1, Session: true, Bound: silence, Hold: 20 * time.Second, Settle: 6 * time.Second, Inject: silentRole(Session)},
-		{Name: "network silent for the listener alone", Victims: 2, Hold: 15 * time.Second, Settle: 6 * time.Second, Inject: silentRole(Listener)},
-		{Name: "latency 200 ms with jitter", Victims: All, Session: true, Hold: 20 * time.Second, Settle: 3 * time.Second,
-			Inject: shape(func(s *Shape) { s.Latency, s.Jitter = 200*time.Millisecond, 100*time.Millisecond })},
-		{Name: "bandwidth 4 kB/s", Victims: 2, Session: true, Hold: 20 * time.Second, Settle: 6 * time.Second,
-			Inject: shape(func(s *Shape) { s.Rate = 4 << 10 })},
-		{Name: "connections refused for a minute", Victims: All, Session: true, Bound: atOnce, Hold: time.Minute, Settle: 8 * time.Second, Inject: refuse},
-		{Name: "max_connections used up by others", Victims: All, Session: true, Hold: 12 * time.Second, Settle: 12 * time.Second, Inject: useUpConnections},
-		{Name: "lock table full", Hold: 10 * time.Second, Settle: 4 * time.Second, Inject: fillLockTable},
-		{Name: "flood of foreign and malformed notifications", Hold: 12 * time.Second, Settle: 3 * time.Second, Inject: flood},
-		{Name: "state rows deleted by an operator", Hold: 3 * time.Second, Settle: 6 * time.Second, Inject: deleteRows},
-		{Name: "1000 claimants on one key", Victims: All, Hold: 10 * time.Second, Settle: 4 * time.Second, Alone: true, Inject: burst},
-		{Name: "wall clock of a worker 1 h off", Victims: 1, Hold: 30 * time.Second, Settle: 8 * time.Second, Alone: true, Inject: skew},
+		{Name: "none", Hold: 15 * s, Alone: true, Inject: func(context.Context, Scene) (func() error, error) { return nil, nil }},
+
+		// Processes.
+		{Name: "SIGKILL of a worker", Victims: 1, Hold: 3 * s, Settle: 14 * s, Inject: killWorker},
+		{Name: "SIGSTOP of a worker for 3 s", Victims: 1, Hold: 3 * s, Settle: 4 * s, Inject: freezeWorker},
+		{Name: "SIGSTOP of a worker for 12 s", Victims: 1, Hold: 12 * s, Settle: 6 * s, Inject: freezeWorker},
+		{Name: "SIGSTOP of a worker for 20 s", Victims: 1, Hold: 20 * s, Settle: 6 * s, Inject: freezeWorker},
+		// Long enough for the server to end its connection and for a successor to take over: two believe that they hold.
+		{Name: "SIGSTOP of a worker for 40 s", Victims: 1, Hold: 40 * s, Settle: 6 * s, Inject: freezeWorker},
+		{Name: "wall clock of a worker 1 h off", Victims: 1, Hold: 30 * s, Settle: 8 * s, Alone: true, Inject: skew},
+		{Name: "1000 claimants on one key", Victims: All, Hold: 10 * s, Settle: 4 * s, Alone: true, Inject: burst},
+
+		// Connections.
+		{Name: "session terminated", Victims: 1, Session: true, Settle: 5 * s, Inject: terminate(Session)},
+		{Name: "listener terminated", Victims: 1, Settle: 4 * s, Inject: terminate(Listener)},
+		{Name: "statements terminated", Victims: 1, Settle: 4 * s, Inject: terminate(Statements)},
+		{Name: "all connections terminated", Victims: All, Session: true, Settle: 6 * s, Inject: terminate()},
+		{Name: "connections cut every 300 ms for 30 s", Victims: 1, Session: true, Settle: 6 * s, Inject: flap},
+		{Name: "connections cut", Victims: All, Session: true, Settle: 3 * s, Inject: cut},
+		{Name: "random backends terminated", Victims: 2, Session: true, Settle: 5 * s, Inject: terminateRandom},
+		{Name: "random statements cancelled", Victims: All, Session: true, Settle: 4 * s, Inject: cancelStatements},
+		{Name: "connections cut as statements are answered", Victims: 2, Slow: true, Hold: 8 * s, Settle: 4 * s,
+			Inject: change(func(s *Shape) { s.Odds, s.Cut = 4, true }, Statements)},
+		{Name: "connections cut as the session is answered", Victims: 2, Session: true, Hold: 8 * s, Settle: 4 * s,
+			Inject: change(func(s *Shape) { s.Odds, s.Cut = 3, true }, Session, Listener)},
+		{Name: "backend swapped under the session", Victims: 1, Session: true, Settle: 6 * s, Inject: swap(false, Session)},
+		{Name: "backend swapped under the session, the old one lives on", Victims: 1, Session: true, Hold: 8 * s, Settle: 8 * s, Inject: swap(true, Session)},
+		{Name: "backend swapped under the listener", Victims: 1, Settle: 8 * s, Inject: swap(false, Listener)},
+		{Name: "backends swapped under all connections", Victims: 2, Session: true, Settle: 8 * s, Inject: swap(false)},
+
+		// The network.
+		{Name: "network silent for 3 s", Victims: 1, Cut: true, Hold: 3 * s, Settle: 6 * s, Inject: silent(ToServer, ToClient)},
+		{Name: "network silent for 4 s", Victims: 1, Cut: true, Hold: 4 * s, Settle: 6 * s, Inject: silent(ToServer, ToClient)},
+		{Name: "network silent for 8 s", Victims: 1, Cut: true, Hold: 8 * s, Settle: 6 * s, Inject: silent(ToServer, ToClient)},
+		{Name: "network silent for 12 s", Victims: 1, Cut: true, Hold: 12 * s, Settle: 6 * s, Inject: silent(ToServer, ToClient)},
+		{Name: "network silent for 30 s", Victims: 1, Cut: true, Hold: 30 * s, Settle: 6 * s, Inject: silent(ToServer, ToClient)},
+		{Name: "network silent to the server", Victims: 1, Cut: true, Hold: 20 * s, Settle: 6 * s, Inject: silent(ToServer)},
+		{Name: "network silent to the client", Victims: 1, Cut: true, Hold: 20 * s, Settle: 6 * s, Inject: silent(ToClient)},
+		{Name: "network silent for the session alone", Victims: 1, Cut: true, Hold: 20 * s, Settle: 6 * s, Inject: silentRole(Session)},
+		{Name: "network silent for the listener alone", Victims: 2, Hold: 15 * s, Settle: 6 * s, Inject: silentRole(Listener)},
+		{Name: "network silent for statements alone", Victims: 2, Slow: true, Hold: 12 * s, Settle: 6 * s, Inject: silentRole(Statements)},
+		{Name: "latency 200 ms with jitter", Victims: All, Slow: true, Hold: 20 * s, Settle: 3 * s,
+			Inject: change(func(s *Shape) { s.Latency, s.Jitter = 200*time.Millisecond, 100*time.Millisecond })},
+		{Name: "bandwidth 4 kB/s", Victims: 2, Slow: true, Hold: 20 * s, Settle: 6 * s, Inject: change(func(s *Shape) { s.Rate = 4 << 10 })},
+		{Name: "connections refused for 2 s", Victims: All, Cut: true, Hold: 2 * s, Settle: 8 * s, Inject: refuse},
+		{Name: "connections refused for a minute", Victims: All, Cut: true, Hold: time.Minute, Settle: 8 * s, Inject: refuse},
+
+		// The server.
+		{Name: "server restart (smart)", Victims: All, Session: true, Hold: 5 * s, Settle: 12 * s, Inject: restartSmart},
+		{Name: "server restart (fast)", Victims: All, Session: true, Settle: 8 * s, Inject: restart(pgserver.Fast)},
+		{Name: "server restart (immediate)", Victims: All, Session: true, Settle: 8 * s, Inject: restart(pgserver.Immediate)},
+		{Name: "SIGKILL of a backend (crash recovery)", Victims: All, Session: true, Settle: 8 * s, Inject: killBackend},
+		{Name: "server read-only for 3 s", Victims: All, Session: true, Hold: 3 * s, Settle: 6 * s, Inject: readOnly},
+		{Name: "server read-only for 12 s", Victims: All, Session: true, Hold: 12 * s, Settle: 8 * s, Inject: readOnly},
+		{Name: "logins refused for 2 s", Victims: All, Cut: true, Hold: 2 * s, Settle: 8 * s, Inject: refuseLogins},
+		{Name: "logins refused for 15 s", Victims: All, Cut: true, Hold: 15 * s, Settle: 8 * s, Inject: refuseLogins},
+		{Name: "max_connections used up by others", Victims: All, Session: true, Hold: 12 * s, Settle: 12 * s, Inject: useUpConnections},
+		{Name: "lock table full", Victims: All, Slow: true, Hold: 10 * s, Settle: 4 * s, Inject: fillLockTable},
+		{Name: "error replies to the session", Victims: 2, Session: true, Hold: 2 * s, Settle: 5 * s, Inject: errorReplies(1, Session)},
+		{Name: "error replies to the listener", Victims: 2, Hold: 4 * s, Settle: 5 * s, Inject: errorReplies(1, Listener)},
+		{Name: "error replies to statements", Victims: All, Slow: true, Hold: 8 * s, Settle: 4 * s, Inject: errorReplies(2, Statements)},
+		{Name: "NOTIFY fails", Victims: All, Hold: 10 * s, Settle: 5 * s, Inject: failNotify},
+		{Name: "flood of foreign and malformed notifications", Victims: All, Hold: 12 * s, Settle: 3 * s, Inject: flood},
+		{Name: "tables locked or rebuilt for seconds", Victims: All, Slow: true, Settle: 4 * s, Inject: occupy},
+		{Name: "state rows deleted by an operator", Victims: All, Hold: 3 * s, Settle: 6 * s, Inject: deleteRows},
 	}
 }
 
@@ -145,8 +198,6 @@ func freezeWorker(_ context.Context, s Scene) (func() error, error) {
 		for _, v := range s.Victims {
 			s.Thaw(v)
 		}
-		// Its server session has ended meanwhile: from now on it can know.
-		s.Record(oracle.Event{At: oracle.Now(), Kind: oracle.Inject, ID: int(ids.Add(1)), Fault: s.Fault, Victims: s.Names(s.Victims), Session: true, Bound: int64(atOnce)})
 		return nil
 	}, errors.Join(errs...)
 }
@@ -155,13 +206,65 @@ func terminate(rolesHit ...Role) func(context.Context, Scene) (func() error, err
 	return func(ctx context.Context, s Scene) (func() error, error) {
 		var errs []error
 		for _, v := range s.Victims {
-			for _, role := range rolesHit {
-				for _, pid := range v.Proxy.Backends(role) {
-					errs = append(errs, s.Server.Exec(ctx, "SELECT pg_terminate_backend($1)", pid))
-				}
+			for _, pid := range v.Proxy.Backends(rolesHit...) {
+				errs = append(errs, s.Server.Exec(ctx, "SELECT pg_terminate_backend($1)", pid))
 			}
 		}
 		return nil, errors.Join(errs...)
+	}
+}
+
+func terminateRandom(ctx context.Context, s Scene) (func() error, error) {
+	again(ctx, 300*time.Millisecond, 8*time.Second, func() {
+		for _, v := range s.Victims {
+			if pids := v.Proxy.Backends(); len(pids) > 0 { // an error means that another fault is at work
+				_ = s.Server.Exec(ctx, "SELECT pg_terminate_backend($1)", pids[s.Rand.IntN(len(pids))])
+			}
+		}
+	})
+	return nil, nil
+}
+
+// cancelStatements cancels whatever it finds the workers' backends doing.
+func cancelStatements(ctx context.Context, s Scene) (func() error, error) {
+	db, err := sql.Open("postgres", s.Server.URI(Database)+"&connect_timeout=2")
+	if err != nil {
+		return nil, err
+	}
+	again(ctx, 5*time.Millisecond, 8*time.Second, func() { // an error means that another fault is at work
+		_, _ = db.ExecContext(ctx, "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE usename = $1 AND state = 'active'", User)
+	})
+	return db.Close, nil
+}
+
+func cut(_ context.Context, s Scene) (func() error, error) {
+	for _, v := range s.Victims {
+		v.Proxy.Cut()
+	}
+	return nil, nil
+}
+
+func flap(ctx context.Context, s Scene) (func() error, error) {
+	again(ctx, 300*time.Millisecond, 30*time.Second, func() { _, _ = cut(ctx, s) })
+	return nil, nil
+}
+
+func swap(keep bool, affected ...Role) func(context.Context, Scene) (func() error, error) {
+	return func(_ context.Context, s Scene) (func() error, error) {
+		n := 0
+		for _, v := range s.Victims {
+			n += v.Proxy.Swap(keep, affected...)
+		}
+		heal := func() error {
+			for _, v := range s.Victims {
+				v.Proxy.Disown()
+			}
+			return nil
+		}
+		if n == 0 {
+			return heal, errors.New("no connection was idle")
+		}
+		return heal, nil
 	}
 }
 
@@ -202,7 +305,7 @@ func killBackend(_ context.Context, s Scene) (func() error, error) {
 }
 
 func silent(sides ...Way) func(context.Context, Scene) (func() error, error) {
-	return shape(func(s *Shape) {
+	return change(func(s *Shape) {
 		for _, to := range sides {
 			s.Silent[to] = true
 		}
@@ -213,18 +316,31 @@ func silentRole(role Role) func(context.Context, Scene) (func() error, error) {
 	return change(func(s *Shape) { s.Silent = [ways]bool{true, true} }, role)
 }
 
-func shape(f func(*Shape)) func(context.Context, Scene) (func() error, error) {
-	return change(f, Session, Listener)
+// passing are errors that pass.
+var passing = []string{
+	"53300", // too_many_connections
+	"53200", // out_of_memory
+	"57014", // query_canceled
+	"57P01", // admin_shutdown
+	"25006", // read_only_sql_transaction
+	"40001", // serialization_failure
+	"58030", // io_error
+	"XX000", // internal_error
+}
+
+func errorReplies(odds int, affected ...Role) func(context.Context, Scene) (func() error, error) {
+	return change(func(s *Shape) { s.Odds, s.Errors = odds, passing }, affected...)
 }
 
 func change(f func(*Shape), affected ...Role) func(context.Context, Scene) (func() error, error) {
 	return func(_ context.Context, s Scene) (func() error, error) {
+		var undo []func()
 		for _, v := range s.Victims {
-			v.Proxy.Change(f, affected...)
+			undo = append(undo, v.Proxy.Change(f, affected...))
 		}
 		return func() error {
-			for _, v := range s.Victims {
-				v.Proxy.Change(func(s *Shape) { *s = Shape{} }, Session, Listener)
+			for _, u := range undo {
+				u()
 			}
 			return nil
 		}, nil
@@ -242,6 +358,81 @@ func refuse(_ context.Context, s Scene) (func() error, error) {
 		}
 		return errors.Join(errs...)
 	}, nil
+}
+
+// refuseLogins ends the connections, and lets no client in again.
+func refuseLogins(_ context.Context, s Scene) (func() error, error) {
+	codes := []string{"28P01", "28000", "3D000", "53300", "57P03"}
+	for _, v := range s.Victims {
+		v.Proxy.RefuseLogins(codes[s.Rand.IntN(len(codes))])
+		v.Proxy.Cut()
+	}
+	return func() error {
+		for _, v := range s.Victims {
+			v.Proxy.AcceptLogins()
+		}
+		return nil
+	}, nil
+}
+
+// readOnly makes the server take no writes, without closing a connection.
+func readOnly(ctx context.Context, s Scene) (func() error, error) {
+	return func() error { return s.Server.Set(ctx, "default_transaction_read_only", "off") },
+		s.Server.Set(ctx, "default_transaction_read_only", "on")
+}
+
+// failNotify puts another pg_notify before the server's own. The workers' search
+// path has a schema for it (see uri). Because the path changes when that schema
+// appears and goes, statements that are prepared already are planned anew.
+func failNotify(ctx context.Context, s Scene) (func() error, error) {
+	heal := func() error {
+		// A sequence outlives the transactions that fail.
+		n, err := s.Query(ctx, "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM "+shadow+".calls")
+		if err == nil && n == 0 {
+			err = errors.New("pg_notify was never called")
+		}
+		return errors.Join(err, s.exec(ctx, "DROP SCHEMA IF EXISTS "+shadow+" CASCADE"))
+	}
+	return heal, s.exec(ctx, `
+		DROP SCHEMA IF EXISTS `+shadow+` CASCADE;
+		CREATE SCHEMA `+shadow+`;
+		CREATE SEQUENCE `+shadow+`.calls;
+		CREATE FUNCTION `+shadow+`.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS $$
+		BEGIN
+			PERFORM nextval('`+shadow+`.calls');
+			RAISE EXCEPTION 'too many notifications in the NOTIFY queue' USING ERRCODE = '54000';
+		END $$;
+		GRANT USAGE ON SCHEMA `+shadow+` TO `+User+`;
+		GRANT USAGE ON SEQUENCE `+shadow+`.calls TO `+User)
+}
+
+// occupy does to the tables what migrations and maintenance do.
+func occupy(ctx context.Context, s Scene) (func() error, error) {
+	// Tables of more than one version of the schema.
+	const each = `DO $$
+		DECLARE t text;
+		BEGIN
+			FOREACH t IN ARRAY ARRAY['env_locks', 'env_lock_state', 'env_lock_sessions', 'broken_locks', 'broken_sessions'] LOOP
+				IF to_regclass(t) IS NOT NULL THEN EXECUTE format('%s', t); END IF;
+			END LOOP;
+		END $$`
+	table := func(statement string) string { return fmt.Sprintf(each, statement) }
+	const stay = "; SELECT pg_sleep(2.5)"
+	heal := func() error { return s.exec(ctx, table("ALTER TABLE %I DROP COLUMN IF EXISTS chaos")) }
+	for _, statements := range []string{
+		table("LOCK TABLE %I IN ACCESS EXCLUSIVE MODE") + stay,
+		table("SELECT FROM %I FOR UPDATE") + stay,
+		table("ALTER TABLE %I ADD COLUMN IF NOT EXISTS chaos integer") + stay,
+		table("REINDEX TABLE %I") + stay,
+		table("TRUNCATE %I") + stay + "; ROLLBACK",
+	} {
+		// Without a bound it could wait for a transaction that waits for it.
+		if err := s.exec(ctx, "SET lock_timeout = '5s'; BEGIN; "+statements+"; COMMIT"); err != nil {
+			return heal, err
+		}
+		pause(ctx, time.Second)
+	}
+	return heal, nil
 }
 
 // useUpConnections takes what is left of max_connections, ends the workers'
@@ -308,7 +499,7 @@ func fillLockTable(ctx context.Context, s Scene) (func() error, error) {
 }
 
 // flood sends what has no business on the library's channel: garbage, other
-// software's messages, claims of nobody, and releases that did not happen.
+// software's messages, claims of no process, and releases that did not happen.
 func flood(ctx context.Context, s Scene) (func() error, error) {
 	db, err := sql.Open("postgres", s.Server.URI(Database)+"&connect_timeout=2")
 	if err != nil {
@@ -327,7 +518,7 @@ func flood(ctx context.Context, s Scene) (func() error, error) {
 				SELECT pg_notify(c, p) FROM unnest(ARRAY['env_lock_events', 'broken_released', 'other']) c, unnest(ARRAY[
 					'', 'x', '{', '{}', 'null', '[1,2]', '"claim"', '{"kind":"claim"}', '{"kind":"claim","lockKey":"seven"}',
 					'{"kind":"nonsense","lockKey":1}', '{"lockKey":1e400}', '{"kind":"claim","lockKey":9223372036854775808}',
-					'{"kind":"check","id":"00000000-0000-0000-0000-000000000000"}', '{"lockKey":-1,"event":"nobody holds this"}',
+					'{"kind":"check","id":"00000000-0000-0000-0000-000000000000"}', '{"lockKey":-1,"event":"no process holds this"}',
 					repeat('9', 7999), '{"event":"' || repeat('\u0000', 1300) || '"}', repeat('{"a":', 1500),
 					chr(1) || chr(127) || chr(65533), random()::text]) p`)
 			_, _ = db.ExecContext(ctx, `
@@ -379,7 +570,8 @@ func skew(ctx context.Context, s Scene) (func() error, error) {
 	}
 	for range 3 {
 		pause(ctx, 5*time.Second)
-		if _, err := terminate(Session)(ctx, s); err != nil {
+		ended := Fault{Name: "session terminated", Session: true, Inject: terminate(Session)}
+		if err := ended.Run(ctx, s.World, s.Victims, s.Rand); err != nil {
 			return nil, err
 		}
 	}

@@ -3,11 +3,14 @@
 package fault
 
 import (
-	"bytes"
+	"bufio"
 	"encoding/binary"
 	"errors"
+	"io"
 	"math/rand/v2"
 	"net"
+	"regexp"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -18,9 +21,16 @@ type Role int
 
 // The roles.
 const (
-	Session Role = iota // holds the locks
+	Statements Role = iota // everything else; also what has not shown yet what it is for
+	Session                // carries the advisory lock that proves that the process lives
 	Listener
 	roles
+)
+
+// A connection shows its role by one of its requests.
+var (
+	sessionSign  = regexp.MustCompile(`pg_(try_)?advisory_lock(_shared)?\s*\(`)
+	listenerSign = regexp.MustCompile(`\bLISTEN\s`)
 )
 
 // Way is a direction through a proxy.
@@ -33,16 +43,22 @@ const (
 	ways
 )
 
-// Shape is how the network treats the connections of one role.
+// Shape is how the network treats the connections of one role. Its zero value is
+// a network in order.
 type Shape struct {
 	Silent  [ways]bool    // nothing arrives, not even the end of a connection
 	Latency time.Duration // each way
 	Jitter  time.Duration // more of it, at random
 	Rate    int           // bytes a second each way; 0: no limit
+
+	Odds   int      // one request in so many meets what follows; 0: none does
+	Errors []string // it is replied to with one of these SQLSTATEs, and the server never sees it
+	Cut    bool     // its connection is cut: before the server has seen it, or when the reply is there
 }
 
-// Proxy is the network between one worker and one server. It knows the
-// connections' roles and their backends by reading along.
+// Proxy is the network between one worker and one server. It reads along, so it
+// knows what each connection is for, which backend it has, and where a request
+// and its reply end.
 type Proxy struct {
 	target  string
 	address string
@@ -51,22 +67,39 @@ type Proxy struct {
 	mu       sync.Mutex // guards everything below
 	turn     *sync.Cond // a shape has changed, or a connection was cut
 	listener net.Listener
-	shapes   [roles]Shape
+	effects  []*effect
+	shapes   [roles]Shape // what all effects make of it, one after the other
 	conns    map[*conn]bool
+	orphans  []net.Conn // backends that were swapped and live on
+	refused  int        // how many Refuses have not met their Accept
+	refusals []string   // the SQLSTATEs of which a login gets the last; none: it is welcome
 	closed   bool
 	requests int // of all clients so far
 	last     int // the network goes silent before the next one; 0: it does not
 }
 
+// effect is one change of the network.
+type effect struct {
+	change   func(*Shape)
+	affected []Role
+}
+
+// conn is one client's connection.
 type conn struct {
-	proxy *Proxy
-	ends  [ways]net.Conn // the server's end, the client's end
+	proxy   *Proxy
+	client  net.Conn
+	pipes   [ways]chan chunk
+	over    chan struct{} // closed when it is cut
+	startup []byte        // the client's first message; written before anything is read from the server
 
 	// guarded by Proxy.mu
-	role  Role
-	known bool // the role is certain
-	pid   int
-	cut   bool
+	server  net.Conn
+	role    Role
+	pid     int
+	cut     bool
+	pending int  // requests that the server has not finished
+	status  byte // of the transaction, when the last one was finished; 0: it is still logging in
+	doomed  bool // it is cut in place of the next reply
 }
 
 // NewProxy listens at a free port.
@@ -99,28 +132,46 @@ func (p *Proxy) listen() error {
 	return nil
 }
 
-// Change changes the network for the connections of the given roles.
-func (p *Proxy) Change(change func(*Shape), affected ...Role) {
+// Change changes the network for the connections of the given roles; without any,
+// for all connections. Changes that are made concurrently by several faults can be
+// undone one by one.
+func (p *Proxy) Change(change func(*Shape), affected ...Role) (undo func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, r := range affected {
-		change(&p.shapes[r])
+	if len(affected) == 0 {
+		affected = []Role{Statements, Session, Listener}
+	}
+	e := &effect{change, affected}
+	p.effects = append(p.effects, e)
+	p.shapeLocked()
+	return func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.effects = slices.DeleteFunc(p.effects, func(o *effect) bool { return o == e })
+		p.shapeLocked()
+	}
+}
+
+func (p *Proxy) shapeLocked() {
+	p.shapes = [roles]Shape{}
+	for _, e := range p.effects {
+		for _, r := range e.affected {
+			e.change(&p.shapes[r])
+		}
 	}
 	p.turn.Broadcast()
 }
 
-// SilentAfter makes the network go silent, both ways, when clients have sent n
-// more requests.
+// SilentAfter makes the network go silent, both ways and for good, when clients
+// have sent n more requests.
 func (p *Proxy) SilentAfter(n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.last = p.requests + n
 }
 
-// requested counts a request.
-func (p *Proxy) requested() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+// requestedLocked counts a request.
+func (p *Proxy) requestedLocked() {
 	if p.requests++; p.last > 0 && p.requests > p.last {
 		for r := range p.shapes {
 			p.shapes[r].Silent = [ways]bool{true, true}
@@ -128,23 +179,24 @@ func (p *Proxy) requested() {
 	}
 }
 
-// Refuse ends every connection and refuses new ones, until Accept.
+// Refuse ends every connection and refuses new ones, until Accept is called as
+// often.
 func (p *Proxy) Refuse() {
 	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.refused++
 	if p.listener != nil {
 		_ = p.listener.Close()
 		p.listener = nil
 	}
-	for c := range p.conns {
-		c.endLocked()
-	}
+	p.mu.Unlock()
+	p.Cut()
 }
 
 // Accept ends Refuse.
 func (p *Proxy) Accept() error {
 	p.mu.Lock()
-	open := p.listener != nil
+	p.refused--
+	open := p.refused > 0 || p.listener != nil
 	p.mu.Unlock()
 	if open {
 		return nil
@@ -152,22 +204,83 @@ func (p *Proxy) Accept() error {
 	return p.listen()
 }
 
-// Backends answers the process ids of the server's ends of the connections.
-func (p *Proxy) Backends(role Role) []int {
+// RefuseLogins makes every login fail with a SQLSTATE, until AcceptLogins is
+// called as often.
+func (p *Proxy) RefuseLogins(code string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refusals = append(p.refusals, code)
+}
+
+// AcceptLogins ends RefuseLogins.
+func (p *Proxy) AcceptLogins() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refusals = p.refusals[1:]
+}
+
+// Cut ends every connection.
+func (p *Proxy) Cut() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for c := range p.conns {
+		c.endLocked()
+	}
+}
+
+// Backends returns the process ids of the server's ends of the connections of the
+// given roles; without any, of all connections.
+func (p *Proxy) Backends(affected ...Role) []int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var pids []int
 	for c := range p.conns {
-		if c.known && c.role == role && c.pid != 0 && !c.cut {
+		if c.is(affected) && c.status != 0 && c.pid != 0 && !c.cut {
 			pids = append(pids, c.pid)
 		}
 	}
 	return pids
 }
 
+// Swap gives the connections of the given roles new backends, as a pooler does
+// with idle clients, and returns how many it was. A client does not notice. The
+// old backends end; or, if they are kept, live on until Disown.
+func (p *Proxy) Swap(keep bool, affected ...Role) int {
+	var idle []*conn
+	p.mu.Lock()
+	for c := range p.conns {
+		if c.is(affected) {
+			idle = append(idle, c)
+		}
+	}
+	p.mu.Unlock()
+	swapped := 0
+	for _, c := range idle {
+		for range 20 { // until it is idle
+			if c.swap(keep) {
+				swapped++
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+	return swapped
+}
+
+// Disown ends the backends that Swap has kept.
+func (p *Proxy) Disown() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, o := range p.orphans {
+		_ = o.Close()
+	}
+	p.orphans = nil
+}
+
 // Close ends everything.
 func (p *Proxy) Close() {
 	p.Refuse()
+	p.Disown()
 	p.mu.Lock()
 	p.closed = true
 	p.turn.Broadcast()
@@ -194,7 +307,10 @@ func (p *Proxy) connect(client net.Conn) {
 		_ = client.Close()
 		return
 	}
-	c := &conn{proxy: p, ends: [ways]net.Conn{ToServer: server, ToClient: client}}
+	c := &conn{proxy: p, client: client, server: server, over: make(chan struct{})}
+	for to := range ways {
+		c.pipes[to] = make(chan chunk, 4096)
+	}
 	p.mu.Lock()
 	refused := p.closed || p.listener == nil
 	if !refused {
@@ -207,90 +323,286 @@ func (p *Proxy) connect(client net.Conn) {
 		_ = server.Close()
 		return
 	}
-	for to := range ways {
-		chunks := make(chan chunk, 4096)
-		go c.read(to, chunks)
-		go c.write(to, chunks)
-	}
+	go c.readClient()
+	go c.readServer(server)
+	go c.write(ToServer)
+	go c.write(ToClient)
 }
 
-// chunk is data under way.
+// chunk is data under way. The last one has none.
 type chunk struct {
 	data []byte
 	due  time.Time
 }
 
+// is reports whether the connection has one of the roles, or whether there are
+// none to choose from.
+func (c *conn) is(affected []Role) bool {
+	return len(affected) == 0 || slices.Contains(affected, c.role)
+}
+
 func (c *conn) endLocked() {
+	if c.cut {
+		return
+	}
 	c.cut = true
-	_ = c.ends[ToServer].Close()
-	_ = c.ends[ToClient].Close()
+	close(c.over)
+	_ = c.server.Close()
+	_ = c.client.Close()
 	delete(c.proxy.conns, c)
 	c.proxy.turn.Broadcast()
 }
 
-// read ends when the connection does. Closing chunks tells the writer.
-func (c *conn) read(to Way, chunks chan<- chunk) {
+func (c *conn) end() {
+	c.proxy.mu.Lock()
+	defer c.proxy.mu.Unlock()
+	c.endLocked()
+}
+
+// send puts data on its way.
+func (c *conn) send(to Way, data []byte) {
+	select {
+	case c.pipes[to] <- chunk{data, time.Now().Add(c.latency())}:
+	case <-c.over:
+	}
+}
+
+// readMessage reads one message of the protocol, without a kind if it is the
+// first.
+func readMessage(r *bufio.Reader, kind bool) ([]byte, error) {
+	size := 4
+	if kind {
+		size = 5
+	}
+	head, err := r.Peek(size)
+	if err != nil {
+		return nil, err
+	}
+	length := size - 4 + int(binary.BigEndian.Uint32(head[size-4:]))
+	if length < size {
+		return nil, errors.New("not PostgreSQL's protocol")
+	}
+	message := make([]byte, length)
+	_, err = io.ReadFull(r, message)
+	return message, err
+}
+
+// The codes that may stand in place of a version in a client's first message.
+const (
+	cancelRequest = 80877102
+	sslRequest    = 80877103
+	gssRequest    = 80877104
+)
+
+// readClient ends when the connection does.
+func (c *conn) readClient() {
 	defer c.proxy.running.Done()
-	defer close(chunks)
-	startup := true
-	var head []byte // of what the server says until it is ready
-	buf := make([]byte, 16<<10)
+	defer c.send(ToServer, nil)
+	r := bufio.NewReaderSize(c.client, 16<<10)
+	first, err := readMessage(r, false)
+	for err == nil && len(first) == 8 && (code(first) == sslRequest || code(first) == gssRequest) {
+		c.send(ToClient, []byte("N"))
+		first, err = readMessage(r, false)
+	}
+	if err != nil || len(first) < 8 {
+		return
+	}
+	c.proxy.mu.Lock()
+	c.startup = first
+	c.proxy.requestedLocked()
+	refusals := c.proxy.refusals
+	c.proxy.mu.Unlock()
+	if len(refusals) > 0 && code(first) != cancelRequest {
+		c.send(ToClient, failure("FATAL", refusals[len(refusals)-1]))
+		c.send(ToClient, nil)
+		<-c.over // by the writer, when the client has it
+		return
+	}
+	c.send(ToServer, first)
+
+	// A request is held back until it is complete, so that it can be kept from the
+	// server as a whole.
+	var request []byte
+	whole := true
 	for {
-		n, err := c.ends[1-to].Read(buf)
-		if n > 0 {
-			data := bytes.Clone(buf[:n])
-			if to == ToServer {
-				c.proxy.requested()
-			}
-			switch {
-			case to == ToServer && startup:
-				startup = false // the startup message has no kind
-			case to == ToServer:
-				c.learnRole(data)
-			case startup:
-				head = append(head, data...)
-				startup = !c.learnBackend(head)
-			}
-			chunks <- chunk{data, time.Now().Add(c.latency())}
-		}
+		message, err := readMessage(r, true)
 		if err != nil {
 			return
 		}
+		request = append(request, message...)
+		switch message[0] {
+		case 'P', 'B', 'D', 'E', 'C': // the steps before a Sync
+			continue
+		case 'Q', 'S', 'F':
+			if !c.request(request, whole) {
+				return
+			}
+			whole = true
+		case 'p': // a password
+			c.send(ToServer, request)
+		default: // a flush, data to copy, the end
+			c.send(ToServer, request)
+			whole = message[0] != 'H'
+		}
+		request = nil
 	}
 }
 
-// learnRole looks at the client's first request.
-func (c *conn) learnRole(data []byte) {
+func code(first []byte) uint32 { return binary.BigEndian.Uint32(first[4:]) }
+
+// request passes a request on, unless something is to happen to it. False means
+// that the connection was cut.
+func (c *conn) request(request []byte, whole bool) bool {
+	p := c.proxy
+	p.mu.Lock()
+	p.requestedLocked()
+	switch {
+	case listenerSign.Match(request):
+		c.role = Listener
+	case sessionSign.Match(request):
+		c.role = Session
+	}
+	s := p.shapes[c.role]
+	hit := s.Odds > 0 && rand.IntN(s.Odds) == 0
+	if hit && len(s.Errors) > 0 && whole && c.pending == 0 && c.status == 'I' {
+		p.mu.Unlock()
+		c.send(ToClient, append(failure("ERROR", s.Errors[rand.IntN(len(s.Errors))]), "Z\x00\x00\x00\x05I"...))
+		return true
+	}
+	if hit && s.Cut {
+		if rand.IntN(2) == 0 {
+			c.endLocked()
+			p.mu.Unlock()
+			return false
+		}
+		c.doomed = true
+	}
+	c.pending++
+	p.mu.Unlock()
+	c.send(ToServer, request)
+	return true
+}
+
+// failure is an error message of a server. What people read of its severity is in
+// another language.
+func failure(severity, code string) []byte {
+	translated := map[string]string{"FATAL": "ВАЖНО", "ERROR": "ОШИБКА"}[severity]
+	body := "S" + translated + "\x00V" + severity + "\x00C" + code + "\x00Mchaos: not now\x00\x00"
+	return append(binary.BigEndian.AppendUint32([]byte{'E'}, uint32(4+len(body))), body...)
+}
+
+// readServer reads what one backend says. It ends when the connection does, or
+// when the client gets another backend.
+func (c *conn) readServer(server net.Conn) {
+	defer c.proxy.running.Done()
+	r := bufio.NewReaderSize(server, 16<<10)
+	var said []byte
+	for {
+		message, err := readMessage(r, true)
+		if err != nil {
+			c.proxy.mu.Lock()
+			current := c.server == server
+			c.proxy.mu.Unlock()
+			if current {
+				if len(said) > 0 {
+					c.send(ToClient, said)
+				}
+				c.send(ToClient, nil)
+			}
+			return
+		}
+		said = append(said, message...)
+		finished, doomed := c.heard(message)
+		switch {
+		case doomed && finished:
+			c.end()
+			return
+		case doomed:
+			said = nil
+		case finished || r.Buffered() == 0:
+			c.send(ToClient, said)
+			said = nil
+		}
+	}
+}
+
+// heard takes in a message of the server. It reports whether it finishes a
+// request, and whether the client is not to have it.
+func (c *conn) heard(message []byte) (finished, doomed bool) {
 	c.proxy.mu.Lock()
 	defer c.proxy.mu.Unlock()
-	if c.known || data[0] == 'p' { // p: a password
-		return
+	switch {
+	case message[0] == 'K' && len(message) >= 9:
+		c.pid = int(binary.BigEndian.Uint32(message[5:]))
+	case message[0] == 'Z' && len(message) >= 6:
+		finished = true
+		if c.status != 0 {
+			c.pending--
+		}
+		c.status = message[5]
 	}
-	c.known = true
-	if bytes.Contains(data, []byte("LISTEN ")) {
-		c.role = Listener
-	}
+	return finished, c.doomed
 }
 
-// learnBackend looks for the message that names the backend; true means that the
-// login is over.
-func (c *conn) learnBackend(head []byte) bool {
-	for len(head) >= 5 {
-		size := 1 + int(binary.BigEndian.Uint32(head[1:]))
-		if size < 5 || len(head) < size {
-			return size < 5
-		}
-		switch head[0] {
-		case 'K':
-			c.proxy.mu.Lock()
-			c.pid = int(binary.BigEndian.Uint32(head[5:]))
-			c.proxy.mu.Unlock()
-		case 'Z':
-			return true
-		}
-		head = head[size:]
+// swap gives the client another backend, if it is idle.
+func (c *conn) swap(keep bool) bool {
+	p := c.proxy
+	idle := func() bool { return c.pending == 0 && c.status == 'I' && !c.cut && !p.closed }
+	p.mu.Lock()
+	ok, startup := idle(), c.startup
+	p.mu.Unlock()
+	if !ok {
+		return false
 	}
-	return false
+	server, pid, err := login(p.target, startup)
+	if err != nil {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !idle() {
+		_ = server.Close()
+		return false
+	}
+	old := c.server
+	c.server, c.pid = server, pid
+	p.running.Add(1)
+	go c.readServer(server)
+	if keep {
+		p.orphans = append(p.orphans, old)
+		_ = old.SetReadDeadline(time.Now()) // ends its reader
+	} else {
+		_, _ = old.Write([]byte("X\x00\x00\x00\x04"))
+		_ = old.Close()
+	}
+	return true
+}
+
+// login opens a connection with a client's first message, for a server that asks
+// for no password.
+func login(target string, startup []byte) (server net.Conn, pid int, err error) {
+	if server, err = net.DialTimeout("tcp", target, 2*time.Second); err != nil {
+		return nil, 0, err
+	}
+	_ = server.SetDeadline(time.Now().Add(2 * time.Second))
+	_, err = server.Write(startup)
+	// Nothing comes after the last message, so nothing is left in the buffer.
+	for r := bufio.NewReader(server); err == nil; {
+		var message []byte
+		if message, err = readMessage(r, true); err != nil {
+			break
+		}
+		switch message[0] {
+		case 'E':
+			err = errors.New("the login was refused")
+		case 'K':
+			pid = int(binary.BigEndian.Uint32(message[5:]))
+		case 'Z':
+			return server, pid, server.SetDeadline(time.Time{})
+		}
+	}
+	_ = server.Close()
+	return nil, 0, err
 }
 
 func (c *conn) shape() Shape {
@@ -308,47 +620,43 @@ func (c *conn) latency() time.Duration {
 	return d
 }
 
-// write ends the connection when there is nothing more to come.
-func (c *conn) write(to Way, chunks <-chan chunk) {
+// write ends when the connection does: with the last chunk, it ends it.
+func (c *conn) write(to Way) {
 	defer c.proxy.running.Done()
-	failed := false
-	for chunk := range chunks {
-		if failed {
-			continue // the reader must not block
-		}
-		failed = !c.forward(to, chunk)
-		if failed {
-			c.end()
+	defer c.end()
+	for {
+		select {
+		case chunk := <-c.pipes[to]:
+			if chunk.data == nil {
+				c.await(to)
+				return
+			}
+			if !c.forward(to, chunk) {
+				return
+			}
+		case <-c.over:
+			return
 		}
 	}
-	if !failed {
-		c.await(to)
-		c.end()
-	}
-}
-
-func (c *conn) end() {
-	c.proxy.mu.Lock()
-	defer c.proxy.mu.Unlock()
-	c.endLocked()
 }
 
 func (c *conn) forward(to Way, chunk chunk) bool {
 	time.Sleep(time.Until(chunk.due))
 	data := chunk.data
 	for len(data) > 0 {
-		if !c.await(to) {
+		end := c.await(to)
+		if end == nil {
 			return false
 		}
 		n := len(data)
 		if rate := c.shape().Rate; rate > 0 {
 			n = min(n, max(1, rate/10))
 			time.Sleep(time.Duration(n) * time.Second / time.Duration(rate))
-			if !c.await(to) {
+			if end = c.await(to); end == nil {
 				return false
 			}
 		}
-		if _, err := c.ends[to].Write(data[:n]); err != nil {
+		if _, err := end.Write(data[:n]); err != nil {
 			return false
 		}
 		data = data[n:]
@@ -356,13 +664,20 @@ func (c *conn) forward(to Way, chunk chunk) bool {
 	return true
 }
 
-// await blocks while the way is silent; false means that the connection was cut.
-func (c *conn) await(to Way) bool {
+// await blocks while the way is silent, and returns where it leads to; nil means
+// that the connection was cut.
+func (c *conn) await(to Way) net.Conn {
 	p := c.proxy
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for !c.cut && !p.closed && p.shapes[c.role].Silent[to] {
 		p.turn.Wait()
 	}
-	return !c.cut && !p.closed
+	switch {
+	case c.cut || p.closed:
+		return nil
+	case to == ToServer:
+		return c.server
+	}
+	return c.client
 }

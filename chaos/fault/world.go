@@ -32,10 +32,11 @@ const (
 type World struct {
 	Server   *pgserver.Server
 	FenceURI string
-	Binary   string   // the worker
-	Skewed   string   // a worker whose wall clock is wrong; empty: none
-	Args     []string // of the workers, beside those that every worker has
-	Base     int64    // the number before the first key
+	Binary   string          // the worker
+	Skewed   string          // a worker whose wall clock is wrong; empty: none
+	Args     []string        // of the workers, beside those that every worker has
+	Sessions []time.Duration // timeouts of the workers' sessions, in turns
+	Base     int64           // the number before the first key
 	Keys     int
 	Hosts    []*Proxy // what the URI names, if the workers share their network; otherwise each has its own proxy
 	Record   func(oracle.Event)
@@ -73,14 +74,18 @@ func NewServer(ctx context.Context, config map[string]string) (*pgserver.Server,
 	return server, nil
 }
 
-// uri is what a worker connects to: all hosts, in lib/pq's form.
+// shadow is a schema whose functions come before the server's own, while it exists.
+const shadow = "chaos_shadow"
+
+// uri is what a worker connects to: all hosts, in lib/pq's form. New tables go to
+// the first schema of the path.
 func uri(proxies ...*Proxy) string {
 	var hosts, ports []string
 	for _, p := range proxies {
 		host, port, _ := strings.Cut(p.Address(), ":")
 		hosts, ports = append(hosts, host), append(ports, port)
 	}
-	return fmt.Sprintf("postgres://%s@%s/%s?port=%s&sslmode=disable", User, strings.Join(hosts, ","), Database, strings.Join(ports, ","))
+	return fmt.Sprintf("postgres://%s@%s/%s?port=%s&sslmode=disable&search_path=public,%s,pg_catalog", User, strings.Join(hosts, ","), Database, strings.Join(ports, ","), shadow)
 }
 
 // Start adds a worker.
@@ -126,7 +131,7 @@ func (w *World) run(v *Worker, binary string, seed uint64, extra ...string) erro
 	}
 	args := append([]string{
 		"-name", v.Name, "-uri", uri(hosts...), "-fence", w.FenceURI, "-seed", strconv.FormatUint(seed, 10),
-		"-base", strconv.FormatInt(w.Base, 10), "-keys", strconv.Itoa(w.Keys),
+		"-session-timeout", w.Sessions[v.slot%len(w.Sessions)].String(), "-base", strconv.FormatInt(w.Base, 10), "-keys", strconv.Itoa(w.Keys),
 	}, append(w.Args, extra...)...)
 	v.cmd = exec.Command(binary, args...)
 	v.cmd.Stderr = os.Stderr
@@ -164,6 +169,7 @@ func (w *World) read(out io.Reader, cmd *exec.Cmd, name string, done chan struct
 	err := cmd.Wait()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.Exited() {
+		w.Record(oracle.Event{At: oracle.Now(), Kind: oracle.Killed, Worker: name})
 		w.fail(fmt.Errorf("worker %s ended by itself: %w", name, err))
 	}
 }
@@ -252,14 +258,15 @@ func (w *World) Thaw(v *Worker) {
 	if v.freezer == nil {
 		return
 	}
+	at := oracle.Now() // what it notices comes later
 	_ = v.freezer.stdin.Close()
 	_ = v.freezer.cmd.Wait()
 	v.freezer = nil
-	w.Record(oracle.Event{At: oracle.Now(), Kind: oracle.Thawed, Worker: v.Name})
+	w.Record(oracle.Event{At: at, Kind: oracle.Thawed, Worker: v.Name})
 }
 
 // Query runs one statement in the locks' database as superuser, past the
-// proxies, and answers the number it gives.
+// proxies, and returns the number it gives.
 func (w *World) Query(ctx context.Context, query string, args ...any) (n int64, err error) {
 	db, err := sql.Open("postgres", w.Server.URI(Database)+"&connect_timeout=2")
 	if err != nil {
@@ -270,7 +277,31 @@ func (w *World) Query(ctx context.Context, query string, args ...any) (n int64, 
 	return n, err
 }
 
-// End stops the workers and answers everything that is left over afterwards.
+// exec runs statements as superuser, past the proxies, all on one connection.
+func (w *World) exec(ctx context.Context, statements string) error {
+	db, err := sql.Open("postgres", w.Server.URI(Database)+"&connect_timeout=2&default_transaction_read_only=off")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = db.Close() }()
+	_, err = db.ExecContext(ctx, statements)
+	return err
+}
+
+// await waits until the server takes writes, but not for longer than patience.
+func (w *World) await(ctx context.Context, patience time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for ctx.Err() == nil {
+		n, err := w.Query(ctx, "SELECT (pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean)::integer")
+		if err == nil && n == 0 {
+			return
+		}
+		pause(ctx, 20*time.Millisecond)
+	}
+}
+
+// End stops the workers and returns everything that is left over afterwards.
 func (w *World) End(ctx context.Context) []string {
 	var left []string
 	workers := w.Workers()

@@ -3,6 +3,7 @@ package oracle
 import (
 	"cmp"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -12,35 +13,45 @@ import (
 type Rules struct {
 	LockTimeout time.Duration // of the workers
 	Preemption  time.Duration // preemption timeout of the workers
+	Session     time.Duration // session timeout of workers that do not say theirs
 
 	Late      time.Duration // how late a worker may notice what was there to be noticed: scheduling of a busy machine
-	Heartbeat time.Duration // C8: a newer claim is known within this time without any message
-	Recovery  time.Duration // how long after a fault a session may still be on its way back
+	Reconnect time.Duration // how long after a fault a session may be on its way back
+	Recovery  time.Duration // how long after a fault a worker may learn late of what it missed
 	Notify    time.Duration // the workers' bound for Notify and LockKey
 	Release   time.Duration // C18
-	Delay     time.Duration // C11, the longest lock delay
 	CrashLoss time.Duration // how much of the newest unflushed commits a crash of the server may take
 
 	// GrantTime reads from a token when the database granted it, on the
-	// history's clock. Without it, or with a false answer, the beginning of the
-	// wait is taken, which accuses nobody.
+	// history's clock. Without it, or with a false result, the beginning of the
+	// wait is taken, which accuses no claim.
 	GrantTime func(token int64) (int64, bool)
 }
 
 // DefaultRules are the rules of CONTRACT.md for workers with short timeouts.
 func DefaultRules() Rules {
 	return Rules{
-		LockTimeout: 8 * time.Second,
+		LockTimeout: 17 * time.Second,
 		Preemption:  3 * time.Second,
+		Session:     10 * time.Second,
 		Late:        time.Second,
-		Heartbeat:   3 * time.Second,
-		Recovery:    12 * time.Second,
+		Reconnect:   2 * time.Second,
+		Recovery:    5 * time.Second,
 		Notify:      15 * time.Second,
 		Release:     5 * time.Second,
-		Delay:       10 * time.Second,
 		CrashLoss:   2 * time.Second,
 	}
 }
+
+// What a session timeout is divided into, in tenths.
+const (
+	heartbeat = 3  // from one heartbeat to the next
+	notice    = 9  // from the start of the last good heartbeat to ErrLockLost
+	survived  = 6  // of an outage that comes just before a heartbeat, notice − heartbeat
+	silence   = 15 // until the server ends a silent connection
+)
+
+func tenths(n int, timeout time.Duration) int64 { return int64(timeout) / 10 * int64(n) }
 
 // Violation is a promise that was broken.
 type Violation struct {
@@ -62,12 +73,16 @@ const (
 	RuleFence      = "the resource accepted an older token"
 	RuleRejected   = "a rejected write that nothing explains"
 	RuleNewest     = "an older claim was granted (C3)"
-	RuleHolder     = "a holder was not told of a newer claim (C5, C8)"
+	RuleSuperseded = "a claim was superseded by none (C4, C26)"
+	RuleHolder     = "a holder was not notified of a newer claim (C5, C8)"
 	RuleWaiter     = "a waiter did not leave for a newer claim (C4, C8)"
-	RuleLost       = "a holder was not told of its loss in time (C24)"
+	RuleKept       = "a hold was lost that could have been kept (C24)"
+	RuleLost       = "a holder was not notified of its loss in time (C24)"
+	RuleEarly      = "a key was taken from a dead session too early (C11)"
+	RuleStuck      = "a key that is free cannot be had (C11, C20)"
 	RuleRevoked    = "a hold outlived its preemption timeout (C14)"
 	RuleHang       = "a claim hangs (C18, C20, C21)"
-	RuleFailed     = "a claim failed though nothing was wrong (C26)"
+	RuleFailed     = "a claim did not wait for what passes (C26)"
 	RuleLeak       = "something is left over (C20, C22)"
 )
 
@@ -81,12 +96,11 @@ type Excuse struct {
 
 // The excuses' names.
 const (
-	ExcuseFrozen = "frozen past its lease"
+	ExcuseFrozen = "frozen past its session timeout"
 	ExcuseRows   = "state rows deleted by an operator"
 	ExcuseAsync  = "asynchronous standby promoted"
 	ExcuseCrash  = "claim of the last moment before a server crash"
-	ExcuseDrain  = "told and still cleaning up in Do"
-	ExcuseRace   = "told while it was writing"
+	ExcuseRace   = "notified while it was writing"
 )
 
 // Verdict is the result of Check.
@@ -95,56 +109,82 @@ type Verdict struct {
 	Violations []Violation
 	Excused    []Excuse
 	Detection  []Detection
+	Survival   []Survival
+	Absences   []time.Duration // from suspended to reconnected
+	Suspended  int             // sessions, as their providers observed it
 }
 
-// Detection is how long it took a holder to be told of a fault, not counting the
-// time for which its process was stopped.
+// Detection is how long it took a holder to be notified of its loss, not counting
+// the time for which its process was stopped.
 type Detection struct {
 	Fault string
 	At    int64 // of the fault
 	Took  time.Duration
 }
 
+// Survival is how many of the victims' holds there still were, undisturbed, when
+// a fault was over, and how many were lost to it.
+type Survival struct {
+	Fault      string
+	At         int64 // of the fault
+	Kept, Lost int
+}
+
 type judge struct {
 	Rules
-	events  []Event
-	claims  []*Claim
-	frozen  map[string][]span // by worker
-	trouble map[string][]span // by place: its session may not work
-	hit     map[string][]span // by place: any fault; "" is everybody
-	forgets []Event
-	verdict *Verdict
+	events   []Event
+	claims   []*Claim
+	timeouts map[string]time.Duration // of sessions, by worker
+	heals    map[int]int64            // by fault
+	frozen   map[string][]span        // by worker
+	outages  map[string][]outage      // by place: reconnecting included
+	trouble  map[string][]span        // by place: it may know nothing of what happens
+	forgets  []Event
+	verdict  *Verdict
 }
 
 // Check judges a history.
 func Check(events []Event, rules Rules) *Verdict {
 	events = slices.Clone(events)
 	Sort(events)
-	j := &judge{Rules: rules, events: events, claims: Claims(events), frozen: map[string][]span{}, trouble: map[string][]span{}, hit: map[string][]span{}}
+	j := &judge{Rules: rules, events: events, claims: Claims(events), timeouts: map[string]time.Duration{}, heals: map[int]int64{},
+		frozen: map[string][]span{}, outages: map[string][]outage{}, trouble: map[string][]span{}}
 	j.verdict = &Verdict{Claims: j.claims}
 	j.readFaults()
 	byKey := map[int64][]*Claim{}
+	byWorker := map[string][]*Claim{}
 	for _, c := range j.claims {
 		byKey[c.Key] = append(byKey[c.Key], c)
+		byWorker[c.Worker] = append(byWorker[c.Worker], c)
 	}
 	for _, claims := range byKey {
 		j.exclusion(claims)
 		j.tokens(claims)
 		j.newest(claims)
+		j.superseded(claims)
+		j.successors(claims)
+		j.stuck(claims)
+	}
+	for _, claims := range byWorker {
+		j.failed(claims)
 	}
 	for _, c := range j.claims {
 		j.ends(c)
-		j.failed(c)
+		j.kept(c)
 		j.revocation(c)
 	}
 	j.rejections()
-	j.losses()
+	j.losses(byWorker)
+	j.survival(byWorker)
+	j.absences()
 	for _, e := range events {
 		if e.Kind == Bye && e.Count > 0 {
 			j.violate(Violation{RuleLeak, e.At, 0, "", fmt.Sprintf("%s is left with %d goroutines: %s", e.Worker, e.Count, e.Text)})
 		}
 	}
-	slices.SortFunc(j.verdict.Violations, func(a, b Violation) int { return cmp.Compare(a.At, b.At) })
+	slices.SortFunc(j.verdict.Violations, func(a, b Violation) int {
+		return cmp.Or(cmp.Compare(a.At, b.At), cmp.Compare(a.Rule, b.Rule), cmp.Compare(a.Claim, b.Claim))
+	})
 	return j.verdict
 }
 
@@ -154,16 +194,21 @@ func (j *judge) excuse(why string, c *Claim, at int64) {
 	j.verdict.Excused = append(j.verdict.Excused, Excuse{why, c.ID, at})
 }
 
+// timeout is the session timeout of a worker.
+func (j *judge) timeout(worker string) time.Duration { return cmp.Or(j.timeouts[worker], j.Session) }
+
 // readFaults finds out who was disturbed and when.
 func (j *judge) readFaults() {
-	heal := map[int]int64{}
 	for _, e := range j.events {
 		if e.Kind == Heal {
-			heal[e.ID] = e.At
+			j.heals[e.ID] = e.At
 		}
 	}
+	away := map[string][]outage{}
 	for _, e := range j.events {
 		switch e.Kind {
+		case Hello:
+			j.timeouts[e.Worker] = time.Duration(e.Timeout)
 		case Frozen:
 			j.frozen[e.Worker] = append(j.frozen[e.Worker], span{from: e.At})
 		case Thawed:
@@ -177,31 +222,56 @@ func (j *judge) readFaults() {
 		case Forget:
 			j.forgets = append(j.forgets, e)
 		case Inject:
-			s := span{from: e.At}
-			if to := heal[e.ID]; to != 0 {
-				s.to = to + int64(j.Recovery)
-			}
-			if len(e.Victims) == 0 {
-				j.hit[""] = append(j.hit[""], s)
-			}
+			s := span{e.At, j.heals[e.ID]}
 			for _, w := range e.Victims {
-				j.hit[place(w)] = append(j.hit[place(w)], s)
-				if !e.Session {
-					continue
+				if e.Session || e.Cut || e.Slow {
+					j.trouble[place(w)] = append(j.trouble[place(w)], s.longer(j.Recovery))
+					away[place(w)] = append(away[place(w)], outage{span: s, broken: e.Session || e.Cut})
 				}
-				j.trouble[place(w)] = append(j.trouble[place(w)], s)
 			}
 		}
 	}
 	for w, spans := range j.frozen {
 		for _, s := range spans {
-			if s.to != 0 {
-				s.to += int64(j.Recovery)
-			}
-			j.trouble[place(w)] = append(j.trouble[place(w)], s)
-			j.hit[place(w)] = append(j.hit[place(w)], s)
+			j.trouble[place(w)] = append(j.trouble[place(w)], s.longer(j.Recovery))
+			away[place(w)] = append(away[place(w)], outage{span: s, broken: true})
 		}
 	}
+	for p, all := range away {
+		j.outages[p] = j.merge(all)
+	}
+}
+
+// outage is a stretch of time in which a session may be out of contact.
+type outage struct {
+	span
+	broken bool  // contact may have been broken, not only slow to come back
+	since  int64 // the first time that it may have been
+}
+
+// merge joins faults that leave no time to reconnect between them.
+func (j *judge) merge(all []outage) []outage {
+	slices.SortFunc(all, func(a, b outage) int { return cmp.Compare(a.from, b.from) })
+	var merged []outage
+	for _, o := range all {
+		o.span = o.longer(j.Reconnect + j.Late)
+		if o.broken {
+			o.since = o.from
+		}
+		if n := len(merged); n > 0 && merged[n-1].touches(o.from, o.from) {
+			last := &merged[n-1]
+			if last.to != 0 {
+				last.to = max(last.to, o.to)
+			}
+			if o.to == 0 {
+				last.to = 0
+			}
+			last.since = first(last.since, o.since)
+			continue
+		}
+		merged = append(merged, o)
+	}
+	return merged
 }
 
 // place is where a worker runs: the part of its name before the dot. A fault may
@@ -215,8 +285,8 @@ func touched(spans []span, from, to int64) bool {
 	return slices.ContainsFunc(spans, func(s span) bool { return s.touches(from, to) })
 }
 
-// forgot answers the documented reason for which the database may not know at
-// the time to what it was told at the time from.
+// forgot returns the documented reason for which the database may know nothing at
+// the time to of what it knew at the time from.
 func (j *judge) forgot(from, to int64) string {
 	for _, f := range j.forgets {
 		switch {
@@ -257,20 +327,17 @@ func (j *judge) exclusion(claims []*Claim) {
 
 func (j *judge) overlap(earlier, later *Claim, end int64) {
 	for _, s := range j.frozen[earlier.Worker] {
-		// It could not know while it was stopped, and had to learn soon after.
-		if s.touches(earlier.Begin, later.Begin) && (s.to == 0 || end != 0 && end <= s.to+int64(j.Late)) && (s.to == 0 || later.Begin <= s.to+int64(j.Late)) {
+		// It could not know while it was stopped, and had to learn soon after. Who is
+		// stopped for a short time is not taken from.
+		if s.touches(earlier.Begin, later.Begin) && later.Begin >= s.from+tenths(survived, j.timeout(earlier.Worker))-int64(j.Late) && (s.to == 0 || end != 0 && end <= s.to+int64(j.Late)) && (s.to == 0 || later.Begin <= s.to+int64(j.Late)) {
 			j.excuse(ExcuseFrozen, earlier, later.Begin)
 			return
 		}
 	}
-	if why := j.forgot(earlier.Locked, later.Begin); why == ExcuseRows || why == ExcuseAsync {
+	// A row that was deleted is no reason: its holder is notified before a
+	// successor may follow.
+	if why := j.forgot(earlier.Locked, later.Begin); why == ExcuseAsync {
 		j.excuse(why, earlier, later.Begin)
-		return
-	}
-	// Do does not tell that the session died while the function was cleaning up.
-	if earlier.How == HowDo && earlier.Told != 0 && earlier.Told <= later.Begin &&
-		(earlier.ToldClass == ClassLost || touched(j.trouble[place(earlier.Worker)], earlier.Begin, later.Begin)) {
-		j.excuse(ExcuseDrain, earlier, later.Begin)
 		return
 	}
 	until := "it never ended"
@@ -351,7 +418,7 @@ func (j *judge) newest(claims []*Claim) {
 	}
 }
 
-// after answers the claims that were announced at or after a time.
+// after returns the claims that were announced at or after a time.
 func after(announced []*Claim, at int64) []*Claim {
 	i, _ := slices.BinarySearchFunc(announced, at, func(c *Claim, at int64) int { return cmp.Compare(c.Announced, at) })
 	return announced[i:]
@@ -382,8 +449,8 @@ func (j *judge) granted(older *Claim, announced []*Claim) {
 }
 
 func (j *judge) holder(older, newer *Claim) {
-	noticed := first(older.Told, older.HoldEnd())
-	limit := newer.Announced + int64(j.Heartbeat+j.Late)
+	noticed := first(older.Notified, older.HoldEnd())
+	limit := newer.Announced + tenths(heartbeat, j.timeout(older.Worker)) + int64(j.Late)
 	if noticed != 0 && noticed <= limit {
 		return
 	}
@@ -391,11 +458,11 @@ func (j *judge) holder(older, newer *Claim) {
 		return // the rules of C14 and C24 bound it
 	}
 	j.violate(Violation{RuleHolder, limit, older.Key, older.ID,
-		fmt.Sprintf("held undisturbed %v after %s was announced", j.Heartbeat+j.Late, newer.ID)})
+		fmt.Sprintf("held undisturbed %v after %s was announced", ms(limit-newer.Announced), newer.ID)})
 }
 
 func (j *judge) waiter(older, newer *Claim) {
-	limit := newer.Announced + int64(j.Heartbeat+j.Late)
+	limit := newer.Announced + tenths(heartbeat, j.timeout(older.Worker)) + int64(j.Late)
 	if end := first(older.Ended, older.Killed); end != 0 && end <= limit {
 		return
 	}
@@ -403,7 +470,149 @@ func (j *judge) waiter(older, newer *Claim) {
 		return // the lock timeout bounds it
 	}
 	j.violate(Violation{RuleWaiter, limit, older.Key, older.ID,
-		fmt.Sprintf("still waited %v after %s was announced", j.Heartbeat+j.Late, newer.ID)})
+		fmt.Sprintf("still waited %v after %s was announced", ms(limit-newer.Announced), newer.ID)})
+}
+
+// superseded: a claim leaves for a newer one only if there is one.
+func (j *judge) superseded(claims []*Claim) {
+	for _, c := range claims {
+		at := c.Ended
+		if c.NotifiedClass == ClassDisplaced {
+			at = c.Notified
+		} else if c.EndClass != ClassDisplaced {
+			continue
+		}
+		from := max(c.Attempt, c.Announcing)
+		if !slices.ContainsFunc(claims, func(n *Claim) bool {
+			return n != c && n.How != HowSilent && n.Attempt <= at && n.lastAnnounced() >= from
+		}) {
+			j.violate(Violation{RuleSuperseded, at, c.Key, c.ID, "there is no newer claim"})
+		}
+	}
+}
+
+// lastAnnounced is the last moment at which the database may have learnt of the
+// claim.
+func (c *Claim) lastAnnounced() int64 {
+	switch {
+	case c.Announced != 0 || c.Locked != 0:
+		return cmp.Or(c.Announced, c.Locked)
+	case c.EndClass == ClassDisplaced:
+		return c.Ended
+	}
+	return math.MaxInt64 // what was not confirmed may still be under way
+}
+
+// successors: a process that dies leaves its keys to others when they have
+// watched its session being dead for its timeout.
+func (j *judge) successors(claims []*Claim) {
+	for _, dead := range claims {
+		if dead.Killed == 0 || dead.Locked == 0 || dead.HoldEnd() != dead.Killed ||
+			dead.Notified != 0 && dead.Killed >= dead.Notified+int64(j.Preemption-j.Late) || // it may have been revoked
+			touched(j.trouble[place(dead.Worker)], dead.Locked, dead.Killed) { // its session may have been dead before
+			continue
+		}
+		var next *Claim
+		for _, c := range claims {
+			if c.Locked > dead.Killed && (next == nil || c.Locked < next.Locked) {
+				next = c
+			}
+		}
+		timeout := j.timeout(dead.Worker)
+		if next == nil || next.Locked >= dead.Killed+int64(timeout-j.Late) || j.forgot(dead.Locked, next.Locked) == ExcuseAsync {
+			continue
+		}
+		j.violate(Violation{RuleEarly, next.Locked, next.Key, next.ID,
+			fmt.Sprintf("got the key %v after the process of %s was killed, whose session timeout is %v", ms(next.Locked-dead.Killed), dead.ID, timeout)})
+	}
+}
+
+// stuck: who waits for a key that no hold keeps gets it, at the latest when its
+// process has watched a dead session for its timeout. It need not be the same
+// claim that waits all the time.
+func (j *judge) stuck(claims []*Claim) {
+	longest := j.Session
+	for _, t := range j.timeouts {
+		longest = max(longest, t)
+	}
+	patience := int64(time.Second + 2*j.Late) // waiters look at the key every second
+	for _, free := range j.free(claims) {
+		if slices.ContainsFunc(j.forgets, func(f Event) bool { return f.At >= free.from-int64(longest) && f.At <= free.to }) {
+			continue
+		}
+		var waits []*Claim
+		watching := map[string]int64{} // since when, by worker
+		for _, c := range claims {     // sorted by their beginning
+			out := first(c.Locked, c.Ended, c.Killed, free.to)
+			if c.asked() >= free.to || out <= free.from || touched(j.trouble[place(c.Worker)], c.asked(), out) {
+				continue
+			}
+			waits = append(waits, c)
+			since := max(c.asked(), free.from)
+			watching[c.Worker] = min(cmp.Or(watching[c.Worker], since), since)
+		}
+		var waited, until int64 // by processes that have watched for long enough
+		for _, c := range waits {
+			from := max(c.asked(), free.from, watching[c.Worker]+int64(longest), until)
+			out := min(first(c.Locked, c.Ended, c.Killed, free.to), free.to)
+			if out <= from {
+				continue
+			}
+			if waited, until = waited+out-from, out; waited > patience {
+				j.violate(Violation{RuleStuck, out, c.Key, c.ID, fmt.Sprintf("there has been no hold for %v", ms(out-free.from))})
+				break
+			}
+		}
+	}
+}
+
+// free returns when the key can have been no claim's, as far as the database
+// knows.
+func (j *judge) free(claims []*Claim) []span {
+	var busy []span
+	for _, c := range claims {
+		if s, ok := j.mayHold(c); ok {
+			busy = append(busy, s)
+		}
+	}
+	slices.SortFunc(busy, func(a, b span) int { return cmp.Compare(a.from, b.from) })
+	var free []span
+	end := j.events[0].At
+	for _, s := range busy {
+		if s.from > end {
+			free = append(free, span{end, s.from})
+		}
+		if s.to == 0 {
+			return free
+		}
+		end = max(end, s.to)
+	}
+	return append(free, span{end, j.events[len(j.events)-1].At})
+}
+
+// mayHold returns when the key may have been the claim's, as far as the database
+// knows.
+func (j *judge) mayHold(c *Claim) (span, bool) {
+	s := span{c.Locked, first(c.Ended, c.Killed)}
+	disturbed := c.EndClass == ClassLost
+	for _, t := range j.trouble[place(c.Worker)] {
+		if !t.touches(c.Attempt, cmp.Or(s.to, math.MaxInt64)) {
+			continue
+		}
+		disturbed = true
+		if s.to == 0 || t.to == 0 {
+			s.to = 0
+			break
+		}
+		s.to = max(s.to, t.to)
+	}
+	if disturbed && s.to != 0 { // then it is for the server to end its connection
+		s.to += tenths(silence, j.timeout(c.Worker))
+	}
+	if c.Locked == 0 { // its grant may have been lost
+		s.from = c.asked()
+	}
+	return s, c.Locked != 0 || c.Killed != 0 || disturbed
 }
 
 // ends: every call returns within its bound, not counting the time for which its
@@ -431,23 +640,42 @@ func (j *judge) ends(c *Claim) {
 		}
 	}
 	if c.How == HowDo {
-		// LockKey and Notify each wait for a session and a statement, then come the wait, the lock delay, the hold, the release.
-		step("Do", c.Attempt, last, 2*j.Notify+j.LockTimeout+j.Delay+MaxHold+j.Preemption+j.Release)
+		// LockKey and Notify each wait for a session and a statement, then come the wait, the hold, the release.
+		step("Do", c.Attempt, last, 2*j.Notify+j.LockTimeout+MaxHold+j.Preemption+j.Release)
 		return
 	}
 	step("LockKey", c.Attempt, first(c.Announcing, c.Waiting, last), j.Notify)
 	step("Notify", c.Announcing, first(c.Announced, last), j.Notify)
 	step("Lock", c.Waiting, first(c.Locked, last), j.LockTimeout)
 	step("Unlock", c.Releasing, last, j.Release)
-	step("the claim", c.Attempt, last, 2*j.Notify+j.LockTimeout+j.Delay+MaxHold+j.Preemption+j.Release)
+	step("the claim", c.Attempt, last, 2*j.Notify+j.LockTimeout+MaxHold+j.Preemption+j.Release)
 }
 
-// failed: errors of the database need a fault.
-func (j *judge) failed(c *Claim) {
-	if c.EndClass != ClassFailed && c.EndClass != ClassContext || touched(j.hit[place(c.Worker)], c.Attempt, c.Ended) || touched(j.hit[""], c.Attempt, c.Ended) {
-		return
+// failed: a claim of a provider that has worked waits for what passes. Only its
+// own bound, the lock timeout or its context, ends it.
+func (j *judge) failed(claims []*Claim) {
+	var worked int64 // when the worker first got something done
+	for _, c := range claims {
+		worked = first(worked, c.Announcing, c.Waiting, c.Locked)
 	}
-	j.violate(Violation{RuleFailed, c.Ended, c.Key, c.ID, c.Text})
+	for _, c := range claims {
+		if !slices.Contains([]string{ClassFailed, ClassContext, ClassTimeout, ClassMax, ClassLost}, c.EndClass) {
+			continue
+		}
+		from, bound := max(c.Attempt, c.Announcing, c.Waiting), min(j.LockTimeout, j.Notify)
+		switch {
+		case c.Locked != 0 && (c.Releasing == 0 || c.EndClass == ClassLost || c.EndClass == ClassMax):
+			continue // its hold was ended for it
+		case c.Locked != 0:
+			from, bound = c.Releasing, j.Release
+		case c.Waiting != 0 || c.How == HowDo:
+			bound = j.LockTimeout
+		}
+		if worked == 0 || worked > from || c.Ended-from >= int64(bound-100*time.Millisecond) {
+			continue
+		}
+		j.violate(Violation{RuleFailed, c.Ended, c.Key, c.ID, fmt.Sprintf("%s after %v: %s", c.EndClass, ms(c.Ended-from), c.Text)})
+	}
 }
 
 // MaxHold is the longest that a worker holds undisturbed.
@@ -468,23 +696,23 @@ func (j *judge) stopped(worker string, from, to int64) int64 {
 	return sum
 }
 
-// revocation: a hold that was told is over when the preemption timeout has
+// revocation: a hold that was notified is over when the preemption timeout has
 // passed (C14).
 func (j *judge) revocation(c *Claim) {
-	if c.Told == 0 || c.How == HowDo { // Do does not show the end of the hold
+	if c.Notified == 0 || c.How == HowDo { // Do does not show the end of the hold
 		return
 	}
 	end := c.HoldEnd()
 	if end == 0 {
-		end = c.Told + int64(time.Hour)
+		end = c.Notified + int64(time.Hour)
 	}
-	if took := end - c.Told - j.stopped(c.Worker, c.Told, end); took > int64(j.Preemption+j.Late) {
-		j.violate(Violation{RuleRevoked, end, c.Key, c.ID, fmt.Sprintf("told %v before the end", ms(took))})
+	if took := end - c.Notified - j.stopped(c.Worker, c.Notified, end); took > int64(j.Preemption+j.Late) {
+		j.violate(Violation{RuleRevoked, end, c.Key, c.ID, fmt.Sprintf("notified %v before the end", ms(took))})
 	}
 }
 
 // rejections: a write is only refused to a worker that was stopped, or that has
-// just been told.
+// just been notified.
 func (j *judge) rejections() {
 	byID := map[string]*Claim{}
 	for _, c := range j.claims {
@@ -500,52 +728,140 @@ func (j *judge) rejections() {
 			j.excuse(ExcuseFrozen, c, e.At)
 		case j.forgot(c.Locked, e.At) == ExcuseRows, j.forgot(c.Locked, e.At) == ExcuseAsync:
 			j.excuse(j.forgot(c.Locked, e.At), c, e.At)
-		case c.Told != 0 && c.Told <= e.At+int64(j.Late):
+		case c.Notified != 0 && c.Notified <= e.At+int64(j.Late):
 			j.excuse(ExcuseRace, c, e.At)
 		default:
-			j.violate(Violation{RuleRejected, e.At, c.Key, c.ID, fmt.Sprintf("token %d was refused though nobody told the holder", e.Token)})
+			j.violate(Violation{RuleRejected, e.At, c.Key, c.ID, fmt.Sprintf("token %d was refused though the holder was not notified", e.Token)})
 		}
 	}
 }
 
-// losses: a fault that ends sessions is noticed by their holders within its
-// bound.
-func (j *judge) losses() {
+// LostAt is when the claim's hold was lost, as far as its worker could know; 0
+// means never.
+func (c *Claim) LostAt() int64 {
+	switch {
+	case c.NotifiedClass == ClassLost:
+		return c.Notified
+	case c.Notified == 0 && c.Locked != 0 && c.EndClass == ClassLost:
+		return c.Ended
+	}
+	return 0
+}
+
+// kept: a hold is lost only if its process may have been out of contact for so
+// long that 0.9 of the session timeout had passed since its last heartbeat.
+func (j *judge) kept(c *Claim) {
+	at := c.LostAt()
+	if at == 0 {
+		return
+	}
+	if why := j.forgot(c.Locked, at); why == ExcuseRows || why == ExcuseAsync {
+		return // its row no longer named it
+	}
+	least := tenths(survived, j.timeout(c.Worker)) - int64(j.Late)
+	var longest int64
+	for _, o := range j.outages[place(c.Worker)] {
+		if o.since != 0 && o.touches(at, at) {
+			if longest = max(longest, at-o.since); longest >= least {
+				return
+			}
+		}
+	}
+	text := "no fault kept its session out of contact"
+	if longest > 0 {
+		text = fmt.Sprintf("its session can have been out of contact for %v only", ms(longest))
+	}
+	j.violate(Violation{RuleKept, at, c.Key, c.ID, text + ": " + c.Text})
+}
+
+// losses: who is out of contact for too long learns it when 0.9 of the session
+// timeout has passed.
+func (j *judge) losses(byWorker map[string][]*Claim) {
 	failed := map[int]bool{}
 	for _, e := range j.events {
 		if e.Kind == Heal && e.Class == ClassFailed {
 			failed[e.ID] = true
 		}
 	}
-	byWorker := map[string][]*Claim{}
-	for _, c := range j.claims {
-		if c.Locked != 0 {
-			byWorker[c.Worker] = append(byWorker[c.Worker], c)
-		}
-	}
 	for _, e := range j.events {
-		if e.Kind != Inject || e.Bound == 0 || failed[e.ID] {
+		if e.Kind != Inject || !e.Cut || failed[e.ID] {
 			continue
 		}
-		limit := e.At + e.Bound + int64(j.Late)
+		for _, w := range e.Victims {
+			due := e.At + tenths(notice, j.timeout(w))
+			if heal := j.heals[e.ID]; heal != 0 && heal < due || touched(j.frozen[w], e.At, due+int64(j.Late)) {
+				continue
+			}
+			j.noticed(byWorker[w], e.Fault, e.At, e.At, due)
+		}
+	}
+	for w, spans := range j.frozen {
+		for _, s := range spans {
+			if s.to != 0 && s.to-s.from >= tenths(notice, j.timeout(w))+int64(j.Late) {
+				j.noticed(byWorker[w], "frozen", s.from, s.to, s.to)
+			}
+		}
+	}
+}
+
+// noticed asks whether those who held from a time to the moment at which contact
+// was known to be lost have noticed it when it was due.
+func (j *judge) noticed(claims []*Claim, fault string, from, at, due int64) {
+	limit := due + int64(j.Late)
+	for _, c := range claims {
+		end := c.HoldEnd()
+		if c.Locked == 0 || c.Locked >= from || end != 0 && end <= at {
+			continue
+		}
+		if c.NotifiedClass == ClassLost && c.Notified >= at {
+			j.verdict.Detection = append(j.verdict.Detection, Detection{fault, at, time.Duration(c.Notified - at)})
+		}
+		noticed := end // a hold that was notified before for another reason still has to end
+		if c.How == HowDo {
+			noticed = first(c.Notified, end)
+		}
+		if noticed == 0 || noticed > limit {
+			j.violate(Violation{RuleLost, limit, c.Key, c.ID, fmt.Sprintf("%s: held on %v later", fault, ms(limit-at))})
+		}
+	}
+}
+
+// survival counts what became of the victims' holds.
+func (j *judge) survival(byWorker map[string][]*Claim) {
+	for _, e := range j.events {
+		if e.Kind != Inject {
+			continue
+		}
+		s := Survival{Fault: e.Fault, At: e.At}
+		over := max(e.At, j.heals[e.ID])
 		for _, w := range e.Victims {
 			for _, c := range byWorker[w] {
 				end := c.HoldEnd()
-				if c.Locked >= e.At || end != 0 && end <= e.At {
+				if c.Locked == 0 || c.Locked >= e.At || end != 0 && end <= e.At || c.Notified != 0 && c.Notified <= e.At {
 					continue
 				}
-				if c.ToldClass == ClassLost && c.Told >= e.At {
-					j.verdict.Detection = append(j.verdict.Detection, Detection{e.Fault, e.At, time.Duration(c.Told - e.At - j.stopped(w, e.At, c.Told))})
+				if lost := c.LostAt(); lost != 0 && lost <= over+int64(j.Reconnect+j.Late) {
+					s.Lost++
+				} else if end == 0 || end > over {
+					s.Kept++
 				}
-				noticed := end // a hold that was told before for another reason still has to end
-				if c.How == HowDo {
-					noticed = first(c.Told, end)
-				}
-				if noticed != 0 && noticed <= limit || touched(j.frozen[w], e.At, limit) {
-					continue
-				}
-				j.violate(Violation{RuleLost, limit, c.Key, c.ID, fmt.Sprintf("%s: held on %v later", e.Fault, ms(limit-e.At))})
 			}
+		}
+		j.verdict.Survival = append(j.verdict.Survival, s)
+	}
+}
+
+// absences measures for how long sessions were suspended.
+func (j *judge) absences() {
+	since := map[string]int64{}
+	for _, e := range j.events {
+		switch {
+		case e.Kind == Suspended:
+			j.verdict.Suspended++
+			since[e.Worker] = e.At
+		case e.Kind == Reconnected && since[e.Worker] != 0:
+			j.verdict.Absences = append(j.verdict.Absences, time.Duration(e.At-since[e.Worker]))
+			delete(since, e.Worker)
 		}
 	}
 }

@@ -21,7 +21,7 @@ const (
 	Locked     Kind = "locked"     // Lock has returned a hold, with Token
 	Begin      Kind = "begin"      // the lock delay is over: the worker believes that it is alone
 	Write      Kind = "write"      // a write to the fenced resource with Token, from Start to At
-	Told       Kind = "told"       // the notification was read; Class says why
+	Notified   Kind = "notified"   // the notification was read; Class says why
 	Over       Kind = "over"       // the lock's channel was seen to be closed
 	Releasing  Kind = "releasing"  // Unlock is about to be called, or the function given to Do returns
 	Ended      Kind = "ended"      // nothing is left of the claim; Class says how it ended
@@ -29,8 +29,11 @@ const (
 
 // What a worker tells of itself.
 const (
-	Hello Kind = "hello"
-	Bye   Kind = "bye" // the provider is closed; Count goroutines are left over
+	Hello Kind = "hello" // Timeout is that of its session
+	Bye   Kind = "bye"   // the provider is closed; Count goroutines are left over
+
+	Suspended   Kind = "suspended"   // the provider's session is suspended, with Count holds
+	Reconnected Kind = "reconnected" // it is back: Count holds were kept, Lost were lost
 )
 
 // What the driver tells.
@@ -40,7 +43,7 @@ const (
 	Thawed Kind = "thawed" // Worker goes on
 	Inject Kind = "inject" // the fault Fault begins; ID names this instance of it
 	Heal   Kind = "heal"   // the fault ID is over; ClassFailed: it never really was
-	Forget Kind = "forget" // the database may have lost what it was told: Class is one of the Forget classes
+	Forget Kind = "forget" // the database may have lost what it knew: Class is one of the Forget classes
 )
 
 // How a claim was made.
@@ -50,12 +53,12 @@ const (
 	HowDo     = "do"     // PreemptiveLocker.Do
 )
 
-// Classes of Told and Ended.
+// Classes of Notified and Ended.
 const (
 	ClassReleased  = "released"  // the holder let go
 	ClassDisplaced = "displaced" // a newer claim
 	ClassTimeout   = "timeout"
-	ClassLost      = "lost" // the session is gone, or the hold was revoked
+	ClassLost      = "lost" // the session is lost, or the hold was revoked
 	ClassClosed    = "closed"
 	ClassMax       = "max"
 	ClassContext   = "context"
@@ -81,17 +84,21 @@ type Event struct {
 	Token  int64  `json:"token,omitempty"`
 	Start  int64  `json:"start,omitempty"`
 	OK     bool   `json:"ok,omitempty"`       // write: accepted
-	Belief bool   `json:"believes,omitempty"` // write: the worker has not been told to stop
+	Belief bool   `json:"believes,omitempty"` // write: the worker has not been notified
 	Class  string `json:"class,omitempty"`
 	Text   string `json:"text,omitempty"`
 	Count  int    `json:"count,omitempty"`
+
+	Timeout int64 `json:"timeout,omitempty"` // hello
+	Lost    int   `json:"lost,omitempty"`    // reconnected
 
 	// inject only
 	ID      int      `json:"id,omitempty"`
 	Fault   string   `json:"fault,omitempty"`
 	Victims []string `json:"victims,omitempty"` // the workers it hits
-	Session bool     `json:"session,omitempty"` // it may keep their sessions from working
-	Bound   int64    `json:"bound,omitempty"`   // it ends their sessions: holders are told within this time
+	Session bool     `json:"session,omitempty"` // it may keep their sessions out of contact with the server
+	Cut     bool     `json:"cut,omitempty"`     // it does so, from its first to its last moment
+	Slow    bool     `json:"slow,omitempty"`    // it breaks no contact, but reconnecting and looking things up may take as long as it lasts
 }
 
 // Row is one write as the resource itself has recorded it.
@@ -114,9 +121,9 @@ type Claim struct {
 	ID, Worker, How                            string
 	Key, Token                                 int64
 	Attempt, Announcing, Announced             int64
-	Waiting, Locked, Begin, Told, Over         int64
+	Waiting, Locked, Begin, Notified, Over     int64
 	Releasing, Ended                           int64
-	ToldClass, EndClass, Text                  string
+	NotifiedClass, EndClass, Text              string
 	Killed                                     int64 // its worker was killed before it ended
 	Writes, RejectedBelieving, RejectedKnowing int
 }
@@ -156,8 +163,8 @@ func Claims(events []Event) []*Claim {
 			c.Locked, c.Token = e.At, e.Token
 		case Begin:
 			c.Begin = e.At
-		case Told:
-			c.Told, c.ToldClass = e.At, e.Class
+		case Notified:
+			c.Notified, c.NotifiedClass = e.At, e.Class
 		case Over:
 			c.Over = e.At
 		case Releasing:
@@ -182,7 +189,7 @@ func (c *Claim) HoldEnd() int64 {
 	return first(c.Releasing, c.Over, c.Ended, c.Killed)
 }
 
-// first answers the earliest time that did happen.
+// first returns the earliest time that did happen.
 func first(times ...int64) int64 {
 	var earliest int64
 	for _, t := range times {
@@ -198,6 +205,14 @@ type span struct{ from, to int64 }
 
 func (s span) touches(from, to int64) bool {
 	return s.from <= to && (s.to == 0 || s.to >= from)
+}
+
+// longer is the span with a time of grace after it.
+func (s span) longer(grace time.Duration) span {
+	if s.to != 0 {
+		s.to += int64(grace)
+	}
+	return s
 }
 
 func ms(ns int64) time.Duration { return time.Duration(ns).Round(time.Millisecond) }

@@ -58,9 +58,9 @@ var register = porcupine.Model{
 	},
 }
 
-// CheckResource asks whether the answers that the workers got are those of a
-// resource that compares tokens: it judges the instrument. Writes whose answers
-// died with their worker are taken from the resource's record. It only answers
+// CheckResource asks whether the replies that the workers got are those of a
+// resource that compares tokens: it judges the instrument. Writes whose replies
+// died with their worker are taken from the resource's record. It only returns
 // false if it is sure within limit.
 func CheckResource(events []Event, rows []Row, limit time.Duration) bool {
 	clients := map[string]int{}

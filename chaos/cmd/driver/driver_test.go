@@ -2,7 +2,9 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -12,7 +14,7 @@ import (
 	"github.com/preemptable/locker/internal/pgserver"
 )
 
-// log keeps what the driver tells until it is known whether anybody wants it.
+// log keeps what the driver says until it is known whether it is of interest.
 type log struct {
 	mu   sync.Mutex // guards text
 	text bytes.Buffer
@@ -24,11 +26,30 @@ func (l *log) Write(p []byte) (int, error) {
 	return l.text.Write(p)
 }
 
+// worker builds the worker for all tests. TestMain removes it.
+var worker = sync.OnceValues(func() (string, error) { return build(context.Background(), folder) })
+
+var folder string
+
+func TestMain(m *testing.M) {
+	var err error
+	if folder, err = os.MkdirTemp("", "chaos-"); err != nil {
+		panic(err)
+	}
+	code := m.Run()
+	_ = os.RemoveAll(folder)
+	os.Exit(code)
+}
+
 // quick is a run for a test.
 func quick(t *testing.T, c config) report {
 	t.Helper()
 	if _, err := pgserver.FindBinDir(); errors.Is(err, pgserver.ErrNoBinaries) {
 		t.Skip(err)
+	}
+	var err error
+	if c.binary, err = worker(); err != nil {
+		t.Fatal(err)
 	}
 	var l log
 	t.Cleanup(func() {
@@ -47,14 +68,14 @@ func quick(t *testing.T, c config) report {
 // TestChaos is a short run. The long one is make chaos.
 func TestChaos(t *testing.T) {
 	t.Parallel()
-	r := quick(t, config{seed: 1, brief: 12 * time.Second, workers: 3, keys: 6, only: []string{
-		"SIGKILL", "session and listener terminated", "listener terminated", "(immediate)", "session alone", "notifications",
+	r := quick(t, config{seed: 1, sessions: []time.Duration{10 * time.Second}, brief: 12 * time.Second, workers: 3, keys: 6, faults: []string{
+		"listener alone", "listener terminated", "notifications",
 	}})
 	t.Logf("\n%s\n%s", r.table(), r.summary())
 	if err := r.failure(); err != nil {
 		t.Error(err)
 	}
-	if len(r.lines) < 7 {
+	if len(r.lines) < 4 {
 		t.Errorf("%d faults were injected", len(r.lines))
 	}
 }
@@ -63,21 +84,34 @@ func TestChaos(t *testing.T) {
 // leaves one in peace that is not.
 func TestOracle(t *testing.T) {
 	t.Parallel()
-	want := map[string]string{
-		broken.None:        "",
-		broken.NoFencing:   oracle.RuleTokenOrder,
-		broken.TrustNotify: oracle.RuleExclusion,
-		broken.UnlockOther: oracle.RuleExclusion,
-	}
-	for mistake, rule := range want {
-		t.Run(mistake, func(t *testing.T) {
+	for _, c := range []struct {
+		mistake string
+		session time.Duration // timeout
+		faults  []string
+		settle  time.Duration
+		rules   []string // that have to be broken
+	}{
+		{broken.None, 10 * time.Second, []string{"notifications", "SIGKILL of a worker", "all connections terminated", "silent for 3 s", "cut as statements", "read-only for 3 s"}, 0, nil},
+		{broken.NoFencing, 4 * time.Second, []string{"notifications"}, 0, []string{oracle.RuleTokenOrder}},
+		{broken.TrustNotify, 4 * time.Second, []string{"notifications"}, 0, []string{oracle.RuleExclusion}},
+		{broken.UnlockOther, 4 * time.Second, []string{"notifications"}, 0, []string{oracle.RuleExclusion}},
+		{broken.LoseOnCut, 10 * time.Second, []string{"logins refused for 2 s"}, 0, []string{oracle.RuleKept}},
+		{broken.HoldOn, 4 * time.Second, []string{"network silent for 8 s"}, 0, []string{oracle.RuleLost}},
+		{broken.GiveUp, 4 * time.Second, []string{"cut as statements"}, 0, []string{oracle.RuleFailed}},
+		{broken.TakeSuspended, 10 * time.Second, []string{"SIGKILL of a worker", "network silent for 8 s"}, 0, []string{oracle.RuleEarly, oracle.RuleExclusion}},
+		{broken.NeverTake, 4 * time.Second, []string{"SIGKILL of a worker"}, 0, []string{oracle.RuleStuck}},
+		{broken.ForgetRelease, 6 * time.Second, []string{"logins refused for 2 s"}, 40 * time.Second, []string{oracle.RuleStuck}},
+	} {
+		t.Run(c.mistake, func(t *testing.T) {
 			t.Parallel()
-			r := quick(t, config{seed: 1, brief: 6 * time.Second, provider: mistake, workers: 2, keys: 3, only: []string{"notifications"}})
-			if rule == "" && r.failure() != nil {
-				t.Error(r.failure())
+			r := quick(t, config{seed: 1, sessions: []time.Duration{c.session}, brief: 12 * time.Second, settle: c.settle, provider: c.mistake, workers: 2, keys: 3, faults: c.faults})
+			if len(c.rules) == 0 && r.failure() != nil {
+				t.Errorf("%v; broken rules: %v", r.failure(), r.rules)
 			}
-			if rule != "" && r.rules[rule] == 0 {
-				t.Errorf("not caught; broken rules: %v", r.rules)
+			for _, rule := range c.rules {
+				if r.rules[rule] == 0 {
+					t.Errorf("%q was not caught; broken rules: %v", rule, r.rules)
+				}
 			}
 			t.Logf("%s", r.summary())
 		})

@@ -20,19 +20,12 @@ type failover struct {
 	standby     bool // it is the standby that goes silent, and comes back
 }
 
-func (d *driver) failovers() (wanted []failover) {
-	for _, f := range []failover{
-		{"primary lost and synchronous standby promoted", true, false, false},
-		{"primary silent and synchronous standby promoted", true, true, false},
-		{"primary lost and asynchronous standby behind by 3 s promoted", false, false, false},
-		{"primary silent and asynchronous standby behind by 3 s promoted", false, true, false},
-		{"synchronous standby silent for 15 s", true, true, true},
-	} {
-		if d.wants(f.name) && (d.brief == 0 || len(d.only) > 0) {
-			wanted = append(wanted, f)
-		}
-	}
-	return wanted
+var failovers = []failover{
+	{"primary lost and synchronous standby promoted", true, false, false},
+	{"primary silent and synchronous standby promoted", true, true, false},
+	{"primary lost and asynchronous standby behind by 3 s promoted", false, false, false},
+	{"primary silent and asynchronous standby behind by 3 s promoted", false, true, false},
+	{"synchronous standby silent for 15 s", true, true, true},
 }
 
 // failover runs a world of its own: a primary and a standby, both of which the
@@ -88,17 +81,17 @@ func (d *driver) failover(ctx context.Context, base int64, f failover) (err erro
 		p := phase{Name: f.name, Runs: 1, From: oracle.Now()}
 		sleep(ctx, 6*time.Second)
 		if !f.synchronous {
-			replication.Change(func(s *fault.Shape) { s.Silent = [2]bool{true, true} }, fault.Session)
+			replication.Change(func(s *fault.Shape) { s.Silent = [2]bool{true, true} })
 			sleep(ctx, 3*time.Second)
 		}
 		forget := oracle.ForgetCrash
 		if !f.synchronous {
 			forget = oracle.ForgetAsync
 		}
-		loss := fault.Fault{Name: f.name, Session: true, Bound: 2 * time.Second, Inject: func(ctx context.Context, s fault.Scene) (func() error, error) {
+		loss := fault.Fault{Name: f.name, Session: true, Inject: func(ctx context.Context, s fault.Scene) (func() error, error) {
 			d.add(oracle.Event{At: oracle.Now(), Kind: oracle.Forget, Class: forget})
 			if f.silent {
-				network[primary].Change(func(s *fault.Shape) { s.Silent = [2]bool{true, true} }, fault.Session, fault.Listener)
+				network[primary].Change(func(s *fault.Shape) { s.Silent = [2]bool{true, true} })
 			} else if err := primary.Kill(); err != nil {
 				return nil, err
 			}
@@ -110,22 +103,16 @@ func (d *driver) failover(ctx context.Context, base int64, f failover) (err erro
 				return nil, err
 			}
 			w.Server = standby
-			if f.silent { // somebody makes sure that it does not come back
+			if f.silent { // an operator makes sure that it does not come back
 				sleep(ctx, 12*time.Second)
 				return nil, primary.Kill()
 			}
 			return nil, nil
 		}}
-		if f.silent {
-			loss.Bound = 9 * time.Second
-		}
 		if f.standby {
-			loss = fault.Fault{Name: f.name, Session: true, Hold: 15 * time.Second, Inject: func(context.Context, fault.Scene) (func() error, error) {
-				replication.Change(func(s *fault.Shape) { s.Silent = [2]bool{true, true} }, fault.Session)
-				return func() error {
-					replication.Change(func(s *fault.Shape) { *s = fault.Shape{} }, fault.Session)
-					return nil
-				}, nil
+			loss = fault.Fault{Name: f.name, Slow: true, Hold: 15 * time.Second, Inject: func(context.Context, fault.Scene) (func() error, error) {
+				undo := replication.Change(func(s *fault.Shape) { s.Silent = [2]bool{true, true} })
+				return func() error { undo(); return nil }, nil
 			}}
 		}
 		d.say("%s", f.name)

@@ -1,7 +1,7 @@
 // The driver runs PostgreSQL servers and worker processes, breaks things by the
 // seed, and judges what the workers saw.
 //
-//	go run ./cmd/driver [-seed n] [-duration d] [-only words] [-table file]
+//	go run ./cmd/driver [-seed n] [-duration d] [-fault names] [-table file]
 //	go run ./cmd/driver -judge history[,history] [-table file]
 package main
 
@@ -17,6 +17,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/preemptable/locker/chaos/fault"
 )
 
 func main() {
@@ -26,14 +28,34 @@ func main() {
 	flag.IntVar(&c.workers, "workers", 4, "worker processes")
 	flag.IntVar(&c.clients, "clients", 3, "claims of a worker at a time")
 	flag.IntVar(&c.keys, "keys", 8, "keys")
-	only := flag.String("only", "", "only the faults whose name contains one of these words, separated by commas (\"mixed\" is one, and so is each loss of a server of two)")
+	names := flag.String("fault", "", "only the faults whose name contains one of these words, separated by commas, each alone (\"mixed\" is one, and so is each loss of a server of two); empty: each alone for half of the time, in a random order, then mixed")
+	flag.IntVar(&c.rounds, "rounds", 0, "how often each fault is run alone; 0: as often as fits into 40 s")
+	timeouts := flag.String("session-timeout", "10s", "of the workers, in turns if there are several, separated by commas")
+	list := flag.Bool("list", false, "run nothing: list the faults")
 	table := flag.String("table", "", "write the table into this file, between its two marks")
 	flag.StringVar(&c.history, "history", "", "write all that happened into this file, which -judge reads")
 	judge := flag.String("judge", "", "run nothing: judge the histories in these files, separated by commas")
 	flag.BoolVar(&c.verbose, "v", false, "the workers' log on standard error")
 	flag.Parse()
-	if *only != "" {
-		c.only = strings.Split(*only, ",")
+	if *names != "" {
+		c.faults = strings.Split(*names, ",")
+	}
+	if *list {
+		for _, f := range fault.Faults() {
+			fmt.Println(f.Name)
+		}
+		for _, f := range failovers {
+			fmt.Println(f.name)
+		}
+		return
+	}
+	for text := range strings.SplitSeq(*timeouts, ",") {
+		d, err := time.ParseDuration(strings.TrimSpace(text))
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "chaos: -session-timeout:", err)
+			os.Exit(2)
+		}
+		c.sessions = append(c.sessions, d)
 	}
 	if *seeds == "" {
 		*seeds = strconv.Itoa(rand.IntN(1_000_000))

@@ -15,11 +15,12 @@ import (
 
 // line is a line of the table.
 type line struct {
-	name                                            string
-	runs, claims, holds                             int
-	displaced, timedOut, lost, failed, killed, hung int
-	writes, rejected, overlaps, violations          int
-	detection                                       []time.Duration
+	name                                   string
+	runs, claims, holds                    int
+	displaced, timedOut, lost, kept        int
+	failed, killed, hung                   int
+	writes, rejected, overlaps, violations int
+	detection                              []time.Duration
 }
 
 // report is what came out of one or more runs.
@@ -31,6 +32,8 @@ type report struct {
 	violations int
 	rules      map[string]int // violations of each
 	left       []string
+	suspended  int             // sessions
+	absences   []time.Duration // from suspended to reconnected
 }
 
 // judge holds the history of a run against the rules, and says what breaks them.
@@ -38,6 +41,9 @@ func (d *recording) judge(say func(format string, args ...any)) report {
 	rules := oracle.DefaultRules()
 	if d.Late != 0 {
 		rules.Late = d.Late
+	}
+	if d.Session != 0 {
+		rules.Session, rules.LockTimeout = d.Session, lockTimeout(d.Session)
 	}
 	if !d.Broken { // tokens are microseconds of the server's clock
 		rules.GrantTime = func(token int64) (int64, bool) { return token*1000 - d.Offset, true }
@@ -47,7 +53,7 @@ func (d *recording) judge(say func(format string, args ...any)) report {
 	if !oracle.CheckResource(d.Events, d.Rows, 20*time.Second) {
 		v.Violations = append(v.Violations, oracle.Violation{Rule: "the fenced resource itself does not compare tokens"})
 	}
-	r := report{seeds: []string{fmt.Sprint(d.Seed)}, took: d.Took, excused: map[string]int{}, rules: map[string]int{}, violations: len(v.Violations), left: d.Left}
+	r := report{seeds: []string{fmt.Sprint(d.Seed)}, took: d.Took, excused: map[string]int{}, rules: map[string]int{}, violations: len(v.Violations), left: d.Left, suspended: v.Suspended, absences: v.Absences}
 	for _, c := range v.Claims { // the last claim of each key has to succeed
 		if strings.HasSuffix(c.Worker, ".sweep") && c.EndClass != oracle.ClassReleased {
 			r.left = append(r.left, fmt.Sprintf("key %d cannot be had in the end: %s %s", c.Key, c.EndClass, c.Text))
@@ -75,13 +81,13 @@ func (d *recording) judge(say func(format string, args ...any)) report {
 	return r
 }
 
-// skewSeen looks for a worker that began after a time and told a wrong one.
+// skewSeen looks for a worker that began after a time and read a wrong one.
 func (d *recording) skewSeen(after int64) bool {
 	for _, e := range d.Events {
 		if e.Kind == oracle.Hello && e.At > after {
-			told, err := time.Parse(time.RFC3339, e.Text)
+			read, err := time.Parse(time.RFC3339, e.Text)
 			right := time.Unix(0, e.At+d.Offset)
-			if err == nil && right.Sub(told).Abs() > 50*time.Minute {
+			if err == nil && right.Sub(read).Abs() > 50*time.Minute {
 				return true
 			}
 		}
@@ -126,11 +132,17 @@ func (d *recording) count(r *report, v *oracle.Verdict) {
 			l.displaced++
 		case c.EndClass == oracle.ClassTimeout:
 			l.timedOut++
-		case c.EndClass == oracle.ClassLost:
-			l.lost++
 		case c.EndClass == oracle.ClassFailed, c.EndClass == oracle.ClassContext, c.EndClass == oracle.ClassMax:
 			l.failed++
 		}
+	}
+	for _, c := range v.Claims {
+		if lost := c.LostAt(); lost != 0 { // a loss belongs to the fault that it follows
+			at(lost).lost++
+		}
+	}
+	for _, s := range v.Survival {
+		at(s.At).kept += s.Kept
 	}
 	for _, e := range v.Excused {
 		if e.Why != oracle.ExcuseRace && e.Why != oracle.ExcuseCrash {
@@ -172,6 +184,8 @@ func (r *report) add(other report) {
 	r.took += other.took
 	r.violations += other.violations
 	r.left = append(r.left, other.left...)
+	r.suspended += other.suspended
+	r.absences = append(r.absences, other.absences...)
 	if r.excused == nil {
 		r.excused = map[string]int{}
 	}
@@ -201,6 +215,7 @@ func (l *line) plus(o *line) {
 	l.displaced += o.displaced
 	l.timedOut += o.timedOut
 	l.lost += o.lost
+	l.kept += o.kept
 	l.failed += o.failed
 	l.killed += o.killed
 	l.hung += o.hung
@@ -214,8 +229,8 @@ func (l *line) plus(o *line) {
 // table is the table of RELIABILITY.md.
 func (r *report) table() string {
 	var b strings.Builder
-	b.WriteString("| fault | runs | claims | holds | displaced | timed out | lost | failed | killed | hung | writes | refused | excused | violations | told: median | worst |\n")
-	b.WriteString("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n")
+	b.WriteString("| fault | runs | claims | holds | displaced | timed out | lost | kept | failed | killed | hung | writes | refused | excused | violations | notified: median | worst |\n")
+	b.WriteString("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n")
 	sum := &line{name: "**all**"}
 	lines := slices.Clone(r.lines)
 	slices.SortStableFunc(lines, func(a, b *line) int { return cmp.Or(rank(a.name)-rank(b.name), cmp.Compare(a.name, b.name)) })
@@ -224,13 +239,9 @@ func (r *report) table() string {
 	}
 	sum.detection = nil
 	for _, l := range append(lines, sum) {
-		median, worst := "", ""
-		if n := len(l.detection); n > 0 {
-			slices.Sort(l.detection)
-			median, worst = seconds(l.detection[n/2]), seconds(l.detection[n-1])
-		}
-		fmt.Fprintf(&b, "| %s | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %s | %s |\n",
-			l.name, l.runs, l.claims, l.holds, l.displaced, l.timedOut, l.lost, l.failed, l.killed, l.hung, l.writes, l.rejected, l.overlaps, l.violations, median, worst)
+		median, worst := spread(l.detection)
+		fmt.Fprintf(&b, "| %s | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %s | %s |\n",
+			l.name, l.runs, l.claims, l.holds, l.displaced, l.timedOut, l.lost, l.kept, l.failed, l.killed, l.hung, l.writes, l.rejected, l.overlaps, l.violations, median, worst)
 	}
 	return b.String()
 }
@@ -247,6 +258,14 @@ func rank(name string) int {
 	return 1
 }
 
+func spread(times []time.Duration) (median, worst string) {
+	if len(times) == 0 {
+		return "", ""
+	}
+	slices.Sort(times)
+	return seconds(times[len(times)/2]), seconds(times[len(times)-1])
+}
+
 func seconds(d time.Duration) string {
 	if d < time.Second {
 		return fmt.Sprintf("%d ms", d.Milliseconds())
@@ -255,16 +274,27 @@ func seconds(d time.Duration) string {
 }
 
 func (r *report) summary() string {
-	var excuses []string
-	for _, why := range slices.Sorted(maps.Keys(r.excused)) {
-		excuses = append(excuses, fmt.Sprintf("%s: %d", why, r.excused[why]))
-	}
 	text := fmt.Sprintf("Seeds %s; %v in all; %d violations; left over at the end: %d.\n",
 		strings.Join(r.seeds, ", "), r.took.Round(time.Second), r.violations, len(r.left))
-	if len(excuses) > 0 {
-		text += "Excused as documented: " + strings.Join(excuses, "; ") + ".\n"
+	if r.suspended > 0 {
+		median, worst := spread(r.absences)
+		text += fmt.Sprintf("Sessions were suspended %d times and reconnected %d times, after %s (median), %s (worst).\n", r.suspended, len(r.absences), median, worst)
+	}
+	if len(r.rules) > 0 {
+		text += "Violations: " + counts(r.rules) + ".\n"
+	}
+	if len(r.excused) > 0 {
+		text += "Excused as documented: " + counts(r.excused) + ".\n"
 	}
 	return text
+}
+
+func counts(of map[string]int) string {
+	var parts []string
+	for _, what := range slices.Sorted(maps.Keys(of)) {
+		parts = append(parts, fmt.Sprintf("%s: %d", what, of[what]))
+	}
+	return strings.Join(parts, "; ")
 }
 
 func (r *report) failure() error {

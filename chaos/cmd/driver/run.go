@@ -26,22 +26,30 @@ import (
 type config struct {
 	seed                   uint64
 	duration               time.Duration
+	sessions               []time.Duration // timeouts of the workers' sessions, in turns
 	workers, clients, keys int
-	only                   []string
-	provider               string // empty: the real one
+	faults                 []string // only these; empty: all of them, alone and mixed
+	rounds                 int      // of each fault; 0: as many as fit into 40 s
+	provider               string   // empty: the real one
+	binary                 string   // the worker; empty: it is built
 	history                string
 	verbose                bool
 	brief                  time.Duration // not 0: one round of each fault, no longer than this, and no mixture
+	settle                 time.Duration // not 0: how long to go on after each fault
 	late                   time.Duration // how late workers may notice things; 0: the default
 	progress               io.Writer
 }
 
-// wants says whether a fault is to be run.
+// wants reports whether a fault is to be run.
 func (c config) wants(name string) bool {
-	return len(c.only) == 0 || slices.ContainsFunc(c.only, func(word string) bool {
+	return len(c.faults) == 0 || slices.ContainsFunc(c.faults, func(word string) bool {
 		return strings.Contains(strings.ToLower(name), strings.ToLower(strings.TrimSpace(word)))
 	})
 }
+
+// lockTimeout is that of the workers. It leaves time to take over from a dead
+// session.
+func lockTimeout(session time.Duration) time.Duration { return session + 7*time.Second }
 
 // phase is a stretch of the run that belongs to one fault.
 type phase struct {
@@ -52,15 +60,16 @@ type phase struct {
 
 // recording is all that is known of a run.
 type recording struct {
-	Seed   uint64
-	Took   time.Duration
-	Offset int64 // from the history's clock to the servers' clock, in nanoseconds
-	Late   time.Duration
-	Broken bool // by a provider that is broken on purpose
-	Phases []phase
-	Left   []string // what was left over, or could not be done
-	Rows   []oracle.Row
-	Events []oracle.Event
+	Seed    uint64
+	Took    time.Duration
+	Session time.Duration // the longest timeout of the workers' sessions
+	Offset  int64         // from the history's clock to the servers' clock, in nanoseconds
+	Late    time.Duration
+	Broken  bool // by a provider that is broken on purpose
+	Phases  []phase
+	Left    []string // what was left over, or could not be done
+	Rows    []oracle.Row
+	Events  []oracle.Event
 }
 
 // driver is one run.
@@ -70,7 +79,6 @@ type driver struct {
 	rand   *rand.Rand
 	begun  time.Time
 	dir    string
-	binary string
 	skewed string
 	fence  *pgserver.Server
 
@@ -80,7 +88,7 @@ type driver struct {
 // run runs one seed.
 func run(ctx context.Context, c config) (report, error) {
 	d := &driver{config: c, rand: rand.New(rand.NewPCG(c.seed, 0)), begun: time.Now()}
-	d.Seed, d.Late, d.Broken = c.seed, c.late, c.provider != ""
+	d.Seed, d.Session, d.Late, d.Broken = c.seed, slices.Max(c.sessions), c.late, c.provider != ""
 	d.Offset = d.begun.UnixNano() - oracle.Now()
 	d.say("seed %d", c.seed)
 	err := d.prepare(ctx)
@@ -135,8 +143,10 @@ func (d *driver) prepare(ctx context.Context) (err error) {
 	if d.dir, err = os.MkdirTemp(filepath.Dir(d.fence.DataDir()), "workers-"); err != nil {
 		return err
 	}
-	if d.binary, err = build(ctx, d.dir); err != nil {
-		return err
+	if d.binary == "" {
+		if d.binary, err = build(ctx, d.dir); err != nil {
+			return err
+		}
 	}
 	for _, f := range fault.Faults() {
 		if strings.Contains(f.Name, "wall clock") && d.wants(f.Name) && d.brief == 0 {
@@ -261,7 +271,7 @@ func Now() Time {
 
 // args are the workers' own.
 func (d *driver) args() []string {
-	args := []string{"-clients", fmt.Sprint(d.clients)}
+	args := []string{"-clients", fmt.Sprint(d.clients), "-lock-timeout", fmt.Sprint(lockTimeout(d.Session))}
 	if d.provider != "" {
 		args = append([]string{"-provider", d.provider}, args...)
 	}
@@ -273,7 +283,7 @@ func (d *driver) args() []string {
 
 // inWorld runs a world from the start of its workers to their end.
 func (d *driver) inWorld(ctx context.Context, w *fault.World, play func() error) error {
-	w.FenceURI, w.Binary, w.Skewed, w.Args, w.Record = d.fence.URI("postgres"), d.binary, d.skewed, d.args(), d.add
+	w.FenceURI, w.Binary, w.Skewed, w.Args, w.Sessions, w.Record = d.fence.URI("postgres"), d.binary, d.skewed, d.args(), d.sessions, d.add
 	var err error
 	for range d.workers {
 		err = errors.Join(err, w.Start(d.rand.Uint64()))
@@ -299,8 +309,13 @@ func sleep(ctx context.Context, t time.Duration) {
 
 // play runs everything.
 func (d *driver) play(ctx context.Context) error {
-	failovers := d.failovers()
-	rest := time.Duration(len(failovers)) * 45 * time.Second
+	var losses []failover
+	for _, f := range failovers {
+		if d.wants(f.name) {
+			losses = append(losses, f)
+		}
+	}
+	rest := time.Duration(len(losses)) * 45 * time.Second
 	deadline := d.begun.Add(d.duration - rest - 20*time.Second)
 
 	server, err := fault.NewServer(ctx, map[string]string{"max_connections": "40", "max_locks_per_transaction": "20"})
@@ -312,14 +327,18 @@ func (d *driver) play(ctx context.Context) error {
 	err = d.inWorld(ctx, world, func() error {
 		var faults []fault.Fault
 		for _, f := range fault.Faults() {
-			if d.wants(f.Name) && (d.brief == 0 || len(d.only) > 0) {
+			if d.wants(f.Name) {
 				faults = append(faults, f)
 			}
 		}
 		d.rand.Shuffle(len(faults), func(a, b int) { faults[a], faults[b] = faults[b], faults[a] })
+		half := deadline
+		if len(d.faults) == 0 {
+			half = d.begun.Add(deadline.Sub(d.begun) / 2)
+		}
 		for _, f := range faults {
-			if ctx.Err() != nil || time.Now().After(deadline) {
-				return nil
+			if ctx.Err() != nil || time.Now().After(half) {
+				break
 			}
 			d.single(ctx, world, f)
 		}
@@ -329,7 +348,7 @@ func (d *driver) play(ctx context.Context) error {
 		return nil
 	})
 	err = errors.Join(err, server.Close())
-	for i, f := range failovers {
+	for i, f := range losses {
 		if err == nil && ctx.Err() == nil {
 			err = d.failover(ctx, int64(1000*(i+1)), f)
 		}
@@ -343,9 +362,15 @@ func (d *driver) single(ctx context.Context, w *fault.World, f fault.Fault) {
 	if cycle := f.Hold + f.Settle; d.brief == 0 && cycle > 0 && !f.Alone {
 		rounds = max(1, int(40*time.Second/cycle))
 	}
+	if d.rounds > 0 {
+		rounds = d.rounds
+	}
 	if d.brief != 0 {
 		f.Hold = min(f.Hold, d.brief)
 		f.Settle = min(f.Settle, 6*time.Second)
+	}
+	if d.settle != 0 {
+		f.Settle = d.settle
 	}
 	p := phase{Name: f.Name, From: oracle.Now()}
 	for range rounds {
@@ -390,9 +415,6 @@ func (d *driver) mixed(ctx context.Context, w *fault.World) {
 	var running sync.WaitGroup
 	for _, f := range faults[:2+d.rand.IntN(2)] {
 		f.Hold = min(f.Hold, 32*time.Second)
-		if f.Bound != 0 {
-			f.Bound = 9 * time.Second // the end of a session may happen behind a silent network
-		}
 		victims := d.victims(w, f, taken)
 		if f.Victims != fault.All {
 			taken = append(taken, victims...)

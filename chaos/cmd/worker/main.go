@@ -54,7 +54,8 @@ func main() {
 	kind := flag.String("provider", "real", "real, or one of package broken")
 	clients := flag.Int("clients", 3, "claims at a time")
 	seed := flag.Uint64("seed", 1, "of the claims' timing")
-	lockTimeout := flag.Duration("lock-timeout", 8*time.Second, "of the provider")
+	lockTimeout := flag.Duration("lock-timeout", 17*time.Second, "of the provider")
+	sessionTimeout := flag.Duration("session-timeout", 10*time.Second, "of the provider")
 	sweep := flag.Bool("sweep", false, "lock and release every key once, then end")
 	verbose := flag.Bool("v", false, "the provider's log on standard error")
 	w := &worker{out: os.Stdout, stopping: make(chan struct{})}
@@ -79,11 +80,11 @@ func main() {
 		level = slog.LevelError + 1
 	}
 	idle := runtime.NumGoroutine()
-	if err := w.open(*uri, *fence, *kind, *lockTimeout, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))); err != nil {
+	if err := w.open(*uri, *fence, *kind, *lockTimeout, *sessionTimeout, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))); err != nil {
 		fmt.Fprintln(os.Stderr, "worker:", err)
 		os.Exit(2)
 	}
-	w.emit(oracle.Event{Kind: oracle.Hello, Text: time.Now().Round(0).UTC().Format(time.RFC3339)})
+	w.emit(oracle.Event{Kind: oracle.Hello, Timeout: int64(*sessionTimeout), Text: time.Now().Round(0).UTC().Format(time.RFC3339)})
 	if *sweep {
 		w.sweep()
 	} else {
@@ -101,7 +102,7 @@ func main() {
 	w.end(idle)
 }
 
-func (w *worker) open(uri, fence, kind string, lockTimeout time.Duration, logger *slog.Logger) (err error) {
+func (w *worker) open(uri, fence, kind string, lockTimeout, sessionTimeout time.Duration, logger *slog.Logger) (err error) {
 	if w.fence, err = sql.Open("postgres", fence); err != nil {
 		return err
 	}
@@ -111,7 +112,7 @@ func (w *worker) open(uri, fence, kind string, lockTimeout time.Duration, logger
 		w.provider, err = locker.NewLockProvider(locker.PostgresLockProviderKind,
 			locker.WithPostgresBackend(uri, ""), locker.WithLockTimeout(lockTimeout), locker.WithPreemptionTimeout(w.preempt), locker.WithLogger(logger))
 	} else {
-		w.provider, err = broken.New(kind, uri, lockTimeout)
+		w.provider, err = broken.New(kind, uri, lockTimeout, sessionTimeout)
 	}
 	if err != nil {
 		return err
@@ -158,13 +159,16 @@ func (w *worker) emit(e oracle.Event) {
 	}
 }
 
-// do carries out a command of the driver: "burst N KEY" claims KEY N times at
-// once, "hold KEY" once and for long.
+// do carries out a command of the driver: "burst N KEY" claims KEY N times
+// concurrently, "hold KEY" once and for long, "wait KEY" once without announcing
+// it.
 func (w *worker) do(command string) {
 	var n, key int64
-	p := plan{hold: time.Second}
+	p, announce := plan{hold: time.Second}, true
 	if _, err := fmt.Sscanf(command, "hold %d", &key); err == nil {
 		n, p.hold = 1, 18*time.Second
+	} else if _, err := fmt.Sscanf(command, "wait %d", &key); err == nil {
+		n, announce = 1, false
 	} else if _, err := fmt.Sscanf(command, "burst %d %d", &n, &key); err != nil {
 		return
 	}
@@ -174,7 +178,7 @@ func (w *worker) do(command string) {
 			defer w.running.Done()
 			p := p
 			p.react = time.Duration(i%5) * 100 * time.Millisecond
-			w.direct(key, p, true)
+			w.direct(key, p, announce)
 		}()
 	}
 }
@@ -314,12 +318,8 @@ func (w *worker) direct(key int64, p plan, announce bool) {
 		return
 	}
 	c.token = l.(interface{ Token() int64 }).Token()
-	var drain time.Duration
-	if d, ok := l.(interface{ Drain() time.Duration }); ok {
-		drain = d.Drain()
-	}
-	c.emit(oracle.Event{Kind: oracle.Locked, At: at, Token: c.token, Text: drain.Round(time.Millisecond).String()})
-	class := c.hold(l, ch, drain, p)
+	c.emit(oracle.Event{Kind: oracle.Locked, At: at, Token: c.token})
+	class := c.hold(l, ch, p)
 	c.emit(oracle.Event{Kind: oracle.Releasing})
 	err = l.Unlock(context.Background())
 	if class == "" {
@@ -328,37 +328,26 @@ func (w *worker) direct(key int64, p plan, announce bool) {
 	c.ended(class, err)
 }
 
-// hold waits for the lock delay, and then writes until the time is over or the
-// lock is wanted. It answers why it was told to stop.
-func (c *claim) hold(l locker.PreemptableLock, ch <-chan locker.NotificationPayload, drain time.Duration, p plan) string {
-	var over <-chan time.Time
-	beginning := time.After(drain)
-	if drain <= 0 {
-		c.begin()
-		beginning, over = nil, time.After(p.hold)
-	}
+// hold writes until the time is over or the lock is wanted. It returns why the
+// holder was notified.
+func (c *claim) hold(l locker.PreemptableLock, ch <-chan locker.NotificationPayload, p plan) string {
+	c.begin()
+	over := time.After(p.hold)
 	tick := time.NewTicker(150 * time.Millisecond)
 	defer tick.Stop()
-	began := drain <= 0
 	for {
 		select {
-		case <-beginning:
-			began = true
-			c.begin()
-			beginning, over = nil, time.After(p.hold)
 		case <-over:
 			return ""
 		case <-tick.C:
-			if began {
-				c.write(true)
-			}
+			c.write(true)
 		case n, ok := <-ch:
 			class := oracle.ClassLost
 			text := n.Message
 			if cause, has := l.(interface{ Cause() error }); has && cause.Cause() != nil {
 				class, text = classOf(cause.Cause()), cause.Cause().Error()
 			}
-			c.emit(oracle.Event{Kind: oracle.Told, Class: class, Text: text})
+			c.emit(oracle.Event{Kind: oracle.Notified, Class: class, Text: text})
 			if !ok {
 				c.emit(oracle.Event{Kind: oracle.Over})
 				return class
@@ -369,7 +358,7 @@ func (c *claim) hold(l locker.PreemptableLock, ch <-chan locker.NotificationPayl
 				return class
 			case <-time.After(p.react):
 			}
-			if began && p.react < c.preempt {
+			if p.react < c.preempt {
 				c.write(false)
 			}
 			return class
@@ -417,7 +406,7 @@ func (w *worker) viaDo(key int64, p plan) {
 				c.write(true)
 			case <-ctx.Done():
 				cause := context.Cause(ctx)
-				c.emit(oracle.Event{Kind: oracle.Told, Class: classOf(cause), Text: cause.Error()})
+				c.emit(oracle.Event{Kind: oracle.Notified, Class: classOf(cause), Text: cause.Error()})
 				if !errors.Is(cause, locker.ErrLockLost) {
 					time.Sleep(p.react)
 				}
