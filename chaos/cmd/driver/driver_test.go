@@ -69,13 +69,14 @@ func quick(t *testing.T, c config) report {
 func TestChaos(t *testing.T) {
 	t.Parallel()
 	r := quick(t, config{seed: 1, sessions: []time.Duration{10 * time.Second}, brief: 12 * time.Second, workers: 3, keys: 6, faults: []string{
-		"listener alone", "listener terminated", "notifications",
+		"SIGKILL of a worker", "all connections terminated", "(immediate)", "read-only for 3 s", "logins refused for 2 s", "NOTIFY fails",
+		"error replies to the session", "error replies to the listener", "the old one lives on",
 	}})
 	t.Logf("\n%s\n%s", r.table(), r.summary())
 	if err := r.failure(); err != nil {
 		t.Error(err)
 	}
-	if len(r.lines) < 4 {
+	if len(r.lines) < 9 {
 		t.Errorf("%d faults were injected", len(r.lines))
 	}
 }

@@ -110,7 +110,8 @@ func (w *worker) open(uri, fence, kind string, lockTimeout, sessionTimeout time.
 	w.fence.SetMaxIdleConns(8)
 	if kind == "real" {
 		w.provider, err = locker.NewLockProvider(locker.PostgresLockProviderKind,
-			locker.WithPostgresBackend(uri, ""), locker.WithLockTimeout(lockTimeout), locker.WithPreemptionTimeout(w.preempt), locker.WithLogger(logger))
+			locker.WithPostgresBackend(uri, ""), locker.WithLockTimeout(lockTimeout), locker.WithPreemptionTimeout(w.preempt),
+			locker.WithSessionTimeout(sessionTimeout), locker.WithObserver(w.observe), locker.WithLogger(logger))
 	} else {
 		w.provider, err = broken.New(kind, uri, lockTimeout, sessionTimeout)
 	}
@@ -143,6 +144,16 @@ func (w *worker) end(idle int) {
 		bye.Text += err.Error()
 	}
 	w.emit(bye)
+}
+
+// observe adds what the provider says of its session to the history.
+func (w *worker) observe(o locker.Observation) {
+	switch o.Kind {
+	case locker.ObservedSuspended:
+		w.emit(oracle.Event{Kind: oracle.Suspended, Count: o.Kept})
+	case locker.ObservedReconnected:
+		w.emit(oracle.Event{Kind: oracle.Reconnected, Count: o.Kept, Lost: o.Lost})
+	}
 }
 
 // emit adds an event to the history. Its time is that of the call.
