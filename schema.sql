@@ -65,6 +65,11 @@ CREATE TABLE IF NOT EXISTS env_lock_state (
 ALTER TABLE env_lock_state ADD COLUMN IF NOT EXISTS claimer_session bigint;
 ALTER TABLE env_lock_state ADD COLUMN IF NOT EXISTS holder_session bigint;
 
+-- That version had no sessions. What it left held is held by one that does not exist,
+-- so that a successor waits for the session timeout.
+UPDATE env_lock_state SET holder_session = (random() * 9000000000000000000)::bigint + 1
+WHERE holder_id IS NOT NULL AND holder_session IS NULL;
+
 -- The keys of the original library start free. Later a key without a row is one
 -- whose row was deleted.
 INSERT INTO env_lock_state (lock_key)
