@@ -190,7 +190,7 @@ func TestNewerWorkWins(t *testing.T) {
 		go func() {
 			older <- newLocker("o/r", 1, "older").Do(t.Context(), func(ctx context.Context) error {
 				<-ctx.Done()                // notified
-				time.Sleep(9 * time.Second) // winding down, within the preemption timeout
+				time.Sleep(9 * time.Second) // cleaning up, within the preemption timeout
 				return nil
 			})
 		}()
