@@ -1,65 +1,109 @@
-// Package locker is a distributed lock on PostgreSQL for work of which only the
-// newest may run.
+// Package locker provides a preemptive distributed lock on PostgreSQL. The newest
+// claim wins: it supersedes older claims that wait, and notifies the holder to stop.
 //
-// # What it is for
+// A CI/CD service receives a webhook for every push to a pull request, and each one
+// starts minutes of work on the same environment. Only one may run at a time, and it
+// should be the newest. Several replicas of the service share one PostgreSQL and
+// nothing else.
 //
-// A CI/CD service receives a webhook for every push to a pull request, and each
-// one starts minutes of work on the same environment. Only one may run at a time,
-// and it should be the newest: an older one that still waits should leave at
-// once, and the one that runs should be told to stop. Several replicas of the
-// service share one PostgreSQL and nothing else.
-//
-//	A locks ──────── runs ── told to stop ── cleans up ── releases
-//	B        claims ── waits ── leaves: superseded by C
+//	A locks ──────── runs ── notified ── cleans up ────── releases
+//	B        claims ── waits ── superseded by C
 //	C                    claims ── waits ──────────────── locks ── runs
 //
-// With a PreemptiveLockerFactory a handler says only this:
+// With a [PreemptiveLockerFactory] a handler contains only this:
 //
 //	err := newLocker("org/repo", 7, "push 1f2e3d4").Do(ctx, func(ctx context.Context) error {
-//		return deploy(ctx) // ctx is cancelled when a newer push arrives
+//		return deploy(ctx) // ctx is canceled when a newer push arrives
 //	})
 //
-// NewPostgresPreemptiveLockerFactory makes such a factory for production,
-// NewFakePreemptiveLockerFactory one for unit tests, with the same behaviour and
-// no server.
+// [NewPostgresPreemptiveLockerFactory] creates such a factory for production.
+// [NewFakePreemptiveLockerFactory] creates one for unit tests, with the same behavior
+// and no server.
 //
-// # How it works
+// # Guarantees
 //
-// One row per key says which claim is the newest. The statement that acquires
-// the lock checks it, so that no lost message can let an older claim win; NOTIFY
-// only makes it fast. A session-level advisory lock says who holds the key, and
-// dies with the session. All locks of a provider share one session, of one or
-// two connections, and one that listens.
+//   - One holder at a time runs. See below for processes that are frozen.
+//   - The newest claim wins, whether or not messages arrive.
+//   - A holder is notified once, with the cause. Its lock is revoked if it does not
+//     stop within the preemption timeout.
+//   - A hold outlives its connection. If PostgreSQL restarts or fails over, holders
+//     that can reconnect in time do not notice.
+//   - A holder that cannot reconnect is notified before its successor starts.
+//   - Each hold has a fencing token, [PreemptiveLocker.Token], that is larger than those
+//     of all holds of the key before it.
+//   - A Lock that fails leaves nothing behind.
+//   - After an outage Lock works again. Until then it waits, within the lock timeout and
+//     its context. It fails immediately only for bad input and at first use of a server
+//     that cannot be used.
 //
-// A lock is in one of five phases and only ever moves forward:
+// CONTRACT.md in the repository states them in full.
+//
+// # Locks
+//
+// A lock is used once. It is in one of five phases and only moves forward:
 //
 //	fresh ──Lock──▶ waiting ──granted──▶ held ──notification──▶ notified
 //	                   │                  │                        │
-//	                   │ superseded,      │ Release,               │ Release, session lost,
-//	                   │ timeout, …       │ session lost           │ preemption timeout
+//	                   │ superseded,      │ Release,               │ Release, lost,
+//	                   │ timeout, …       │ lost                   │ preemption timeout
 //	                   ▼                  ▼                        ▼
 //	                 over               over                     over
 //
-// # What it guarantees
+// The context given to [PreemptiveLocker.Lock] and [PreemptiveLocker.Do] must live as
+// long as the hold, like that of BeginTx in database/sql: when it is done, the holder is
+// notified.
 //
-// CONTRACT.md, in the repository, states it in numbered clauses, which this
-// documentation refers to (C7). In short: the newest claim wins, whether or not
-// messages arrive (C3, C7, C8); a holder is told once, with the cause (C5, C13),
-// and the lock is taken from it if it does not stop in time (C14); a holder whose
-// session dies learns of it before its successor starts (C11, C24, C25); every
-// hold has a fencing token larger than all before it (C15); a Lock that failed
-// leaves nothing behind (C20).
+// One row per key names the holder and the newest claim. The statement that acquires
+// the key compares claims under the lock of that row. NOTIFY only makes it fast: a
+// notification that is lost is made up for by a look at the row.
 //
-// # What it does not guarantee
+// # Sessions
 //
-// A process that is frozen, or that ignores its notification, may still run while
-// its successor does: let the resource check Token. PgBouncer in transaction
-// pooling mode and read-only standbys cannot carry a session and are refused
-// (C27). A failover to an asynchronous standby may forget the last holds.
+// All holds of a provider belong to its session. A session is a row of a table, and one
+// advisory lock that the provider's connection has. The advisory lock shows other
+// processes that this one lives. The provider sends a heartbeat every 0.3 of the session
+// timeout ([WithSessionTimeout], 10 seconds by default).
+//
+//	connected ──connection lost──▶ suspended ──reconnected──▶ connected
+//	                                   │
+//	                                   │ no good heartbeat for 0.9 of the session timeout
+//	                                   ▼
+//	                                  lost
+//
+// While a session is suspended, its holds continue and no holder is notified. Its claims
+// wait. When it has reconnected, it has a new advisory lock, and the provider compares its
+// holds with the rows. A hold whose row does not name it any longer is lost, and claims
+// that were missed are delivered. When a session is lost, its holders are notified with
+// [ErrLockLost] and their holds end. The provider then opens another session.
+//
+// A process takes a key over only after it has watched the holder's session being dead
+// for the holder's session timeout, on its own monotonic clock. The holder was notified
+// earlier, after 0.9 of it. No wall clock takes part. So a longer session timeout lets a
+// hold survive a longer outage, and lets a successor wait longer after a crash.
+//
+// [WithLogger], [WithObserver] and [PostgresLockProvider.Stats] report sessions that are
+// suspended, reconnected and lost.
+//
+// # Limits
+//
+// A process that is frozen until its key was taken over, or that ignores its
+// notification, may run next to its successor. A holder whose session was lost may still
+// be cleaning up when its successor starts. Let the resource compare tokens, or see
+// [WithLockDelay].
+//
+// PgBouncer in transaction pooling mode and read-only standbys cannot carry a session:
+// first use returns an error. A failover to an asynchronous standby may forget the last
+// holds.
+//
+// A key is also busy while another program has its session-level advisory lock. The
+// reverse, and with it exclusion of replicas of the original library, needs
+// [WithOriginalReplicas].
 //
 // # Errors
 //
-// Match with errors.Is: ErrLockPreempted, ErrClaimOutdated, ErrLockTimeout,
-// ErrLockLost, ErrMaxLockDuration, ErrProviderClosed, ErrStopRequested, and the
-// errors of the contexts that you pass. Errors never contain a password.
+// Match errors with [errors.Is]: [ErrLockPreempted], [ErrClaimOutdated],
+// [ErrLockTimeout], [ErrLockLost], [ErrMaxLockDuration], [ErrProviderClosed],
+// [ErrStopRequested], and the errors of the contexts that you pass. An error can match
+// several of them: that of a Do whose function did not stop in time matches ErrLockLost
+// and the cause of its notification. Errors never contain a password.
 package locker

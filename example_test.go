@@ -43,7 +43,7 @@ func Example_errors() {
 		return newLocker("octo/cat", 42, "opened").Do(ctx, func(context.Context) error { return nil })
 	}
 
-	// Somebody holds the lock and does not give way.
+	// Another claim holds the lock and does not stop.
 	holder := newLocker("octo/cat", 42, "closed")
 	if _, err := holder.Lock(context.Background()); err != nil {
 		log.Fatal(err)
@@ -59,7 +59,7 @@ func Example_errors() {
 		fmt.Println("something else:", err)
 	}
 
-	// A context that is done is told apart from the lock timeout.
+	// A context that is done is another error than the lock timeout.
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	err = work(ctx)
@@ -73,7 +73,7 @@ func Example_errors() {
 	// true false
 }
 
-// The function's context is cancelled when newer work is announced, and the
+// The function's context is canceled when newer work is announced, and the
 // newer work starts once the function has returned.
 func ExamplePreemptiveLocker_Do() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
@@ -251,7 +251,7 @@ func ExampleNewFakePreemptiveLockerFactory() {
 	// runs: 2
 }
 
-// verbose is a LockProvider of one's own: it tells what another one is asked for.
+// verbose is a custom LockProvider: it prints what another one is asked for.
 type verbose struct {
 	locker.LockProvider
 }
@@ -307,7 +307,7 @@ func ExampleNewLockProvider() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	// No Notify: this one waits for its turn and displaces nobody.
+	// No Notify: this one waits for its turn and disturbs no other.
 	if _, err := lock.Lock(ctx); err != nil {
 		log.Fatal(err)
 	}
@@ -378,7 +378,7 @@ func ExampleNewLockProvider_postgres() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	// Tells every holder to stop, and waits until they have.
+	// Notifies every holder, and waits until all have stopped.
 	defer func() { _ = provider.(io.Closer).Close() }()
 
 	newLocker, err := locker.NewPreemptiveLockerFactory(provider)

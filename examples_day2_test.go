@@ -53,8 +53,8 @@ func ExamplePreemptiveLocker_Order_redelivery() {
 	// turned away: 6
 }
 
-// A step that must not be cut in half ends in peace, though its holder is told to
-// stop at once. Nothing else is begun after that.
+// A step that must not be cut in half runs to its end, though its holder is notified
+// immediately. No other step begins after that.
 func ExamplePreemptiveLocker_Shield() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
@@ -70,7 +70,7 @@ func ExamplePreemptiveLocker_Shield() {
 				})
 			}()
 			<-ctx.Done()
-			fmt.Println("told to stop; the migration goes on:", step.Err() == nil)
+			fmt.Println("notified; the migration goes on:", step.Err() == nil)
 			return nil
 		})
 		fmt.Println("the migration ended with:", err)
@@ -85,7 +85,7 @@ func ExamplePreemptiveLocker_Shield() {
 	fmt.Println("preempted:", errors.Is(err, locker.ErrLockPreempted))
 	fmt.Println("newer:", <-newer)
 	// Output:
-	// told to stop; the migration goes on: true
+	// notified; the migration goes on: true
 	// the migration ended with: <nil>
 	// a second one is not begun: true
 	// preempted: true
@@ -146,7 +146,7 @@ func ExamplePostgresLockProvider_Holders() {
 		case h.Alive:
 			state = "held for " + time.Since(h.Since).Round(time.Second).String()
 		case !h.Since.IsZero():
-			state = "its holder died"
+			state = "its holder is suspended or has crashed"
 		}
 		if h.Waiting {
 			state += ", waited for by " + h.NewestEvent
@@ -156,7 +156,7 @@ func ExamplePostgresLockProvider_Holders() {
 	_ = w.Flush()
 }
 
-// Asking a holder to stop, wherever it runs: its context is cancelled with a
+// Asking a holder to stop, wherever it runs: its context is canceled with a
 // cause that matches ErrStopRequested and quotes the reason.
 func ExamplePostgresLockProvider_Stop() {
 	provider, err := locker.NewLockProvider(locker.PostgresLockProviderKind,
@@ -173,7 +173,7 @@ func ExamplePostgresLockProvider_Stop() {
 	case asked:
 		fmt.Println("asked; it has the preemption timeout to stop")
 	default:
-		fmt.Println("nobody holds the lock")
+		fmt.Println("no connected session holds the lock")
 	}
 }
 
@@ -189,8 +189,8 @@ func TestNewerWorkWins(t *testing.T) {
 		older := make(chan error, 1)
 		go func() {
 			older <- newLocker("o/r", 1, "older").Do(t.Context(), func(ctx context.Context) error {
-				<-ctx.Done()                // told to stop
-				time.Sleep(9 * time.Second) // winding down, within the preemption timeout
+				<-ctx.Done()                // notified
+				time.Sleep(9 * time.Second) // cleaning up, within the preemption timeout
 				return nil
 			})
 		}()
@@ -208,7 +208,7 @@ func TestNewerWorkWins(t *testing.T) {
 func TestEndsInTests(t *testing.T) {
 	for name, tc := range map[string]struct {
 		hold  func(ctx context.Context, l *locker.PreemptiveLocker) error
-		other bool // somebody else claims meanwhile
+		other bool // another locker claims meanwhile
 		want  error
 		whose string // of the two gets that error
 	}{
@@ -255,7 +255,8 @@ func TestLogLines(t *testing.T) {
 	rows := map[string]string{}
 	for line := range strings.Lines(string(page)) {
 		if f := strings.SplitN(line, "|", 5); len(f) == 5 && strings.Contains(f[2], "`locker: ") {
-			rows[strings.Trim(f[2], " `")] = strings.TrimSpace(f[1]) + " " + strings.NewReplacer("`", "", ",", "").Replace(strings.TrimSpace(f[3]))
+			keys := strings.NewReplacer("`", "", ",", "").Replace(f[3])
+			rows[strings.Trim(f[2], " `")] = strings.Join(strings.Fields(f[1]+keys), " ")
 		}
 	}
 	call := regexp.MustCompile(`(?s)log(?:ger)?\.(Debug|Info|Warn|Error)\("(locker: [^"]*)"(.*?)\)\n`)
