@@ -3,6 +3,7 @@ package locker
 import (
 	"context"
 	"database/sql"
+	"fmt"
 	"net"
 	"os"
 	"strings"
@@ -284,9 +285,10 @@ type line struct {
 	down chan struct{} // closed when the connection has ended
 }
 
-// openLine connects and sets the connection up. heard is called with the payload of
+// openLine connects, sets the connection up, and takes the advisory lock if it is not
+// zero. heard is called with the payload of
 // each notification, by one goroutine that ends with the connection.
-func openLine(ctx context.Context, dsn string, timeout time.Duration, heard func(payload string)) (*line, error) {
+func openLine(ctx context.Context, dsn string, timeout time.Duration, lock int64, heard func(payload string)) (*line, error) {
 	notifications := make(chan *pq.Notification, 64)
 	conn, err := pq.NewListenerConn(dsn, notifications)
 	if err != nil {
@@ -300,7 +302,11 @@ func openLine(ctx context.Context, dsn string, timeout time.Duration, heard func
 		}
 	}()
 	defer context.AfterFunc(ctx, l.end)()
-	if err := l.exec(openTimeout, settings(timeout)); err != nil {
+	query := settings(timeout)
+	if lock != 0 {
+		query += fmt.Sprintf(sqlSessionLock, lock)
+	}
+	if err := l.exec(openTimeout, query); err != nil {
 		l.close()
 		return nil, errors.Wrap(err, "locker: set up connection")
 	}

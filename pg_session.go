@@ -54,6 +54,7 @@ type session struct {
 	refusal  error      // why a provider that has never worked was refused
 	retryAt  time.Time  // refused: no attempt before
 	proven   bool       // the provider has worked once
+	admitted bool       // the server lets the session's connection in
 	mute     bool       // NOTIFY fails: statements go without, and holders learn from their rows
 	checking bool       // a check of rows is queued or running
 	proof    uuid.UUID  // of the notification that is expected
@@ -166,12 +167,13 @@ func (s *session) close() {
 
 // kept is one of the two connections that are open as long as the provider is in use.
 type kept struct {
-	name   string
-	wake   <-chan struct{}
-	open   func() (*line, error)
-	serve  func(*line) error                    // until it fails, or s.ctx ends
-	ended  func(err error)                      // after serve has failed
-	failed func(err error, pause time.Duration) // after open has failed, and before the next attempt
+	name    string
+	wake    <-chan struct{}
+	allowed func() bool // to be opened; when that changes, wake is signaled
+	open    func() (*line, error)
+	serve   func(*line) error                    // until it fails, or s.ctx ends
+	ended   func(err error)                      // after serve has failed
+	failed  func(err error, pause time.Duration) // after open has failed, and before the next attempt
 }
 
 // keep opens a connection whenever it is wanted and not open. It ends with s.ctx.
@@ -180,7 +182,7 @@ func (s *session) keep(k kept) {
 	var wait backoff
 	failing := false
 	for {
-		for !s.wanted() {
+		for !s.wanted() || !k.allowed() {
 			select {
 			case <-k.wake:
 			case <-s.ctx.Done():
@@ -249,16 +251,22 @@ func (b *backoff) next(err error, urgent time.Duration) time.Duration {
 // isLogin reports whether the server has refused a login.
 func isLogin(err error) bool { return strings.HasPrefix(sqlState(err), "28") }
 
-// loginRefused returns the error with which the server has refused the session's
-// login, or nil. While it is set no other connection is tried: too many attempts lock
-// an account.
-func (s *session) loginRefused() error {
+// admit notes whether the server lets the session's connection in. As long as it does
+// not, no other connection is tried: too many attempts lock an account.
+func (s *session) admit(admitted bool) {
+	s.mu.Lock()
+	changed := s.admitted != admitted
+	s.admitted = admitted
+	s.mu.Unlock()
+	if changed && admitted {
+		s.wakeUp()
+	}
+}
+
+func (s *session) isAdmitted() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if isLogin(s.trouble) {
-		return s.trouble
-	}
-	return nil
+	return s.admitted
 }
 
 func isRefusal(err error) bool {
@@ -270,8 +278,9 @@ func isRefusal(err error) bool {
 func (s *session) keepSession() {
 	var ref sessionRef
 	s.keep(kept{
-		name: "session",
-		wake: s.work,
+		name:    "session",
+		wake:    s.work,
+		allowed: func() bool { return true },
 		open: func() (l *line, err error) {
 			l, ref, err = s.openOwn()
 			return l, err
@@ -291,6 +300,9 @@ func (s *session) keepSession() {
 		},
 		ended: func(err error) { s.trust.suspend(ref, err) },
 		failed: func(err error, pause time.Duration) {
+			if isLogin(err) {
+				s.admit(false)
+			}
 			s.mu.Lock()
 			s.trouble = err
 			refused := !s.proven && isRefusal(err)
@@ -326,22 +338,20 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 			return nil, ref, err
 		}
 	}
-	l, err := openLine(s.ctx, s.dsn, s.conf.sessionTimeout, func(string) {})
+	ref, _ = s.trust.current()
+	ref.lock = randomKey()
+	l, err := openLine(s.ctx, s.dsn, s.conf.sessionTimeout, ref.lock, func(string) {})
 	if err != nil {
 		return nil, ref, err
 	}
+	s.admit(true)
 	defer context.AfterFunc(s.ctx, l.end)()
 	defer func() {
 		if err != nil {
 			l.close()
 		}
 	}()
-	ref, _ = s.trust.current()
-	ref.lock = randomKey()
 	deadline := heartbeatDeadline(s.conf.sessionTimeout)
-	if err := l.exec(deadline, fmt.Sprintf(sqlSessionLock, ref.lock)); err != nil {
-		return nil, ref, errors.Wrap(err, "locker: take the session's advisory lock")
-	}
 	// Another statement: a pooler in transaction mode carries it out elsewhere.
 	if err := l.exec(deadline, fmt.Sprintf(sqlHeartbeat, ref.lock)); err != nil {
 		return nil, ref, heartbeatError(err)
@@ -467,13 +477,11 @@ func (s *session) dropOwn(cause error) {
 func (s *session) keepListener() {
 	first, down := true, false
 	s.keep(kept{
-		name: "listener",
-		wake: s.listen,
+		name:    "listener",
+		wake:    s.listen,
+		allowed: s.isAdmitted,
 		open: func() (*line, error) {
-			if err := s.loginRefused(); err != nil {
-				return nil, err
-			}
-			l, err := openLine(s.ctx, s.dsn, s.conf.sessionTimeout, s.heard)
+			l, err := openLine(s.ctx, s.dsn, s.conf.sessionTimeout, 0, s.heard)
 			if err != nil {
 				return nil, err
 			}

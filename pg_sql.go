@@ -323,7 +323,7 @@ func milliseconds(d time.Duration) string { return fmt.Sprintf("%dms", d.Millise
 // by zero if this backend does not have the session's lock, the logarithm of zero if
 // the server takes no writes.
 const (
-	sqlSessionLock   = `SELECT pg_advisory_lock(%d)`
+	sqlSessionLock   = `, pg_advisory_lock(%d)`
 	sqlSessionEnd    = `DELETE FROM env_lock_sessions WHERE id = %d`
 	sqlSessionUpsert = `
 INSERT INTO env_lock_sessions AS x (id, lock, connection, timeout, host, pid, application)

@@ -292,8 +292,7 @@ func (w *worker) run() {
 	defer idle.Stop()
 	for {
 		ref, connected := s.trust.current()
-		refused := s.loginRefused() != nil
-		batch, wait, over := w.take(connected, refused)
+		batch, wait, over := w.take(connected)
 		switch {
 		case over:
 			s.mu.Lock()
@@ -342,7 +341,7 @@ func (w *worker) gather() {
 // how long to wait for one, and reports whether none will come. No key is taken
 // while the session is not connected, and nothing is done before it was for the first
 // time.
-func (w *worker) take(connected, refused bool) (batch []*op, wait time.Duration, over bool) {
+func (w *worker) take(connected bool) (batch []*op, wait time.Duration, over bool) {
 	s := w.session
 	now := time.Now()
 	wait = s.conf.sessionTimeout
@@ -352,7 +351,7 @@ func (w *worker) take(connected, refused bool) (batch []*op, wait time.Duration,
 	if w.ctx.Err() != nil {
 		return nil, 0, true
 	}
-	ready := s.proven && (connected || w == s.swift && !refused)
+	ready := s.proven && (connected || w == s.swift && s.admitted)
 	for range opKinds {
 		kind := w.next
 		w.next = (w.next + 1) % opKinds
