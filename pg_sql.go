@@ -313,11 +313,18 @@ func milliseconds(d time.Duration) string { return fmt.Sprintf("%dms", d.Millise
 // the server takes no writes.
 const (
 	sqlSessionLock   = `SELECT pg_advisory_lock(%d)`
-	sqlSessionEnd    = `DELETE FROM env_lock_sessions WHERE id = %d`
+	sqlSessionEnd    = `DELETE FROM env_lock_sessions WHERE id = %d RETURNING ` + sqlNoFlush
 	sqlSessionUpsert = `
 INSERT INTO env_lock_sessions (id, lock, timeout, host, pid, application)
 VALUES (%d, %d, interval '%d milliseconds', %s, %d, current_setting('application_name'))
 ON CONFLICT (id) DO UPDATE SET lock = excluded.lock, timeout = excluded.timeout`
+
+	// Ends the server's end of a session's connection.
+	sqlSessionKill = `
+SELECT pg_terminate_backend(pid) FROM pg_locks
+WHERE locktype = 'advisory' AND granted AND objsubid = 1 AND (classid::bigint << 32) | objid::bigint = $1
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`
+
 	sqlHeartbeat = `
 SELECT 1 / (EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND granted
         AND objsubid = 1 AND (classid::bigint << 32) | objid::bigint = %d))::int,
@@ -327,6 +334,14 @@ SELECT 1 / (EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = p
 	sqlKeyUnlock = `SELECT pg_advisory_unlock(%d)`
 )
 
-func sessionUpsert(s sessionRef, t time.Duration) string {
-	return fmt.Sprintf(sqlSessionUpsert, s.id, s.lock, t.Milliseconds(), pq.QuoteLiteral(hostName), processID)
+// sessionUpsert returns the statement that writes a session's row. That of a session
+// which has no holds is not flushed: the first key that is taken makes it durable. After
+// a reconnect it is, or a crash would bring the old lock back, which others may have
+// watched already.
+func sessionUpsert(s sessionRef, t time.Duration, reconnect bool) string {
+	text := fmt.Sprintf(sqlSessionUpsert, s.id, s.lock, t.Milliseconds(), pq.QuoteLiteral(hostName), processID)
+	if !reconnect {
+		text += " RETURNING " + sqlNoFlush
+	}
+	return text
 }
