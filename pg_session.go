@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -363,9 +364,13 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 		}
 	}
 	start := time.Now()
-	if err := l.exec(max(deadline, statementTimeout), sessionUpsert(ref, connection, s.conf.sessionTimeout)); err != nil {
+	_, _, good := s.trust.state()
+	upsert := sessionUpsert(ref, connection, s.conf.sessionTimeout, !good.IsZero())
+	if err := l.exec(max(deadline, statementTimeout), upsert); err != nil {
 		if isMissingTable(err) {
 			s.unprove()
+		} else if sqlState(err) == "" {
+			s.killOwn(ref)
 		}
 		return nil, ref, errors.Wrap(err, "locker: write the session's row")
 	}
@@ -457,6 +462,21 @@ func (s *session) endOwn(l *line, ref sessionRef) {
 	if clean {
 		_ = l.exec(heartbeatDeadline(s.conf.sessionTimeout), fmt.Sprintf(sqlSessionEnd, ref.id)) // what is left is swept by others
 	}
+}
+
+// killOwn ends the server's end of a connection that was closed during a commit. If that
+// waits for a synchronous standby, the server does not notice that it was closed, and
+// each further attempt would leave another one behind.
+func (s *session) killOwn(ref sessionRef) {
+	o := newOp(context.Background(), opCall, claim{})
+	o.once = true
+	o.call = func(ctx context.Context, l *link) error {
+		_, err := l.conn.ExecContext(ctx, fmt.Sprintf(sqlSessionKill, strconv.FormatInt(ref.lock, 10)))
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.enqueueLocked(o)
 }
 
 // dropOwn closes the session's connection; keepSession opens another one.

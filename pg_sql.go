@@ -324,12 +324,13 @@ func milliseconds(d time.Duration) string { return fmt.Sprintf("%dms", d.Millise
 // the server takes no writes.
 const (
 	sqlSessionLock   = `, pg_advisory_lock(%d)`
-	sqlSessionEnd    = `DELETE FROM env_lock_sessions WHERE id = %d`
+	sqlSessionEnd    = `DELETE FROM env_lock_sessions WHERE id = %d RETURNING ` + sqlNoFlush
 	sqlSessionUpsert = `
 INSERT INTO env_lock_sessions AS x (id, lock, connection, timeout, host, pid, application)
 VALUES (%d, %d, %d, interval '%d milliseconds', %s, %d, current_setting('application_name'))
 ON CONFLICT (id) DO UPDATE SET lock = excluded.lock, connection = excluded.connection
 WHERE x.connection < excluded.connection`
+
 	sqlHeartbeat = `
 SELECT 1 / (EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND granted
         AND objsubid = 1 AND (classid::bigint << 32) | objid::bigint = %d))::int,
@@ -352,6 +353,14 @@ WHERE locktype = 'advisory' AND granted AND mode = 'ExclusiveLock' AND objsubid 
 	sqlSessionDead = `SELECT pg_advisory_xact_lock_shared(k) FROM unnest('{%s}'::bigint[]) AS k`
 )
 
-func sessionUpsert(s sessionRef, connection int64, t time.Duration) string {
-	return fmt.Sprintf(sqlSessionUpsert, s.id, s.lock, connection, t.Milliseconds(), pq.QuoteLiteral(hostName), processID)
+// sessionUpsert returns the statement that writes a session's row. That of a session
+// which has no holds is not flushed: the first key that is taken makes it durable. After
+// a reconnect it is, or a crash would bring the old lock back, which others may have
+// watched already.
+func sessionUpsert(s sessionRef, connection int64, t time.Duration, reconnect bool) string {
+	text := fmt.Sprintf(sqlSessionUpsert, s.id, s.lock, connection, t.Milliseconds(), pq.QuoteLiteral(hostName), processID)
+	if !reconnect {
+		text += " RETURNING " + sqlNoFlush
+	}
+	return text
 }

@@ -229,6 +229,7 @@ type worker struct {
 	queues  [opKinds][]*op
 	link    *link // nil: none is open
 	trouble error // why the connection could not be opened the last time
+	ended   bool  // run has ended
 
 	// The goroutine's own.
 	next  opKind // whose turn it is
@@ -286,6 +287,7 @@ func (w *worker) abort() {
 func (w *worker) run() {
 	defer close(w.done)
 	defer w.cancel()
+	defer w.end()
 	defer w.hangUp()
 	s := w.session
 	idle := time.NewTimer(time.Hour)
@@ -318,6 +320,15 @@ func (w *worker) run() {
 			w.gather()
 		}
 	}
+}
+
+// end notes that run has ended. What a caller that has left may have taken is released
+// by the other worker, which ends last.
+func (w *worker) end() {
+	w.session.mu.Lock()
+	defer w.session.mu.Unlock()
+	w.ended = true
+	signal(w.session.swift.wake)
 }
 
 // gather lets the callers that have just got their results come back with their next
@@ -388,7 +399,8 @@ func (w *worker) take(connected bool) (batch []*op, wait time.Duration, over boo
 		}
 		return cmp.Compare(a.req.key, b.req.key)
 	})
-	return batch, wait, len(batch) == 0 && s.closing && (w.queuedLocked() == 0 || !s.proven)
+	over = s.closing && (w.queuedLocked() == 0 && (w == s.disk || s.disk.ended) || !s.proven)
+	return batch, wait, len(batch) == 0 && over
 }
 
 // open returns the worker's connection. If it cannot be opened, open puts the batch

@@ -533,7 +533,7 @@ func TestPostgresDeaf(t *testing.T) {
 		db := pgDB(t, uri)
 		var blocked atomic.Bool
 		cuts := make(chan struct{}, 1000)
-		px := newProxy(t, "", uri, func(to direction, kind byte, body []byte) verdict {
+		px := newProxy(t, "", uri, func(_ *proxied, to direction, kind byte, body []byte) verdict {
 			if to == toServer && kind == 'Q' && blocked.Load() && bytes.Contains(body, []byte("LISTEN")) {
 				cuts <- struct{}{}
 				return cut
@@ -1099,7 +1099,7 @@ func TestPostgresRefused(t *testing.T) {
 	t.Run("C27 pool that happens to have one server session", func(t *testing.T) {
 		t.Parallel()
 		uri := newDatabase(t)
-		deaf := newProxy(t, "", uri, func(to direction, kind byte, _ []byte) verdict {
+		deaf := newProxy(t, "", uri, func(_ *proxied, to direction, kind byte, _ []byte) verdict {
 			if to == toClient && kind == 'A' { // NotificationResponse
 				return drop
 			}

@@ -35,7 +35,7 @@ const (
 type proxy struct {
 	listener net.Listener
 	target   string
-	filter   func(to direction, kind byte, body []byte) verdict // nil: everything passes
+	filter   func(c *proxied, to direction, kind byte, body []byte) verdict // nil: everything passes
 	running  sync.WaitGroup
 
 	mu     sync.Mutex // guards everything below
@@ -53,7 +53,7 @@ type proxied struct {
 }
 
 // newProxy listens at address; "" is a free port. The proxy ends with the test.
-func newProxy(t testing.TB, address, uri string, filter func(to direction, kind byte, body []byte) verdict) *proxy {
+func newProxy(t testing.TB, address, uri string, filter func(c *proxied, to direction, kind byte, body []byte) verdict) *proxy {
 	t.Helper()
 	target, err := url.Parse(uri)
 	require.NoError(t, err)
@@ -166,7 +166,7 @@ func (p *proxy) pump(c *proxied, to direction) {
 		first = false
 		verdict := pass
 		if err == nil && p.filter != nil {
-			verdict = p.filter(to, kindOf(message), message)
+			verdict = p.filter(c, to, kindOf(message), message)
 		}
 		if err == nil && to == toClient && kindOf(message) == 'K' && len(message) >= 9 {
 			p.mu.Lock()

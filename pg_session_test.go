@@ -1,0 +1,874 @@
+package locker
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	_ "embed"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/preemptable/locker/internal/pgserver"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// What follows is about sessions: how they live, are suspended, reconnect, are lost and
+// are taken over from.
+
+// outage is a provider's way to the server, which can be closed and opened again.
+type outage struct {
+	t       testing.TB
+	server  string
+	address string
+	px      *proxy
+}
+
+func newOutage(t testing.TB, server string) *outage {
+	t.Helper()
+	px := newProxy(t, "", server, nil)
+	return &outage{t: t, server: server, address: px.listener.Addr().String(), px: px}
+}
+
+func (o *outage) uri() string { return throughAddress(o.t, o.server, o.address) }
+
+// begin closes all connections, and lets no other come.
+func (o *outage) begin() { o.px.close() }
+
+func (o *outage) end() {
+	o.t.Helper()
+	o.px = newProxy(o.t, o.address, o.server, nil)
+}
+
+// pgSessions counts the rows of sessions with an ID.
+func pgSessions(t testing.TB, db *sql.DB, id int64) int {
+	t.Helper()
+	return pgGet[int](t, db, `SELECT count(*) FROM env_lock_sessions WHERE id = $1`, id)
+}
+
+// pgSession returns a provider's session.
+func pgSession(p *PostgresLockProvider) sessionRef {
+	ref, _ := p.session.trust.current()
+	return ref
+}
+
+// pgSaw returns when a provider has seen a session's advisory lock dead.
+func pgSaw(t testing.TB, p *PostgresLockProvider, lock int64) {
+	t.Helper()
+	pgUntil(t, "it is seen that the session is dead", func() bool {
+		w := &p.session.watches
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		_, seen := w.ripe[lock]
+		return seen
+	})
+}
+
+// pgFree returns when no claim holds a key.
+func pgFree(t testing.TB, db *sql.DB, key int64) {
+	t.Helper()
+	pgUntil(t, "the key is free", func() bool {
+		_, held := pgHolders(t, db)[key]
+		return !held
+	})
+}
+
+// C28: a session has a row from its first use on. Close deletes it.
+func TestSessionRow(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	pgExec(t, db, SchemaSQL)
+	p := pgProvider(t, pgNamed(t, uri, "deployer"), WithSessionTimeout(90*time.Second))
+	require.Zero(t, pgGet[int](t, db, `SELECT count(*) FROM env_lock_sessions`), "nothing has been asked for")
+	l, _ := pgHold(t, p, 1, "first use")
+	ref := pgSession(p)
+
+	var id, lock int64
+	var pid int
+	var timeout, host, application string
+	var age float64
+	require.NoError(t, db.QueryRow(`SELECT id, lock, timeout::text, host, pid, application, date_part('epoch', now() - started_at) FROM env_lock_sessions`).
+		Scan(&id, &lock, &timeout, &host, &pid, &application, &age))
+	require.Equal(t, ref, sessionRef{1, id, lock})
+	require.Equal(t, "00:01:30", timeout)
+	require.Equal(t, hostName, host)
+	require.Equal(t, os.Getpid(), pid)
+	require.Equal(t, "deployer", application)
+	require.Less(t, age, soon.Seconds())
+	require.Equal(t, map[int64]int64{1: id}, pgHolders(t, db))
+	require.Contains(t, pgAdvisory(t, db), lock)
+
+	require.NoError(t, l.Unlock(pgBackground))
+	require.Equal(t, 1, pgSessions(t, db, id))
+	require.NoError(t, p.Close())
+	require.Zero(t, pgSessions(t, db, id))
+	require.Empty(t, pgAdvisory(t, db))
+}
+
+// The row of a session that is dead is deleted by others, once one of them has watched
+// it for its timeout, and once nothing is left that it held.
+func TestSessionSweep(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	way := newOutage(t, uri)
+	const timeout = 5 * time.Second
+	idle := pgProvider(t, way.uri(), WithSessionTimeout(timeout))
+	l, _ := pgHold(t, idle, 1, "was used")
+	require.NoError(t, l.Unlock(pgBackground))
+	holds := pgProvider(t, way.uri(), WithSessionTimeout(timeout))
+	pgHold(t, holds, 2, "is held")
+	a, b := pgSession(idle), pgSession(holds)
+
+	// Who sweeps has another timeout, and does so with every 20th heartbeat.
+	sweeper := pgProvider(t, uri, WithSessionTimeout(time.Second))
+	pgHold(t, sweeper, 3, "in use")
+	start := time.Now()
+	way.begin()
+	pgUntil(t, "the row of the idle session is deleted", func() bool { return pgSessions(t, db, a.id) == 0 })
+	require.GreaterOrEqual(t, time.Since(start), timeout)
+	require.Equal(t, 1, pgSessions(t, db, b.id), "it is still needed")
+	require.Equal(t, 1, pgSessions(t, db, pgSession(sweeper).id))
+
+	next, _ := pgHold(t, pgProvider(t, uri, WithLockTimeout(2*soon)), 2, "successor")
+	require.NoError(t, next.Unlock(pgBackground))
+	pgUntil(t, "the row of the other session is deleted", func() bool { return pgSessions(t, db, b.id) == 0 })
+}
+
+// C11: the key of a process that is killed, or cut off for good, is taken over once its
+// session has been watched being dead for its own timeout, which is in its row, whatever
+// that of the waiter is. A session without a row has the waiter's.
+func TestTakeOver(t *testing.T) {
+	t.Parallel()
+	const long = time.Hour
+	for _, c := range []struct {
+		name           string
+		holder, waiter time.Duration
+		forget         bool // the session's row is deleted
+		least          time.Duration
+		waitsAlready   bool
+	}{
+		{name: "both have the same timeout", holder: 2 * time.Second, waiter: 2 * time.Second, least: 2 * time.Second, waitsAlready: true},
+		{name: "the waiter comes later", holder: 2 * time.Second, waiter: 2 * time.Second, least: 2 * time.Second},
+		{name: "the holder's is longer", holder: 5 * time.Second, waiter: time.Second, least: 5 * time.Second, waitsAlready: true},
+		{name: "the waiter's is longer", holder: time.Second, waiter: long, least: time.Second, waitsAlready: true},
+		{name: "without a row", holder: time.Second, waiter: 4 * time.Second, forget: true, least: 4 * time.Second, waitsAlready: true},
+	} {
+		t.Run("C11 "+c.name, func(t *testing.T) {
+			t.Parallel()
+			uri := newDatabase(t)
+			db := pgDB(t, uri)
+			way := newOutage(t, uri)
+			killed := pgProvider(t, way.uri(), WithSessionTimeout(c.holder))
+			next := pgProvider(t, uri, WithSessionTimeout(c.waiter), WithLockTimeout(2*soon))
+			pgHold(t, next, 2, "connects")
+			l, ch := pgHold(t, killed, 1, "killed")
+			old := pgSession(killed)
+			var q *PostgresLock
+			var granted <-chan error
+			if c.waitsAlready { // and disturbs nobody
+				q, granted = pgWait(t, next, 1, "successor")
+			}
+			start := time.Now()
+			way.begin()
+			if c.forget {
+				pgExec(t, db, `DELETE FROM env_lock_sessions WHERE id = $1`, old.id)
+			}
+			if !c.waitsAlready {
+				q, granted = pgWait(t, next, 1, "successor")
+			}
+			require.NoError(t, pgReceive(t, "the successor takes over", granted))
+			require.GreaterOrEqual(t, time.Since(start), c.least)
+			select {
+			case n := <-ch:
+				require.Equal(t, l.claim.id, n.ID, "C13")
+			default:
+				require.FailNow(t, "C24 the predecessor was not notified before")
+			}
+			require.ErrorIs(t, l.Cause(), ErrLockLost)
+			require.Greater(t, q.Token(), l.Token(), "C15")
+			require.Equal(t, pgSession(next).id, pgHolders(t, db)[1])
+
+			// The predecessor comes back. What it does concerns nobody any longer.
+			way.end()
+			require.ErrorIs(t, l.Unlock(pgBackground), ErrLockLost, "C18")
+			require.NoError(t, l.Unlock(pgBackground), "C18 once")
+			again, _ := pgHold(t, killed, 3, "C26 the provider works again")
+			require.NotEqual(t, old.id, pgSession(killed).id, "a session that was lost is abandoned")
+			require.NoError(t, again.Unlock(pgBackground))
+			pgQuiet(t, q.ch)
+			require.NoError(t, q.Unlock(pgBackground))
+		})
+	}
+}
+
+// A lock that was lost, and whose function has returned, need not be waited for.
+func TestLostHoldIsReleased(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	way := newOutage(t, uri)
+	p := pgProvider(t, way.uri(), WithSessionTimeout(time.Second))
+	l, ch := pgHold(t, p, 1, "lost")
+	way.begin()
+	pgReceive(t, "the holder is notified", ch)
+	require.Contains(t, pgHolders(t, db), int64(1), "its function runs")
+	require.ErrorIs(t, l.Unlock(pgBackground), ErrLockLost)
+	way.end()
+	pgFree(t, db, 1)
+}
+
+// C24: a session that reconnects in time keeps its holds. It has a new advisory lock,
+// so whoever has watched it being dead begins again.
+func TestReconnectRestartsTheWatch(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	way := newOutage(t, uri)
+	const timeout = 6 * time.Second
+	var seen seenSessions
+	p := pgProvider(t, way.uri(), WithSessionTimeout(timeout), WithObserver(seen.observe))
+	q := pgProvider(t, uri, WithLockTimeout(4*soon))
+	l, ch := pgHold(t, p, 1, "holder")
+	first := pgSession(p)
+	waiter, granted := pgWait(t, q, 1, "waiter")
+
+	way.begin()
+	pgSaw(t, q, first.lock)
+	way.end()
+	pgUntil(t, "the session is reconnected", func() bool { return len(seen.of(ObservedReconnected)) == 1 })
+	second := pgSession(p)
+	require.Equal(t, first.id, second.id)
+	require.NotEqual(t, first.lock, second.lock)
+	pgUntil(t, "the first watch is over", func() bool { return q.session.watches.over(first.lock) })
+	asked := func() string {
+		return pgGet[string](t, db, `SELECT max(query_start)::text FROM pg_stat_activity WHERE datname = current_database() AND query LIKE '%want AS MATERIALIZED%'`)
+	}
+	for range 2 { // the waiter tries again, and once more
+		before := asked()
+		pgUntil(t, "the waiter tries again", func() bool { return asked() != before })
+	}
+	require.Empty(t, granted, "it was taken over from a session that is connected")
+	pgQuiet(t, ch)
+	require.Equal(t, second.id, pgHolders(t, db)[1])
+
+	start := time.Now()
+	way.begin()
+	pgReceive(t, "the holder is notified", ch)
+	require.Empty(t, granted, "the second watch was not as long as the first")
+	require.NoError(t, pgReceive(t, "the waiter takes over", granted))
+	require.GreaterOrEqual(t, time.Since(start), timeout)
+	require.ErrorIs(t, l.Unlock(pgBackground), ErrLockLost)
+	require.Len(t, seen.of(ObservedLost), 1)
+	require.NoError(t, waiter.Unlock(pgBackground))
+}
+
+// However often a session's connection is cut, its holds continue as long as it comes
+// back in time.
+func TestFlapping(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	const timeout = 4 * time.Second
+	p := pgProvider(t, uri, WithSessionTimeout(timeout))
+	q := pgProvider(t, uri, WithSessionTimeout(time.Second), WithLockTimeout(4*soon))
+	l, ch := pgHold(t, p, 1, "holder")
+	waiter, granted := pgWait(t, q, 1, "waiter")
+	cuts := 0
+	for start := time.Now(); time.Since(start) < 2*timeout; cuts++ {
+		pid := pgOwn(t, db, p.session)
+		_, err := db.Exec(`SELECT pg_terminate_backend($1)`, pid)
+		require.NoError(t, err)
+		pgUntil(t, "the connection has ended", func() bool {
+			return pgGet[int](t, db, `SELECT count(*) FROM pg_stat_activity WHERE pid = $1`, pid) == 0
+		})
+		require.Empty(t, granted)
+	}
+	t.Logf("%d cuts", cuts)
+	pgQuiet(t, ch)
+	require.NoError(t, l.Unlock(pgBackground))
+	require.NoError(t, pgReceive(t, "the waiter gets the key", granted))
+	require.NoError(t, waiter.Unlock(pgBackground))
+}
+
+// loser is a proxy's filter that loses the answer to one statement. The server has
+// carried it out, and committed.
+type loser struct {
+	mu     sync.Mutex // guards everything below
+	marked []byte     // what the statement's arguments contain; nil: none is lost any more
+	after  func()     // called when the answer is lost, before the connection is cut
+	on     *proxied   // the connection on which it is
+	lost   int
+}
+
+// lose has the answer lost to the next statement that names a claim.
+func (f *loser) lose(c claim, after func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.marked, f.after = append([]byte(nil), c.id[:]...), after
+}
+
+func (f *loser) count() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.lost
+}
+
+func (f *loser) filter(c *proxied, to direction, kind byte, body []byte) verdict {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case to == toServer && kind == 'B' && f.marked != nil && bytes.Contains(body, f.marked): // Bind
+		f.on, f.marked = c, nil
+	case to == toClient && f.on == c && kind == 'Z': // ReadyForQuery follows the commit
+		f.on = nil
+		f.lost++
+		if f.after != nil {
+			f.after()
+		}
+		return cut
+	case to == toClient && f.on == c:
+		return drop
+	}
+	return pass
+}
+
+// pgAudit has the database write down every state of a key's row: claims, tokens and
+// holders that were committed. It returns how many different values a column had.
+func pgAudit(t testing.TB, db *sql.DB) (values func(column string, key int64) int) {
+	t.Helper()
+	pgExec(t, db, `CREATE TABLE audit AS SELECT * FROM env_lock_state WHERE false;
+		CREATE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO audit SELECT NEW.*; RETURN NULL; END $$;
+		CREATE TRIGGER audit AFTER INSERT OR UPDATE ON env_lock_state FOR EACH ROW EXECUTE FUNCTION audit()`)
+	return func(column string, key int64) int {
+		t.Helper()
+		return pgGet[int](t, db, `SELECT count(DISTINCT `+column+`) FROM audit WHERE lock_key = $1`, key)
+	}
+}
+
+// A statement whose answer was lost is repeated on another connection. If it was carried
+// out, the repeat changes nothing.
+func TestLostAnswers(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	var f loser
+	px := newProxy(t, "", uri, f.filter)
+	var log pgLog
+	p := pgProvider(t, px.uri(t, uri), WithSessionTimeout(10*time.Minute), WithLockTimeout(2*soon), log.option()) // no check of rows comes between
+	q := pgProvider(t, uri, WithLockTimeout(2*soon))
+	for key := range int64(10) {
+		l, _ := pgHold(t, p, key, "creates the row")
+		require.NoError(t, l.Unlock(pgBackground))
+	}
+	values := pgAudit(t, db)
+	losses := 0
+	lost := func(t *testing.T) {
+		t.Helper()
+		losses++
+		require.Equal(t, losses, f.count(), "no answer was lost: the test is void")
+	}
+
+	t.Run("of a claim", func(t *testing.T) {
+		l := pgNew(t, p, 1, "claim")
+		f.lose(l.claim, nil)
+		require.NoError(t, l.Notify(pgBackground))
+		lost(t)
+		require.Equal(t, 1, values("claim", 1), "it was announced twice")
+		require.Equal(t, l.standing.number, pgGet[int64](t, db, `SELECT claim FROM env_lock_state WHERE lock_key = 1`))
+		_, err := l.Lock(pgBackground)
+		require.NoError(t, err)
+		require.NoError(t, l.Unlock(pgBackground))
+	})
+
+	t.Run("of a claim that takes", func(t *testing.T) {
+		l := pgNew(t, p, 2, "claim that takes")
+		f.lose(l.claim, nil)
+		ch, err := l.announceAndLock(pgBackground, time.Now(), nil)
+		require.NoError(t, err)
+		lost(t)
+		require.Equal(t, 1, values("claim", 2), "it was announced twice")
+		require.Equal(t, 1, values("token", 2), "it was taken twice")
+		require.Equal(t, l.Token(), pgGet[int64](t, db, `SELECT token FROM env_lock_state WHERE lock_key = 2`))
+		pgQuiet(t, ch)
+		require.NoError(t, l.Unlock(pgBackground))
+	})
+
+	t.Run("of an acquire", func(t *testing.T) {
+		l := pgNew(t, p, 3, "acquire")
+		f.lose(l.claim, nil)
+		ch, err := l.Lock(pgBackground)
+		require.NoError(t, err)
+		lost(t)
+		require.Equal(t, 1, values("token", 3), "it was taken twice")
+		require.Equal(t, l.Token(), pgGet[int64](t, db, `SELECT token FROM env_lock_state WHERE lock_key = 3`))
+		pgQuiet(t, ch)
+		require.NoError(t, l.Unlock(pgBackground))
+	})
+
+	t.Run("of an acquire whose caller has left", func(t *testing.T) {
+		l := pgNew(t, p, 4, "acquire")
+		ctx, cancel := context.WithCancel(pgBackground)
+		defer cancel()
+		f.lose(l.claim, cancel)
+		if _, err := l.Lock(ctx); err != nil { // it may be granted nevertheless
+			require.ErrorIs(t, err, context.Canceled)
+		}
+		lost(t)
+		require.Equal(t, 1, values("token", 4))
+		require.NoError(t, l.Unlock(pgBackground))
+		pgFree(t, db, 4)
+	})
+
+	t.Run("of a release", func(t *testing.T) {
+		l, _ := pgHold(t, p, 5, "release")
+		f.lose(l.claim, nil)
+		require.NoError(t, l.Unlock(pgBackground))
+		lost(t)
+		require.NotContains(t, pgHolders(t, db), int64(5))
+	})
+
+	t.Run("of a release with a successor", func(t *testing.T) {
+		l, _ := pgHold(t, p, 6, "release")
+		next, granted := pgWait(t, q, 6, "successor")
+		f.lose(l.claim, nil)
+		require.NoError(t, l.Unlock(pgBackground))
+		lost(t)
+		require.NoError(t, pgReceive(t, "the successor", granted))
+		require.Equal(t, pgSession(q).id, pgHolders(t, db)[6], "the repeat has freed the successor's hold")
+		pgQuiet(t, next.ch)
+		require.NoError(t, next.Unlock(pgBackground))
+	})
+
+	t.Run("of a claim, and a newer one comes before the repeat", func(t *testing.T) {
+		l := pgNew(t, p, 7, "older")
+		newer := pgNew(t, q, 7, "newer")
+		var granted error
+		f.lose(l.claim, func() {
+			if granted = newer.Notify(pgBackground); granted == nil {
+				_, granted = newer.Lock(pgBackground)
+			}
+		})
+		err := l.Notify(pgBackground)
+		if err == nil {
+			_, err = l.Lock(pgBackground)
+		}
+		require.ErrorIs(t, err, ErrLockPreempted)
+		lost(t)
+		require.NoError(t, granted)
+		require.Equal(t, 2, values("claim", 7))
+		pgQuiet(t, newer.ch)
+		require.NoError(t, newer.Unlock(pgBackground))
+	})
+
+	require.NotContains(t, log.String(), "session suspended", "the session's own connection was cut: the test is void")
+}
+
+// Claims that are delayed by an outage keep the order in which they were asked for.
+func TestDelayedClaims(t *testing.T) {
+	t.Parallel()
+	setup := func(t *testing.T) (way *outage, cutOff, direct *PostgresLockProvider) {
+		t.Helper()
+		uri := newDatabase(t)
+		way = newOutage(t, uri)
+		cutOff = pgProvider(t, way.uri(), WithSessionTimeout(time.Minute), WithLockTimeout(2*soon))
+		direct = pgProvider(t, uri, WithLockTimeout(2*soon))
+		for _, p := range []*PostgresLockProvider{cutOff, direct} {
+			l, _ := pgHold(t, p, 1, "before")
+			require.NoError(t, l.Unlock(pgBackground))
+		}
+		way.begin()
+		return way, cutOff, direct
+	}
+	// claims begins to lock, after a claim.
+	claims := func(t *testing.T, p *PostgresLockProvider, event string) (*PostgresLock, <-chan error) {
+		t.Helper()
+		l := pgNew(t, p, 1, event)
+		asked := time.Now()
+		done := make(chan error, 1)
+		go func() {
+			_, err := l.announceAndLock(pgBackground, asked, nil)
+			done <- err
+		}()
+		pgUntil(t, "the claim waits for the outage to end", func() bool { return p.Stats().Queued == 1 })
+		pgUntil(t, "it is late", func() bool { return time.Since(asked) > lateAfter+100*time.Millisecond })
+		return l, done
+	}
+
+	t.Run("the one that arrives later was asked for before", func(t *testing.T) {
+		t.Parallel()
+		way, cutOff, direct := setup(t)
+		_, failed := claims(t, cutOff, "older")
+		newer := pgNew(t, direct, 1, "newer")
+		require.NoError(t, newer.Notify(pgBackground))
+		_, err := newer.Lock(pgBackground)
+		require.NoError(t, err)
+		way.end()
+		err = pgReceive(t, "the older claim", failed)
+		require.ErrorIs(t, err, ErrLockPreempted)
+		require.ErrorContains(t, err, "newer")
+		pgQuiet(t, newer.ch)
+		require.NoError(t, newer.Unlock(pgBackground))
+	})
+
+	t.Run("the one that arrives later was asked for later", func(t *testing.T) {
+		t.Parallel()
+		way, cutOff, direct := setup(t)
+		older := pgNew(t, direct, 1, "older")
+		require.NoError(t, older.Notify(pgBackground))
+		_, err := older.Lock(pgBackground)
+		require.NoError(t, err)
+		newer, done := claims(t, cutOff, "newer")
+		way.end()
+		require.Equal(t, "newer", pgReceive(t, "the holder is notified", older.ch).Message)
+		require.NoError(t, older.Unlock(pgBackground))
+		require.NoError(t, pgReceive(t, "the newer claim", done))
+		require.NoError(t, newer.Unlock(pgBackground))
+	})
+}
+
+// A release is not flushed. If a crash of the server forgets it, the row names a hold
+// of a session that lives, and that no lock of it has: after the reconnect it is
+// released.
+func TestForgottenRelease(t *testing.T) {
+	t.Parallel()
+	server := pgCluster(t, pgserver.Options{Config: map[string]string{
+		"wal_writer_delay": "10s", "wal_writer_flush_after": "1GB", "bgwriter_delay": "10s", "autovacuum": "off"}})
+	uri := server.URI("postgres")
+	db := pgDB(t, uri)
+	db.SetMaxIdleConns(0)
+	way := newOutage(t, uri)
+	p := pgProvider(t, way.uri(), WithSessionTimeout(5*time.Minute), WithLockTimeout(2*soon))
+	pgHold(t, p, 2, "still held")
+	l, _ := pgHold(t, p, 1, "released")
+	require.NoError(t, l.Unlock(pgBackground))
+	require.NotContains(t, pgHolders(t, db), int64(1))
+	way.begin()
+	require.NoError(t, server.Restart(pgBackground, pgserver.Immediate))
+	id := pgSession(p).id
+	require.Equal(t, map[int64]int64{1: id, 2: id}, pgHolders(t, db), "the crash has forgotten nothing: the test is void")
+
+	q := pgProvider(t, uri, WithLockTimeout(2*soon))
+	next, granted := pgWait(t, q, 1, "successor")
+	way.end()
+	require.NoError(t, pgReceive(t, "the successor gets the key", granted))
+	require.Equal(t, id, pgHolders(t, db)[2])
+	require.NoError(t, next.Unlock(pgBackground))
+}
+
+// The row of a held key is deleted: the holder is notified by the next check of rows,
+// and a successor waits the session timeout.
+func TestRowDeletedWhileHeld(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name, query string
+		announced   bool
+	}{
+		{"and there is no newer claim", `DELETE FROM env_lock_state`, false},
+		{"and the successor has a claim", `DELETE FROM env_lock_state`, true},
+		{"and the table is truncated", `TRUNCATE env_lock_state`, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			uri := newDatabase(t)
+			db := pgDB(t, uri)
+			const timeout = 3 * time.Second
+			p := pgProvider(t, uri, WithSessionTimeout(timeout))
+			q := pgProvider(t, uri, WithSessionTimeout(timeout), WithLockTimeout(2*soon))
+			pgHold(t, q, 99, "connects")
+			key, err := p.LockKey(pgBackground, "org/repo", 1)
+			require.NoError(t, err)
+			l, ch := pgHold(t, p, key, "holder")
+			next := pgNew(t, q, key, "successor")
+
+			start := time.Now()
+			pgExec(t, db, c.query)
+			if c.announced {
+				require.NoError(t, next.Notify(pgBackground))
+			}
+			granted := pgWaits(t, next)
+			pgReceive(t, "the holder is notified", ch)
+			require.Empty(t, granted, "the successor did not wait")
+			if !c.announced {
+				require.ErrorIs(t, l.Cause(), ErrLockLost)
+				require.ErrorIs(t, l.Unlock(pgBackground), ErrLockLost)
+			}
+			require.NoError(t, pgReceive(t, "the successor gets the key", granted))
+			require.GreaterOrEqual(t, time.Since(start), timeout)
+			require.Greater(t, next.Token(), l.Token(), "C15 also without the row")
+			require.NoError(t, next.Unlock(pgBackground))
+		})
+	}
+}
+
+// What holds a key according to its row is taken away by an operator: the holder is
+// notified by the next check of rows, and the key is free.
+func TestHoldTakenAway(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	var seen seenSessions
+	p := pgProvider(t, uri, WithSessionTimeout(3*time.Second), WithObserver(seen.observe))
+	l, ch := pgHold(t, p, 1, "holder")
+	_, other := pgHold(t, p, 2, "is not concerned")
+	pgExec(t, db, `UPDATE env_lock_state SET holder_id = NULL, holder_session = NULL, holder_event = NULL, held_since = NULL WHERE lock_key = 1`)
+	next, _ := pgHold(t, pgProvider(t, uri), 1, "successor")
+	n := pgReceive(t, "the holder is notified", ch)
+	require.Equal(t, l.claim.id, n.ID)
+	require.ErrorIs(t, l.Cause(), ErrLockLost)
+	_, open := <-ch
+	require.False(t, open)
+	require.ErrorIs(t, l.Unlock(pgBackground), ErrLockLost)
+	require.Len(t, seen.of(ObservedLost), 1)
+	pgQuiet(t, other)
+	pgQuiet(t, next.ch)
+	require.Contains(t, pgHolders(t, db), int64(1))
+	require.NoError(t, next.Unlock(pgBackground))
+}
+
+// The session's row is deleted by an operator, while the session lives: it connects
+// again and writes the row once more, in time.
+func TestSessionRowDeleted(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	const timeout = 5 * time.Second
+	var seen seenSessions
+	p := pgProvider(t, uri, WithSessionTimeout(timeout), WithObserver(seen.observe))
+	_, ch := pgHold(t, p, 1, "holder")
+	q := pgProvider(t, uri, WithSessionTimeout(timeout), WithLockTimeout(4*soon))
+	_, granted := pgWait(t, q, 1, "waiter")
+	id := pgSession(p).id
+	start := time.Now()
+	pgExec(t, db, `DELETE FROM env_lock_sessions WHERE id = $1`, id)
+	pgUntil(t, "the row is there again", func() bool { return pgSessions(t, db, id) == 1 })
+	pgUntil(t, "the session is reconnected", func() bool { return len(seen.of(ObservedReconnected)) > 0 })
+	pgUntil(t, "whoever watched it would take over", func() bool { return time.Since(start) > 2*timeout })
+	pgQuiet(t, ch)
+	require.Empty(t, granted)
+	require.Equal(t, id, pgHolders(t, db)[1])
+}
+
+//go:embed testdata/schema_before.sql
+var schemaBefore string
+
+// C28: the tables of the version before are upgraded, with what is in them, by whoever
+// comes first, concurrently, and by hand.
+func TestSchemaUpgrade(t *testing.T) {
+	t.Parallel()
+	columns := func(t *testing.T, db *sql.DB) string {
+		t.Helper()
+		return pgGet[string](t, db, `SELECT string_agg(table_name || '.' || column_name || ' ' || data_type || ' ' || is_nullable || ' ' || coalesce(column_default, ''), ', ' ORDER BY table_name, column_name)
+			FROM information_schema.columns WHERE table_schema = 'public' AND table_name IN ('env_lock_state', 'env_lock_sessions', 'env_locks', 'env_lock_overview')`)
+	}
+	fresh := pgDB(t, newDatabase(t))
+	pgExec(t, fresh, SchemaSQL)
+	want := columns(t, fresh)
+
+	for name, upgrade := range map[string]func(t *testing.T, db *sql.DB, uri string) error{
+		"by eight providers": func(t *testing.T, db *sql.DB, uri string) error {
+			errs := make(chan error, 8)
+			for range cap(errs) {
+				p := pgProvider(t, uri, WithSessionTimeout(2*time.Second), WithLockTimeout(2*soon))
+				go func() {
+					_, err := p.LockKey(pgBackground, "org/repo", 1)
+					errs <- err
+				}()
+			}
+			var all []error
+			for range cap(errs) {
+				all = append(all, pgReceive(t, "a provider", errs))
+			}
+			return errors.Join(all...)
+		},
+		"by hand, twice": func(t *testing.T, db *sql.DB, _ string) error {
+			pgExec(t, db, SchemaSQL)
+			pgExec(t, db, SchemaSQL)
+			return nil
+		},
+		"by hand, twice, concurrently": func(t *testing.T, db *sql.DB, _ string) error {
+			errs := make(chan error, 2)
+			for range cap(errs) {
+				go func() {
+					_, err := db.ExecContext(pgBackground, SchemaSQL)
+					errs <- err
+				}()
+			}
+			return errors.Join(pgReceive(t, "one", errs), pgReceive(t, "the other", errs))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			uri := newDatabase(t)
+			db := pgDB(t, uri)
+			pgExec(t, db, schemaBefore)
+			pgExec(t, db, `INSERT INTO env_locks VALUES (77, 'org/repo', 1), (-5, 'org/repo', 2), (78, 'org/repo', 3);
+				INSERT INTO env_lock_state (lock_key, claim, claim_id, claim_event, claimed_at, claim_order, top_order, claim_open, claim_session, claim_host, claim_pid,
+					token, holder_id, holder_event, holder_host, holder_pid, held_since, unclean_at) VALUES
+				(77, 8000000000000000, gen_random_uuid(), 'free', now(), 5, 7, false, 1, 'host', 1, 8000000000000001, NULL, NULL, NULL, NULL, NULL, now()),
+				(-5, 8000000000000002, '11111111-1111-1111-1111-111111111111', 'held', now(), NULL, NULL, true, 2, 'host', 2,
+					8000000000000003, '11111111-1111-1111-1111-111111111111', 'held', 'host', 2, now(), NULL)`)
+			require.NoError(t, upgrade(t, db, uri))
+			require.Equal(t, want, columns(t, db))
+			require.Equal(t, 3, pgGet[int](t, db, `SELECT count(*) FROM env_locks`))
+			require.Equal(t, 3, pgGet[int](t, db, `SELECT count(*) FROM env_lock_state`), "a key of the original library starts free")
+
+			p := pgProvider(t, uri, WithSessionTimeout(2*time.Second), WithLockTimeout(2*soon))
+			f := pgLocker(t, p)
+			late := f("org/repo", 1, "late").Order(6)
+			_, err := late.Lock(pgBackground)
+			require.ErrorIs(t, err, ErrClaimOutdated, "the orders are kept")
+			for pr := range uint(3) { // who held has ended: a successor waits the session timeout
+				l := f("org/repo", pr+1, "successor").Order(100)
+				_, err := l.Lock(pgBackground)
+				require.NoError(t, err)
+				if pr < 2 {
+					require.Greater(t, l.Token(), int64(8000000000000000), "C15")
+				}
+				require.NoError(t, l.Release(pgBackground))
+			}
+			holders, err := p.Holders(pgBackground)
+			require.NoError(t, err)
+			require.Empty(t, holders)
+		})
+	}
+}
+
+// A synchronous standby that does not answer makes commits wait for ever. Claims wait
+// for it within their bound, nothing that is held is disturbed, and nothing accumulates
+// on the server, whatever providers do meanwhile.
+func TestStalledCommit(t *testing.T) {
+	t.Parallel()
+	server := pgCluster(t, pgserver.Options{})
+	uri, err := server.CreateDatabase(pgBackground, "stall")
+	require.NoError(t, err)
+	db := pgDB(t, uri)
+	const timeout = 6 * time.Second
+	var seen seenSessions
+	p := pgProvider(t, uri, WithSessionTimeout(timeout), WithLockTimeout(4*soon), WithObserver(seen.observe))
+	f := pgLocker(t, p)
+	held := f("r", 1, "held before")
+	notified, err := held.Lock(pgBackground)
+	require.NoError(t, err)
+	released := f("r", 3, "released meanwhile")
+	_, err = released.Lock(pgBackground)
+	require.NoError(t, err)
+	require.NoError(t, goRound(f("r", 2, "before")))
+	other := pgProvider(t, uri, WithSessionTimeout(timeout))
+	require.NoError(t, goRound(pgLocker(t, other)("r", 2, "before")))
+
+	require.NoError(t, server.Set(pgBackground, "synchronous_standby_names", "absent"))
+	flushes := make(chan error, 1)
+	flush := func() {
+		go func() {
+			_, err := db.ExecContext(pgBackground, sqlFlush)
+			flushes <- err
+		}()
+	}
+	flush()
+	pgUntil(t, "commits wait", func() bool { // the setting takes effect a moment later
+		select {
+		case err := <-flushes:
+			require.NoError(t, err)
+			flush()
+		default:
+		}
+		return pgGet[bool](t, db, `SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'SyncRep')`)
+	})
+	stalled := func() int {
+		return pgGet[int](t, db, `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'SyncRep' AND application_name <> 'test'`)
+	}
+	for start := time.Now(); time.Since(start) < 2*timeout; {
+		ctx, cancel := context.WithTimeout(pgBackground, 3*time.Second)
+		_, err := f("r", 2, "meanwhile").Lock(ctx)
+		cancel()
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.LessOrEqual(t, stalled(), 1)
+	}
+	require.NoError(t, released.Release(pgBackground), "a release does not wait for the standby")
+	require.NoError(t, other.Close(), "nor does the end of a session")
+	require.LessOrEqual(t, stalled(), 1)
+	for range 3 { // new ones come and go
+		passing := pgProvider(t, uri, WithSessionTimeout(timeout), WithLockTimeout(2*time.Second))
+		_, err := pgNew(t, passing, 5, "passes").Lock(pgBackground)
+		require.ErrorIs(t, err, ErrLockTimeout)
+		require.NoError(t, passing.Close())
+	}
+	require.LessOrEqual(t, pgConnections(t, db), 4+1, "those of the first provider, and one that ends")
+	pgQuiet(t, notified)
+	require.Empty(t, seen.of(ObservedSuspended))
+
+	// A session that is cut now cannot make known that it lives, in a way that survives
+	// the server: it is lost when its time has come. Another one follows.
+	old := pgSession(p)
+	pgTerminate(t, db, pgOwn(t, db, p.session))
+	pgReceive(t, "the holder is notified", notified)
+	require.ErrorIs(t, held.Release(pgBackground), ErrLockLost)
+	waits := f("r", 2, "waits for the standby")
+	granted := make(chan error, 1)
+	go func() {
+		_, err := waits.Lock(pgBackground)
+		granted <- err
+	}()
+	pgUntil(t, "the next session is connected", func() bool {
+		now, connected := p.session.trust.current()
+		return connected && now.id != old.id
+	})
+	pgUntil(t, "nothing has accumulated", func() bool { return stalled() <= 1 && pgConnections(t, db) <= 4 })
+	pgUntil(t, "the claim has been repeated", func() bool {
+		w := p.session.disk
+		w.session.mu.Lock()
+		defer w.session.mu.Unlock()
+		for _, q := range w.queues {
+			for _, o := range q {
+				if o.attempts > 0 {
+					return true
+				}
+			}
+		}
+		return false
+	})
+	require.NoError(t, server.Set(pgBackground, "synchronous_standby_names", ""))
+	require.NoError(t, pgReceive(t, "the test's own commit", flushes))
+	require.NoError(t, pgReceive(t, "the claim that has waited", granted))
+	require.NoError(t, waits.Release(pgBackground))
+	require.NoError(t, goRound(f("r", 2, "afterwards")))
+	pgUntil(t, "nothing is held", func() bool { return len(pgHolders(t, db)) == 0 })
+}
+
+// A statement that the server cancels is repeated: no claim and no release fails for it.
+func TestCanceledStatements(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri, WithLockTimeout(2*soon))
+	f := pgLocker(t, p)
+	_, ch := pgHold(t, p, 1, "holder")
+	require.NoError(t, goRound(f("org/repo", 1, "before")))
+	stop := make(chan struct{})
+	var running sync.WaitGroup
+	running.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				_, err := db.ExecContext(pgBackground, `SELECT pg_cancel_backend(pid) FROM pg_stat_activity
+					WHERE datname = current_database() AND application_name <> 'test' AND state = 'active'`)
+				assert.NoError(t, err)
+			}
+		}
+	})
+	for i := range 10 {
+		assert.NoError(t, goRound(f("org/repo", 1, fmt.Sprint("cycle ", i))))
+	}
+	close(stop)
+	running.Wait()
+	pgQuiet(t, ch)
+	require.NotContains(t, pgHolders(t, db), int64(2))
+}
