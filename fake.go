@@ -361,7 +361,7 @@ func (s *memorySession) acquire(ctx context.Context, stop <-chan struct{}, r req
 	default:
 		a.outcome = busy
 		if !m.live[lock] {
-			timeout := s.conf.sessionTimeout // of a session without a row
+			timeout := unknownTimeout(s.conf.sessionTimeout)
 			if holder, ok := m.sessions[row.session]; ok {
 				timeout = holder.timeout
 			}

@@ -55,6 +55,7 @@ type session struct {
 	refusal  error      // why a provider that has never worked was refused
 	retryAt  time.Time  // refused: no attempt before
 	proven   bool       // the provider has worked once
+	prepared bool       // the schema was there when the session was opened the last time
 	admitted bool       // the server lets the session's connection in
 	mute     bool       // NOTIFY fails: statements go without, and holders learn from their rows
 	checking bool       // a check of rows is queued or running
@@ -330,11 +331,11 @@ func (s *session) refuse(err error, pause time.Duration) {
 // advisory lock: from the commit of its row on, others see it live.
 func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 	s.mu.Lock()
-	proven := s.proven
+	proven, prepared := s.proven, s.prepared
 	s.connections++
 	connection := s.connections
 	s.mu.Unlock()
-	if !proven {
+	if !prepared {
 		if err := s.prepare(); err != nil {
 			return nil, ref, err
 		}
@@ -368,7 +369,7 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 	upsert := sessionUpsert(ref, connection, s.conf.sessionTimeout, !good.IsZero())
 	if err := l.exec(max(deadline, statementTimeout), upsert); err != nil {
 		if isMissingTable(err) {
-			s.unprove()
+			s.unprepare()
 		} else if sqlState(err) == "" {
 			s.killOwn(ref)
 		}
@@ -385,9 +386,12 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 	}
 	s.trust.beat(ref, start)
 	s.mu.Lock()
-	s.own, s.trouble, s.refusal, s.proven = l, nil, nil, true
+	s.own, s.trouble, s.refusal, s.proven, s.prepared = l, nil, nil, true, true
 	s.mu.Unlock()
 	s.wakeUp()
+	if suspended.IsZero() && ref.generation > 1 {
+		s.log.Info("locker: another session is open after the loss of one")
+	}
 	s.reconcile(ref, suspended, lost)
 	return l, ref, nil
 }
@@ -405,11 +409,11 @@ func (s *session) prepare() error {
 	return l.check(ctx)
 }
 
-// unprove has the schema looked after before the session is opened again.
-func (s *session) unprove() {
+// unprepare has the schema looked after before the session is opened again.
+func (s *session) unprepare() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.proven = false
+	s.prepared = false
 }
 
 // serveOwn sends heartbeats until one fails or the connection ends.

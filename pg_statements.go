@@ -322,11 +322,11 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 		a.outcome = busy
 		seen = seen && mine
 		if held && !alive.Bool {
-			patience := s.conf.sessionTimeout // of a session without a row
+			watch := unknownTimeout(s.conf.sessionTimeout)
 			if timeout.Valid {
-				patience = seconds(timeout.Float64)
+				watch = seconds(timeout.Float64)
 			}
-			a.blocker, a.retryAt = blocker.Int64, s.watches.dead(blocker.Int64, patience)
+			a.blocker, a.retryAt = blocker.Int64, s.watches.dead(blocker.Int64, watch)
 		}
 		if hidden || o.req.first || o.req.standing.id != o.req.id {
 			unheard = append(unheard, key)

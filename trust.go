@@ -29,6 +29,7 @@ type trust struct {
 	good      time.Time   // when the last good heartbeat began
 	suspended time.Time   // since when; zero while connected, or before the first connection
 	expiry    *time.Timer // ends the session when good is too long ago
+	armed     bool        // expiry counts
 	ended     bool
 }
 
@@ -49,9 +50,16 @@ func newTrust(conf *LockProviderConfig, h *hub) *trust {
 func patience(t time.Duration) time.Duration { return t * 9 / 10 }
 
 // heartbeatInterval is the time between two heartbeats of a session with the
-// timeout t, heartbeatDeadline the time in which one has to succeed.
-func heartbeatInterval(t time.Duration) time.Duration { return t * 3 / 10 }
-func heartbeatDeadline(t time.Duration) time.Duration { return t / 5 }
+// timeout t, heartbeatDeadline the time in which one has to succeed. With each
+// heartbeat rows of holds are checked, so the interval does not grow with t.
+func heartbeatInterval(t time.Duration) time.Duration { return min(t*3/10, 3*time.Second) }
+func heartbeatDeadline(t time.Duration) time.Duration { return min(t/5, 2*time.Second) }
+
+// unknownTimeout is how long a watcher with the session timeout t watches a session
+// whose own timeout is not known, because it has no row: an operator has deleted the
+// row of the session or of the key. Meanwhile the holder is notified by the check of
+// its rows.
+func unknownTimeout(t time.Duration) time.Duration { return max(t, defaultSessionTimeout) }
 
 // lease is how long the server keeps a connection that is silent.
 func lease(t time.Duration) time.Duration { return t * 3 / 2 }
@@ -79,7 +87,7 @@ func (t *trust) connect(s sessionRef, start time.Time) (suspended time.Time, ok 
 		return time.Time{}, false
 	}
 	suspended = t.suspended
-	t.session, t.connected, t.suspended, t.good = s, true, time.Time{}, start
+	t.session, t.connected, t.suspended, t.good, t.armed = s, true, time.Time{}, start, false
 	return suspended, true
 }
 
@@ -95,6 +103,7 @@ func (t *trust) beat(s sessionRef, start time.Time) {
 }
 
 func (t *trust) armLocked() {
+	t.armed = true
 	left := time.Until(t.good.Add(patience(t.conf.sessionTimeout)))
 	if t.expiry == nil {
 		t.expiry = time.AfterFunc(left, t.expire)
@@ -129,7 +138,7 @@ func (t *trust) reconnected(after time.Duration, kept, lost int) {
 
 func (t *trust) expire() {
 	t.mu.Lock()
-	if t.ended || t.good.IsZero() {
+	if t.ended || !t.armed {
 		t.mu.Unlock()
 		return
 	}
@@ -140,7 +149,7 @@ func (t *trust) expire() {
 	}
 	old := t.session
 	t.session = sessionRef{generation: old.generation + 1, id: randomKey()}
-	t.connected, t.good, t.suspended = false, time.Time{}, time.Time{}
+	t.connected, t.good, t.suspended, t.armed = false, time.Time{}, time.Time{}, false
 	t.mu.Unlock()
 
 	// The holders first: a log that blocks must not keep them from stopping.
