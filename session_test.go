@@ -69,7 +69,7 @@ func missedClaim(e *env) {
 // A connection that is lost again and again is no reason to take the key: no watch
 // of one of its locks lasts long enough.
 func flapping(e *env) {
-	p, q := e.process(), e.process()
+	p, q := e.process(), e.process(WithLockTimeout(time.Hour))
 	key := e.key()
 	holder, ch := e.hold(p, key, "holder")
 	waiter := e.lock(q, key, "waiter")
