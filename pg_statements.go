@@ -98,7 +98,11 @@ func lookupKeys(ctx context.Context, l *link, batch []*op) error {
 
 func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
 	for range 3 { // the second time a row that was missing is there
-		text, args := announceArgs(ref, batch, quiet)
+		text := announceText(batch)
+		if _, err := l.prepared(ctx, text); err != nil { // before the ages are taken: it costs a round trip
+			return err
+		}
+		args := announceArgs(ref, batch, quiet)
 		var taken, unflushed bool
 		var key, number int64
 		var token sql.NullInt64
@@ -127,10 +131,20 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 	return nil
 }
 
-// announceArgs are the statement by which the claims of a batch that are not found
-// yet are announced, and its arguments. An array that is too short goes on with NULLs,
-// and hardly any claim needs the orders and the ages.
-func announceArgs(ref sessionRef, batch []*op, quiet bool) (string, []any) {
+// announceText returns the statement by which the claims of a batch that are not found
+// yet are announced.
+func announceText(batch []*op) string {
+	for _, o := range batch {
+		if !o.found && o.order != nil {
+			return sqlAnnounceOrdered
+		}
+	}
+	return sqlAnnounceAny
+}
+
+// announceArgs are the arguments of that statement. An array that is too short goes on
+// with NULLs, and hardly any claim needs the orders and the ages.
+func announceArgs(ref sessionRef, batch []*op, quiet bool) []any {
 	n := len(batch)
 	keys, ids := newArray(oid.T_int8, n, 8), newArray(oid.T_uuid, n, len(uuid.UUID{}))
 	events, repos := newArray(oid.T_text, n, 32), newArray(oid.T_text, n, 32)
@@ -159,9 +173,9 @@ func announceArgs(ref sessionRef, batch []*op, quiet bool) (string, []any) {
 	}
 	args := []any{keys, ids, events, repos, pulls, takes, ages, ref.id, ref.lock, quiet}
 	if orders == nil {
-		return sqlAnnounceAny, args
+		return args
 	}
-	return sqlAnnounceOrdered, append(args, orders)
+	return append(args, orders)
 }
 
 var sqlAnnounceAny, sqlAnnounceOrdered = sqlAnnounce(false), sqlAnnounce(true)
