@@ -49,9 +49,10 @@ func newTrust(conf *LockProviderConfig, h *hub) *trust {
 func patience(t time.Duration) time.Duration { return t * 9 / 10 }
 
 // heartbeatInterval is the time between two heartbeats of a session with the
-// timeout t, heartbeatDeadline the time in which one has to succeed.
+// timeout t, heartbeatDeadline the time in which one has to succeed. With a long timeout
+// it is not longer than for other statements, because Close waits for it.
 func heartbeatInterval(t time.Duration) time.Duration { return t * 3 / 10 }
-func heartbeatDeadline(t time.Duration) time.Duration { return t / 5 }
+func heartbeatDeadline(t time.Duration) time.Duration { return min(t/5, answerTimeout) }
 
 // lease is how long the server keeps a connection that is silent.
 func lease(t time.Duration) time.Duration { return t * 3 / 2 }
