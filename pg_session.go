@@ -52,7 +52,8 @@ type session struct {
 	trouble  error      // why the session's connection could not be opened the last time; nil since it could
 	refusal  error      // why a provider that has never worked was refused
 	retryAt  time.Time  // refused: no attempt before
-	proven   bool       // the provider has worked once
+	proven   bool       // the server and the schema have been checked
+	worked   bool       // the provider has worked once: what refuses it now passes
 	mute     bool       // NOTIFY fails: statements go without, and holders learn from their rows
 	checking bool       // a check of rows is queued or running
 	proof    uuid.UUID  // of the notification that is expected
@@ -238,7 +239,7 @@ func (s *session) keepSession() {
 	}, func(err error, opened bool, pause time.Duration) {
 		s.mu.Lock()
 		s.trouble = err
-		refused := !s.proven && isRefusal(err)
+		refused := !s.worked && isRefusal(err)
 		s.mu.Unlock()
 		switch {
 		case opened:
@@ -316,7 +317,7 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 	}
 	s.trust.beat(ref, start)
 	s.mu.Lock()
-	s.own, s.trouble, s.refusal, s.proven = l, nil, nil, true
+	s.own, s.trouble, s.refusal, s.proven, s.worked = l, nil, nil, true, true
 	s.mu.Unlock()
 	s.wakeUp()
 	s.reconcile(ref, suspended)
