@@ -7,6 +7,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"net/url"
 	"os"
 	"sync"
 	"testing"
@@ -171,7 +172,7 @@ func TestTakeOver(t *testing.T) {
 			old := pgSession(killed)
 			var q *PostgresLock
 			var granted <-chan error
-			if c.waitsAlready { // and disturbs nobody
+			if c.waitsAlready { // and disturbs no one
 				q, granted = pgWait(t, next, 1, "successor")
 			}
 			start := time.Now()
@@ -194,7 +195,7 @@ func TestTakeOver(t *testing.T) {
 			require.Greater(t, q.Token(), l.Token(), "C15")
 			require.Equal(t, pgSession(next).id, pgHolders(t, db)[1])
 
-			// The predecessor comes back. What it does concerns nobody any longer.
+			// The predecessor comes back. What it does concerns no one any longer.
 			way.end()
 			require.ErrorIs(t, l.Unlock(pgBackground), ErrLockLost, "C18")
 			require.NoError(t, l.Unlock(pgBackground), "C18 once")
@@ -866,4 +867,52 @@ func TestCanceledStatements(t *testing.T) {
 	running.Wait()
 	pgQuiet(t, ch)
 	require.NotContains(t, pgHolders(t, db), int64(2))
+}
+
+// C26, C28: tables that vanish while a provider works are created again. If its role may
+// not do that, an operator has to, and no claim fails meanwhile: it has worked before.
+func TestTablesVanish(t *testing.T) {
+	t.Parallel()
+	for _, privileged := range []bool{true, false} {
+		t.Run(fmt.Sprintf("the role may create them: %v", privileged), func(t *testing.T) {
+			t.Parallel()
+			uri := newDatabase(t)
+			db := pgDB(t, uri)
+			pgExec(t, db, `REVOKE CREATE ON SCHEMA public FROM PUBLIC;`+SchemaSQL)
+			role := pgRole(t, db)
+			grant := func() {
+				pgExec(t, db, `GRANT SELECT, INSERT, UPDATE, DELETE ON env_locks, env_lock_state, env_lock_sessions, env_lock_overview TO `+role)
+				if privileged {
+					pgExec(t, db, `GRANT CREATE ON SCHEMA public TO `+role)
+				}
+			}
+			grant()
+			u, err := url.Parse(uri)
+			require.NoError(t, err)
+			u.User = url.UserPassword(role, role)
+			p := pgProvider(t, u.String(), WithLockTimeout(2*soon), WithSessionTimeout(5*time.Second))
+			f := pgLocker(t, p)
+			require.NoError(t, goRound(f("org/repo", 1, "before")))
+			before := pgSession(p)
+
+			pgExec(t, db, `DROP VIEW env_lock_overview; DROP TABLE env_locks, env_lock_state, env_lock_sessions`)
+			done := make(chan error, 1)
+			go func() { done <- goRound(f("org/repo", 1, "meanwhile")) }()
+			if !privileged {
+				pgTerminate(t, db, pgOwn(t, db, p.session))
+				pgUntil(t, "it has been tried to connect the session again", func() bool {
+					p.session.mu.Lock()
+					defer p.session.mu.Unlock()
+					return p.session.trouble != nil && isRefusal(p.session.trouble)
+				})
+				require.Empty(t, done, "a claim has failed")
+				pgExec(t, db, SchemaSQL)
+				grant()
+			}
+			require.NoError(t, pgReceive(t, "the claim", done))
+			now := pgSession(p)
+			require.NotEqual(t, before, now)
+			pgUntil(t, "the session has its row again", func() bool { return pgSessions(t, db, pgSession(p).id) == 1 })
+		})
+	}
 }
