@@ -57,12 +57,12 @@ func record(t *testing.T, password string) recorder {
 
 func (r recorder) count() int { return len(r.mt.FinishedSpans()) }
 
-// named answers the finished spans with a name, oldest first.
+// named returns the finished spans with a name, oldest first.
 func (r recorder) named(name string) []mocktracer.Span {
 	return slices.DeleteFunc(r.mt.FinishedSpans(), func(s mocktracer.Span) bool { return s.OperationName() != name })
 }
 
-// one answers the only span with a name.
+// one returns the only span with a name.
 func (r recorder) one(name string) mocktracer.Span {
 	r.t.Helper()
 	found := r.named(name)
@@ -70,12 +70,12 @@ func (r recorder) one(name string) mocktracer.Span {
 	return found[0]
 }
 
-// statements answers the spans of SQL statements.
+// statements returns the spans of SQL statements.
 func (r recorder) statements() []mocktracer.Span {
 	return slices.DeleteFunc(r.mt.FinishedSpans(), func(s mocktracer.Span) bool { return s.Tag(ext.SpanType) != ext.SpanTypeSQL })
 }
 
-// under answers the spans of the SQL statements below a span.
+// under returns the spans of the SQL statements below a span.
 func (r recorder) under(parent mocktracer.Span) []mocktracer.Span {
 	return slices.DeleteFunc(r.statements(), func(s mocktracer.Span) bool { return s.ParentID() != parent.SpanID() })
 }
@@ -154,7 +154,7 @@ func TestAPMSpans(t *testing.T) {
 	require.Equal(t, r.count(), len(r.statements())+4)
 	for _, s := range r.mt.FinishedSpans() {
 		if s.ParentID() == 0 && s.SpanID() != lock.SpanID() && s.SpanID() != release.SpanID() {
-			require.Len(t, r.under(s), 1, "one statement for %s where nobody else is", s.OperationName())
+			require.Len(t, r.under(s), 1, "one statement for %s where no other is", s.OperationName())
 		}
 	}
 	for _, s := range r.statements() {
@@ -187,7 +187,7 @@ func awaitHeartbeats(ctx context.Context, t *testing.T, uri string, number int) 
 	})
 }
 
-// A failure is told in the span.
+// A failure is recorded in the span.
 func TestAPMErrors(t *testing.T) {
 	uri, password := apmDatabase(t)
 	r := record(t, password)

@@ -221,7 +221,7 @@ func BenchmarkFakeContended(b *testing.B) {
 	f, err := NewFakePreemptiveLockerFactory(nil)
 	require.NoError(b, err)
 	b.ReportAllocs()
-	over := make(chan struct{}) // closed by the first to be done: the other may wait for nobody
+	over := make(chan struct{}) // closed by the first to be done: the other may wait in vain
 	var once sync.Once
 	var next atomic.Int64
 	var group sync.WaitGroup

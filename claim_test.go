@@ -323,7 +323,7 @@ func TestPostgresDurable(t *testing.T) {
 }
 
 // All deadlines of a provider share a timer: an observer that takes its time delays
-// nobody else's.
+// no other's.
 func TestDeadlinesDoNotWaitForEachOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		observed := make(chan struct{})
@@ -334,21 +334,21 @@ func TestDeadlinesDoNotWaitForEachOther(t *testing.T) {
 				}
 			}))
 		require.NoError(t, err)
-		var told []<-chan NotificationPayload
+		var notified []<-chan NotificationPayload
 		for key := range int64(3) {
 			l, err := p.New(pgBackground, key+1, "push")
 			require.NoError(t, err)
 			ch, err := l.Lock(pgBackground)
 			require.NoError(t, err)
-			told = append(told, ch)
+			notified = append(notified, ch)
 			time.Sleep(time.Second)
 		}
 		start := time.Now()
-		for i, ch := range told {
+		for i, ch := range notified {
 			<-ch
 			require.Equal(t, time.Minute-time.Duration(3-i)*time.Second, time.Since(start))
 		}
-		for _, ch := range told {
+		for _, ch := range notified {
 			_, ok := <-ch
 			require.False(t, ok, "revoked")
 		}

@@ -97,7 +97,7 @@ func openDB(t *testing.T, uri string) *sqlx.DB {
 }
 
 // constructors are all ways to make a provider from a URI and options. Each
-// answers only the error; what it made is nil with an error, and closed
+// returns only the error; what it made is nil with an error, and closed
 // otherwise.
 func constructors(t *testing.T) map[string]func(uri string, opts ...LockProviderOption) error {
 	db := openDB(t, newDeadEnd(t).uri)
@@ -124,7 +124,7 @@ func constructors(t *testing.T) map[string]func(uri string, opts ...LockProvider
 				o(&conf)
 			}
 			l, err := NewPostgresLock(t.Context(), db, 1, uri, "opened", conf)
-			require.Error(t, err, "the dead end let somebody in")
+			require.Error(t, err, "the dead end let a caller in")
 			require.Nil(t, l)
 			return err
 		},
@@ -370,7 +370,7 @@ func TestInputNilOptions(t *testing.T) {
 	tr.requireNoCaller(t)
 }
 
-// ownProvider is somebody's provider. It counts its calls.
+// ownProvider is a user's provider. It counts its calls.
 type ownProvider struct {
 	LockProvider
 	calls int
@@ -381,7 +381,7 @@ func (p *ownProvider) LockKey(ctx context.Context, repo string, pr uint) (int64,
 	return p.LockProvider.LockKey(ctx, repo, pr)
 }
 
-// ownFunc is somebody's provider that is a function.
+// ownFunc is a user's provider that is a function.
 type ownFunc func() int64
 
 func (f ownFunc) New(context.Context, int64, string) (PreemptableLock, error) { return nil, nil }
@@ -395,7 +395,7 @@ func TestInputNilProvider(t *testing.T) {
 	}
 }
 
-// A provider of somebody's that answers neither a lock nor an error.
+// A provider of a user's that returns neither a lock nor an error.
 func TestInputNilLock(t *testing.T) {
 	f, err := NewPreemptiveLockerFactory(ownFunc(func() int64 { return 1 }))
 	require.NoError(t, err)
@@ -578,7 +578,7 @@ func TestInputRepoAccepted(t *testing.T) {
 	require.NoError(t, postgres.(*PostgresLockProvider).Close())
 }
 
-// A reason to stop is somebody's text, too: it is cut to fit (C30).
+// A reason to stop is a user's text, too: it is cut to fit (C30).
 func TestInputStopReason(t *testing.T) {
 	requireNoLeak(t)
 	provider, err := NewLockProvider(PostgresLockProviderKind, WithPostgresBackend(newDatabase(t), ""))
@@ -753,7 +753,7 @@ func TestInputPassword(t *testing.T) {
 	logger := slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug, AddSource: true}))
 	uris := map[string]string{
 		"hung up on":        tr.uri,
-		"nobody listens":    "postgres://user:" + secret + "@127.0.0.1:1/db?sslmode=disable",
+		"no one listens":    "postgres://user:" + secret + "@127.0.0.1:1/db?sslmode=disable",
 		"no such host":      "postgres://user:" + secret + "@host.invalid/db?sslmode=disable",
 		"no such database":  with(func(u *url.URL) { u.Path = "/locker_no_such_database" }),
 		"no such parameter": with(func(u *url.URL) { u.RawQuery += "&no_such_parameter=1" }),

@@ -62,7 +62,7 @@ func TestPostgresOperators(t *testing.T) {
 	require.Equal(t, "second", all[0].Event)
 	require.False(t, all[0].Waiting)
 
-	asked, err := watcher.Stop(ctx, "acme/widget", 8, "nobody there")
+	asked, err := watcher.Stop(ctx, "acme/widget", 8, "no one there")
 	require.NoError(t, err)
 	require.False(t, asked)
 	cause := make(chan error, 1)

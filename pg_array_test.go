@@ -24,8 +24,10 @@ func TestPostgresArrays(t *testing.T) {
 		for n := range 8 {
 			text, id := newArray(oid.T_text, n, size), newArray(oid.T_uuid, n, size)
 			number, small, yes := newArray(oid.T_int8, n, size), newArray(oid.T_int4, n, size), newArray(oid.T_bool, n, size)
+			age := newArray(oid.T_float8, n, size)
 			wantText, wantID := []string{}, []string{}
 			wantNumber, wantSmall, wantYes := []int64{}, []int64{}, []bool{}
+			wantAge := []float64{}
 			for i := range n {
 				s, k, u := texts[i%len(texts)], numbers[i%len(numbers)], ids[i%len(ids)]
 				text.addText(s)
@@ -36,6 +38,8 @@ func TestPostgresArrays(t *testing.T) {
 				wantText, wantID = append(wantText, s), append(wantID, u.String())
 				wantNumber, wantSmall = append(wantNumber, k), append(wantSmall, int64(int32(k)))
 				wantYes = append(wantYes, i%3 == 0)
+				age.addFloat64(float64(k) / 3)
+				wantAge = append(wantAge, float64(k)/3)
 			}
 			require.Equal(t, n, text.len())
 			for _, c := range []struct {
@@ -45,6 +49,7 @@ func TestPostgresArrays(t *testing.T) {
 			}{
 				{"text", text, wantText}, {"uuid", id, wantID}, {"bigint", number, wantNumber},
 				{"integer", small, wantSmall}, {"boolean", yes, wantYes},
+				{"float8", age, wantAge},
 			} {
 				equal := pgGet[bool](t, db, `SELECT $1::`+c.element+`[] = $2::`+c.element+`[]`, c.ours, pq.Array(c.theirs))
 				require.True(t, equal, "%d of %s", n, c.element)

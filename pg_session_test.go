@@ -7,6 +7,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"net/url"
 	"os"
 	"sync"
 	"testing"
@@ -171,7 +172,7 @@ func TestTakeOver(t *testing.T) {
 			old := pgSession(killed)
 			var q *PostgresLock
 			var granted <-chan error
-			if c.waitsAlready { // and disturbs nobody
+			if c.waitsAlready { // and disturbs no one
 				q, granted = pgWait(t, next, 1, "successor")
 			}
 			start := time.Now()
@@ -194,7 +195,7 @@ func TestTakeOver(t *testing.T) {
 			require.Greater(t, q.Token(), l.Token(), "C15")
 			require.Equal(t, pgSession(next).id, pgHolders(t, db)[1])
 
-			// The predecessor comes back. What it does concerns nobody any longer.
+			// The predecessor comes back. What it does concerns no one any longer.
 			way.end()
 			require.ErrorIs(t, l.Unlock(pgBackground), ErrLockLost, "C18")
 			require.NoError(t, l.Unlock(pgBackground), "C18 once")
@@ -447,23 +448,18 @@ func TestLostAnswers(t *testing.T) {
 
 	t.Run("of a claim, and a newer one comes before the repeat", func(t *testing.T) {
 		l := pgNew(t, p, 7, "older")
-		newer := pgNew(t, q, 7, "newer")
-		var granted error
 		f.lose(l.claim, func() {
-			if granted = newer.Notify(pgBackground); granted == nil {
-				_, granted = newer.Lock(pgBackground)
-			}
+			_, err := db.ExecContext(pgBackground, `UPDATE env_lock_state SET claim = claim + 1, claim_id = gen_random_uuid(),
+				claim_event = 'newer', claimed_at = clock_timestamp() WHERE lock_key = 7`)
+			assert.NoError(t, err)
 		})
-		err := l.Notify(pgBackground)
-		if err == nil {
-			_, err = l.Lock(pgBackground)
-		}
+		// It was asked for long before. What is between that and the newer claim is not to
+		// be as short as it takes a message to arrive.
+		_, err := l.announceAndLock(pgBackground, time.Now().Add(-5*time.Second), nil)
 		require.ErrorIs(t, err, ErrLockPreempted)
+		require.ErrorContains(t, err, "newer")
 		lost(t)
-		require.NoError(t, granted)
-		require.Equal(t, 2, values("claim", 7))
-		pgQuiet(t, newer.ch)
-		require.NoError(t, newer.Unlock(pgBackground))
+		require.Equal(t, 2, values("claim", 7), "the older claim was announced once more")
 	})
 
 	require.NotContains(t, log.String(), "session suspended", "the session's own connection was cut: the test is void")
@@ -871,4 +867,52 @@ func TestCanceledStatements(t *testing.T) {
 	running.Wait()
 	pgQuiet(t, ch)
 	require.NotContains(t, pgHolders(t, db), int64(2))
+}
+
+// C26, C28: tables that vanish while a provider works are created again. If its role may
+// not do that, an operator has to, and no claim fails meanwhile: it has worked before.
+func TestTablesVanish(t *testing.T) {
+	t.Parallel()
+	for _, privileged := range []bool{true, false} {
+		t.Run(fmt.Sprintf("the role may create them: %v", privileged), func(t *testing.T) {
+			t.Parallel()
+			uri := newDatabase(t)
+			db := pgDB(t, uri)
+			pgExec(t, db, `REVOKE CREATE ON SCHEMA public FROM PUBLIC;`+SchemaSQL)
+			role := pgRole(t, db)
+			grant := func() {
+				pgExec(t, db, `GRANT SELECT, INSERT, UPDATE, DELETE ON env_locks, env_lock_state, env_lock_sessions, env_lock_overview TO `+role)
+				if privileged {
+					pgExec(t, db, `GRANT CREATE ON SCHEMA public TO `+role)
+				}
+			}
+			grant()
+			u, err := url.Parse(uri)
+			require.NoError(t, err)
+			u.User = url.UserPassword(role, role)
+			p := pgProvider(t, u.String(), WithLockTimeout(2*soon), WithSessionTimeout(5*time.Second))
+			f := pgLocker(t, p)
+			require.NoError(t, goRound(f("org/repo", 1, "before")))
+			before := pgSession(p)
+
+			pgExec(t, db, `DROP VIEW env_lock_overview; DROP TABLE env_locks, env_lock_state, env_lock_sessions`)
+			done := make(chan error, 1)
+			go func() { done <- goRound(f("org/repo", 1, "meanwhile")) }()
+			if !privileged {
+				pgTerminate(t, db, pgOwn(t, db, p.session))
+				pgUntil(t, "it has been tried to connect the session again", func() bool {
+					p.session.mu.Lock()
+					defer p.session.mu.Unlock()
+					return p.session.trouble != nil && isRefusal(p.session.trouble)
+				})
+				require.Empty(t, done, "a claim has failed")
+				pgExec(t, db, SchemaSQL)
+				grant()
+			}
+			require.NoError(t, pgReceive(t, "the claim", done))
+			now := pgSession(p)
+			require.NotEqual(t, before, now)
+			pgUntil(t, "the session has its row again", func() bool { return pgSessions(t, db, pgSession(p).id) == 1 })
+		})
+	}
 }

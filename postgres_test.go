@@ -53,7 +53,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// sharedServer answers the shared server.
+// sharedServer returns the shared server.
 func sharedServer(t testing.TB) *pgserver.Instance {
 	t.Helper()
 	server, err := shared()
@@ -62,7 +62,7 @@ func sharedServer(t testing.TB) *pgserver.Instance {
 }
 
 // newDatabase makes an empty database on the shared server for one test and
-// answers its URI.
+// returns its URI.
 func newDatabase(t testing.TB) string {
 	t.Helper()
 	uri, drop, err := sharedServer(t).NewDatabase(context.Background())
@@ -119,7 +119,7 @@ func pgExec(t testing.TB, db interface {
 	require.NoError(t, err)
 }
 
-// pgGet answers a query's only value.
+// pgGet returns a query's only value.
 func pgGet[T any](t testing.TB, db *sql.DB, query string, args ...any) (v T) {
 	t.Helper()
 	require.NoError(t, db.QueryRowContext(pgBackground, query, args...).Scan(&v))
@@ -153,7 +153,7 @@ func pgReceive[T any](t testing.TB, what string, ch <-chan T) T {
 	}
 }
 
-// pgQuiet requires that a holder has not been told anything.
+// pgQuiet requires that a holder has not been notified.
 func pgQuiet(t testing.TB, ch <-chan NotificationPayload) {
 	t.Helper()
 	select {
@@ -181,14 +181,14 @@ func pgHold(t testing.TB, p LockProvider, key int64, event string) (*PostgresLoc
 	return l, ch
 }
 
-// pgWait begins to lock a key without a claim and answers when it waits.
+// pgWait begins to lock a key without a claim and returns when it waits.
 func pgWait(t testing.TB, p *PostgresLockProvider, key int64, event string) (*PostgresLock, <-chan error) {
 	t.Helper()
 	l := pgNew(t, p, key, event)
 	return l, pgWaits(t, l)
 }
 
-// pgWaits begins to lock and answers when the lock waits.
+// pgWaits begins to lock and returns when the lock waits.
 func pgWaits(t testing.TB, l *PostgresLock) <-chan error {
 	t.Helper()
 	done := make(chan error, 1)
@@ -349,19 +349,19 @@ func TestPostgresKeys(t *testing.T) {
 		key int64
 		err error
 	}
-	answers := make(chan found)
+	results := make(chan found)
 	for _, p := range providers {
 		for pr := range uint(pairs) {
 			go func() {
 				key, err := p.LockKey(pgBackground, "repo", pr)
-				answers <- found{pr, key, err}
+				results <- found{pr, key, err}
 			}()
 		}
 	}
 	keys := map[uint]int64{}
 	of := map[int64]uint{}
 	for range pairs * len(providers) {
-		a := pgReceive(t, "LockKey answers", answers)
+		a := pgReceive(t, "LockKey returns", results)
 		require.NoError(t, a.err)
 		require.NotZero(t, a.key)
 		if key, ok := keys[a.pr]; ok {
@@ -386,8 +386,8 @@ func TestPostgresKeys(t *testing.T) {
 	require.ErrorContains(t, err, "a write", "the trigger does not see writes")
 }
 
-// C3: the statement that acquires refuses an older claim, though nobody ever
-// notified its lock and nobody holds the key.
+// C3: the statement that acquires refuses an older claim, though its
+// lock was never notified and no claim holds the key.
 func TestPostgresOrder(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -521,7 +521,7 @@ func TestPostgresDeaf(t *testing.T) {
 		pgTerminate(t, db, pgListener(t, db, "deaf"))
 		start := time.Now()
 		require.NoError(t, claimant.Notify(pgBackground))
-		n := pgReceive(t, "the holder is told", ch)
+		n := pgReceive(t, "the holder is notified", ch)
 		require.Less(t, time.Since(start), bound)
 		require.Equal(t, NotificationPayload{claimant.claim.id, "claim", 1}, n)
 		require.ErrorIs(t, l.Cause(), ErrLockPreempted)
@@ -564,7 +564,7 @@ func TestPostgresDeaf(t *testing.T) {
 		require.ErrorIs(t, err, ErrLockPreempted)
 		require.ErrorContains(t, err, "newer waiter")
 		require.Less(t, time.Since(start), bound)
-		require.Equal(t, "claim", pgReceive(t, "the holder is told", ch).Message)
+		require.Equal(t, "claim", pgReceive(t, "the holder is notified", ch).Message)
 		require.Less(t, time.Since(start), bound)
 
 		// It can still take a key, and go without.
@@ -589,7 +589,7 @@ func TestPostgresDeaf(t *testing.T) {
 		require.True(t, px.silenceBackend(pgListener(t, db, "deaf")))
 		start := time.Now()
 		require.NoError(t, claimant.Notify(pgBackground))
-		require.Equal(t, "claim", pgReceive(t, "the holder is told", ch).Message)
+		require.Equal(t, "claim", pgReceive(t, "the holder is notified", ch).Message)
 		require.Less(t, time.Since(start), bound)
 	})
 }
@@ -873,7 +873,7 @@ func TestPostgresSessionKilledWhileWaiting(t *testing.T) {
 		key         int64
 	}{
 		{"C26 taking the row", `SELECT FROM env_lock_state WHERE lock_key = 1 FOR UPDATE`, 1},
-		{"C26 asking to be told of a release", `SELECT FROM env_lock_state WHERE lock_key = 2 FOR UPDATE`, 2},
+		{"C26 asking to be notified of a release", `SELECT FROM env_lock_state WHERE lock_key = 2 FOR UPDATE`, 2},
 		{"C26 creating the row", `INSERT INTO env_lock_state (lock_key) VALUES (3)`, 3},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -911,7 +911,7 @@ func TestPostgresSilentNetwork(t *testing.T) {
 		ways []direction
 	}{
 		{"both ways", []direction{toServer, toClient}},
-		{"only the answers are lost", []direction{toClient}},
+		{"only what the server sends is lost", []direction{toClient}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -992,21 +992,35 @@ func TestPostgresSilentNetwork(t *testing.T) {
 	}
 }
 
-// C22: a Close into a silent network returns.
+// C22: a Close into a silent network returns, however long the session may be cut off.
 func TestPostgresCloseSilent(t *testing.T) {
 	t.Parallel()
-	uri := newDatabase(t)
-	px := newProxy(t, "", uri, nil)
-	p := pgProvider(t, px.uri(t, uri), WithPreemptionTimeout(100*time.Millisecond))
-	l, ch := pgHold(t, p, 1, "holder")
-	px.silence(toServer, toClient)
-	closed := make(chan error, 1)
-	go func() { closed <- p.Close() }()
-	pgReceive(t, "the holder is told", ch)
-	require.NoError(t, pgReceive(t, "Close returns", closed))
-	require.ErrorIs(t, l.Cause(), ErrProviderClosed)
-	_, err := p.New(pgBackground, 1, "late")
-	require.ErrorIs(t, err, ErrProviderClosed)
+	for _, timeout := range []time.Duration{2 * time.Second, 10 * time.Second, time.Hour} {
+		for _, holds := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%v, holds %v", timeout, holds), func(t *testing.T) {
+				t.Parallel()
+				uri := newDatabase(t)
+				px := newProxy(t, "", uri, nil)
+				p := pgProvider(t, px.uri(t, uri), WithPreemptionTimeout(100*time.Millisecond), WithSessionTimeout(timeout))
+				l, ch := pgHold(t, p, 1, "holder")
+				if !holds {
+					require.NoError(t, l.Unlock(pgBackground))
+				}
+				px.silence(toServer, toClient)
+				closed := make(chan error, 1)
+				go func() { closed <- p.Close() }()
+				if holds {
+					pgReceive(t, "the holder is notified", ch)
+				}
+				require.NoError(t, pgReceive(t, "Close returns", closed))
+				if holds && timeout > 2*time.Second { // otherwise the session may be lost before
+					require.ErrorIs(t, l.Cause(), ErrProviderClosed)
+				}
+				_, err := p.New(pgBackground, 1, "late")
+				require.ErrorIs(t, err, ErrProviderClosed)
+			})
+		}
+	}
 }
 
 // C26: no server is there at first.
@@ -1015,7 +1029,7 @@ func TestPostgresServerComesLater(t *testing.T) {
 	uri := newDatabase(t)
 	px := newProxy(t, "", uri, nil)
 	address := px.listener.Addr().String()
-	px.close() // nobody listens there now
+	px.close() // no one listens there now
 	p := pgProvider(t, throughAddress(t, uri, address), WithLockTimeout(2*time.Second))
 	l := pgNew(t, p, 1, "early")
 	start := time.Now()
@@ -1124,7 +1138,7 @@ func TestPostgresRefused(t *testing.T) {
 		refusal(t, throughAddress(t, uri, pgBouncer(t, program, uri)), "a proxy", "connect to PostgreSQL directly", "session mode")
 	})
 
-	t.Run("C27 tables of somebody else", func(t *testing.T) {
+	t.Run("C27 foreign tables", func(t *testing.T) {
 		t.Parallel()
 		uri := newDatabase(t)
 		db := pgDB(t, uri)
@@ -1133,7 +1147,7 @@ func TestPostgresRefused(t *testing.T) {
 	})
 }
 
-// pgBouncer starts PgBouncer in transaction mode and answers its address.
+// pgBouncer starts PgBouncer in transaction mode and returns its address.
 func pgBouncer(t testing.TB, program, uri string) string {
 	t.Helper()
 	free, err := net.Listen("tcp", "127.0.0.1:0")
@@ -1195,7 +1209,7 @@ func TestPostgresSchema(t *testing.T) {
 		}
 		all := map[int64]bool{}
 		for range 16 {
-			require.NoError(t, pgReceive(t, "LockKey answers", errs))
+			require.NoError(t, pgReceive(t, "LockKey returns", errs))
 			all[<-keys] = true
 		}
 		require.Len(t, all, 1)
@@ -1282,7 +1296,7 @@ func pgRole(t testing.TB, db *sql.DB) string {
 	return role
 }
 
-// One bad key must not sink the ship: somebody else's transaction keeps rows locked.
+// One bad key must not sink the ship: a foreign transaction keeps rows locked.
 // What concerns them is repeated within its caller's own bound (C21).
 func TestPostgresForeignTransaction(t *testing.T) {
 	t.Parallel()
@@ -1610,7 +1624,7 @@ func TestPostgresNotifyByHand(t *testing.T) {
 		``, `garbage`, `null`, `[]`, `8`, `"8"`, `{}`, `{"event":"no key"}`, `{"lockKey":null,"event":"x"}`, `{"lockKey":"8","event":"x"}`,
 		`{"lockKey":8.5}`, `{"lockKey":99999999999999999999}`, `{"kind":"foreign","lockKey":8,"event":"x"}`, `{"kind":5,"lockKey":8}`,
 		`{"kind":"check","id":"00000000-0000-0000-0000-000000000000"}`, `{"kind":"released","lockKey":8}`, `{"kind":"released","lockKey":-7}`,
-		`{"kind":"claim","lockKey":8,"id":"nonsense","claim":99999}`, `{"lockKey":9,"event":"nobody has this key"}`,
+		`{"kind":"claim","lockKey":8,"id":"nonsense","claim":99999}`, `{"lockKey":9,"event":"no one has this key"}`,
 		`{"some":{"other":["program"]}}`, strings.Repeat("x", 7999),
 	} {
 		pgExec(t, db, `SELECT pg_notify($1, $2)`, notifyChannel, payload)
@@ -1699,7 +1713,7 @@ func TestPostgresEvents(t *testing.T) {
 			holder, ch := pgHold(t, holders, key, "holder")
 			claimant := pgNew(t, claimants, key, c.event)
 			require.NoError(t, claimant.Notify(pgBackground))
-			n := pgReceive(t, "the holder is told", ch)
+			n := pgReceive(t, "the holder is notified", ch)
 			require.True(t, utf8.ValidString(n.Message))
 			if len(want) < 1000 {
 				require.Equal(t, want, n.Message)
@@ -1722,9 +1736,9 @@ func TestPostgresPassword(t *testing.T) {
 	const password = "hunter2-\u00e9-secret"
 	const right = "correct horse"
 	server := pgCluster(t, pgserver.Options{Password: right})
-	nobody, err := net.Listen("tcp", "127.0.0.1:0")
+	unused, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
-	require.NoError(t, nobody.Close())
+	require.NoError(t, unused.Close())
 	secret := func(uri string) string { // uri with the wrong password
 		u, err := url.Parse(uri)
 		require.NoError(t, err)
@@ -1749,7 +1763,7 @@ func TestPostgresPassword(t *testing.T) {
 		"wrong password":        secret(server.URI("postgres")),
 		"no such database":      server.URI("missing"),
 		"wrong, key=value":      fmt.Sprintf("host=127.0.0.1 port=%d user=postgres dbname=postgres sslmode=disable password='%s'", server.Port(), password),
-		"connection refused":    secret(throughAddress(t, server.URI("postgres"), nobody.Addr().String())),
+		"connection refused":    secret(throughAddress(t, server.URI("postgres"), unused.Addr().String())),
 		"unreachable host":      secret(throughAddress(t, server.URI("postgres"), "192.0.2.1:5432")),
 		"unknown host":          secret(throughAddress(t, server.URI("postgres"), "nowhere.invalid:5432")),
 		"TLS that is not there": secret(strings.Replace(server.URI("postgres"), "sslmode=disable", "sslmode=require", 1)),
@@ -1872,14 +1886,14 @@ func TestPostgresSingleLock(t *testing.T) {
 		held, err := holder.Lock(pgBackground)
 		require.NoError(t, err)
 		require.NoError(t, l.Notify(pgBackground))
-		require.Equal(t, NotificationPayload{l.claim.id, "single", 1}, pgReceive(t, "the provider's lock is told", held))
+		require.Equal(t, NotificationPayload{l.claim.id, "single", 1}, pgReceive(t, "the provider's lock is notified", held))
 		done := pgWaits(t, l)
 		require.NoError(t, holder.Unlock(pgBackground))
 		require.NoError(t, pgReceive(t, "the single lock gets the key", done))
 		require.Greater(t, l.Token(), holder.Token())
 		next := pgNew(t, p, 1, "next")
 		require.NoError(t, next.Notify(pgBackground))
-		require.Equal(t, "next", pgReceive(t, "the single lock is told", l.ch).Message)
+		require.Equal(t, "next", pgReceive(t, "the single lock is notified", l.ch).Message)
 		require.NoError(t, l.Unlock(pgBackground))
 		_, err = next.Lock(pgBackground)
 		require.NoError(t, err)
@@ -1913,7 +1927,7 @@ func TestPostgresSingleLock(t *testing.T) {
 		db, _, l := setup(t, WithPreemptionTimeout(200*time.Millisecond), WithMaxLockDuration(200*time.Millisecond))
 		ch, err := l.Lock(pgBackground)
 		require.NoError(t, err)
-		pgReceive(t, "the holder is told", ch)
+		pgReceive(t, "the holder is notified", ch)
 		require.ErrorIs(t, l.Cause(), ErrMaxLockDuration)
 		gone(t, db)
 		require.Empty(t, pgHolders(t, db))
@@ -1945,7 +1959,7 @@ func TestPostgresSingleLock(t *testing.T) {
 		ch, err := l.Lock(pgBackground)
 		require.NoError(t, err)
 		pgExec(t, db, `UPDATE env_lock_state SET holder_id = NULL, holder_session = NULL WHERE lock_key = 1`)
-		pgReceive(t, "the holder is told", ch)
+		pgReceive(t, "the holder is notified", ch)
 		gone(t, db)
 		require.ErrorIs(t, l.Unlock(pgBackground), ErrLockLost)
 		require.NoError(t, l.Unlock(pgBackground))

@@ -29,7 +29,7 @@ const (
 )
 
 // proxy forwards PostgreSQL's messages between providers and a server. It can be
-// told to go silent: connections stay open, nothing arrives any more, not even
+// made to go silent: connections stay open, nothing arrives any more, not even
 // the end of a connection. That is what a network that loses every packet looks
 // like.
 type proxy struct {
@@ -49,7 +49,7 @@ type proxy struct {
 type proxied struct {
 	ends   [2]net.Conn // indexed by direction: the server's end, the client's end
 	silent [2]bool     // guarded by proxy.mu
-	pid    int         // of the backend, once the server has told; guarded by proxy.mu
+	pid    int         // of the backend, once it is known; guarded by proxy.mu
 }
 
 // newProxy listens at address; "" is a free port. The proxy ends with the test.
@@ -225,7 +225,7 @@ func readMessage(r io.Reader, startup bool) ([]byte, error) {
 
 // newPooler is a pool in transaction mode, at its smallest: every client has two
 // server sessions, and each transaction goes to the other one. A lenient pool
-// does not count a transaction that only prepares. It answers the pool's address.
+// does not count a transaction that only prepares. It returns the pool's address.
 // The server must not ask for a password.
 func newPooler(t testing.TB, uri string, lenient bool) string {
 	t.Helper()
@@ -318,7 +318,7 @@ func pool(client net.Conn, servers [2]net.Conn, lenient bool) {
 	}
 }
 
-// relayUntilReady forwards a server's messages up to ReadyForQuery, and answers
+// relayUntilReady forwards a server's messages up to ReadyForQuery, and returns
 // what that says about the transaction.
 func relayUntilReady(to io.Writer, from io.Reader) (byte, error) {
 	for {

@@ -1,8 +1,9 @@
 -- The schema of github.com/preemptable/locker. The library runs this itself on
 -- first use if something is missing and its role has the privilege. It also
 -- upgrades what an earlier version has created. It is safe to run again, and
--- concurrently.
-SELECT pg_advisory_lock(1819239269, 1919116148);
+-- concurrently. The first of the two locks is for a client that commits each
+-- statement, the second for one that commits all of them together.
+SELECT pg_advisory_lock(1819239269, 1919116148), pg_advisory_xact_lock(1819239269, 1919116148);
 
 -- Which key a pull request has. Rows belong to the operator: a row that is
 -- deleted is created again, with another key.
