@@ -237,7 +237,7 @@ func TestPostgresHalfAnswered(t *testing.T) {
 		FROM unnest($1::bigint[]) k WHERE cardinality($1::bigint[]) = 2
 		UNION ALL
 		SELECT 1 / (cardinality($1::bigint[]) - 2), 0, 0, NULL::text, NULL WHERE cardinality($1::bigint[]) = 2
-			AND num_nulls($2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::float8[], $8::bigint, $9::bigint, $10::boolean) >= 0`)
+			AND num_nulls($2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::float8[], $8::bigint, $9::bigint, $10::boolean, $11::interval, $12::boolean[]) >= 0`)
 	goOn := occupy(t, w)
 	errs := make(chan error, 2)
 	for pr := range uint(2) {
