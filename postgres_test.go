@@ -553,7 +553,7 @@ func TestPostgresDeaf(t *testing.T) {
 		pgTerminate(t, db, pgListener(t, db, "deaf"))
 		pgReceive(t, "the listener tries to listen again", cuts)
 		pgUntil(t, "the provider says that it does not listen", func() bool {
-			return !deaf.Stats().Listening && strings.Contains(log.String(), "not listening")
+			return !deaf.Stats().Listening && strings.Contains(log.String(), "listener lost")
 		})
 		require.True(t, deaf.Stats().Connected)
 		other := pgProvider(t, uri)
@@ -570,7 +570,7 @@ func TestPostgresDeaf(t *testing.T) {
 		// It can still take a key, and go without.
 		l, _ := pgHold(t, deaf, 3, "deaf")
 		require.NoError(t, l.Unlock(pgBackground))
-		require.Equal(t, 1, strings.Count(log.String(), "not listening"), "it is logged once")
+		require.Equal(t, 1, strings.Count(log.String(), "cannot connect; trying again"), "it is logged once")
 
 		blocked.Store(false)
 		pgUntil(t, "it listens again", func() bool {
