@@ -56,19 +56,23 @@ func capacityTable(r *result) string {
 		}
 		lines = append(lines, []string{what, ours, floor, limit, moves})
 	}
-	const single, several, many = "one provider", "several providers", "10,000 locks"
+	const single, several, many = "one provider", "several providers", "10,000 locks held by one"
+	const most, restart, cut = "100,000 locks held by one", "immediate restart of the server, 10,000 locks", "busy callers"
 	add("cycles a second, one caller", single, "1 worker", "2 round trips and a flush, one after the other", "a server nearby, a fast disk for `pg_wal`")
 	add("…, 256 callers in one service", single, "256 workers", "processor", "cores")
 	add("…, 1,024 callers in one service", single, "1,024 workers", "processor", "cores")
 	add("…, 256 callers in 4 services", several, "on 4 providers", "processor, flushes: each service batches for itself", "fewer, larger services; cores; disk")
 	add("…, 256 callers in 16 services", several, "on 16 providers", "the same", "the same")
 	add("claims a second on contended keys", "contended", "claims on", "processor; NOTIFY commits one after the other, server-wide", "another server")
-	add("locks held, all services together", "lock table", "locks held", "the lock table", "`max_locks_per_transaction`, `max_connections`")
-	add("memory of a service for each of 10,000 locks", many, "memory a lock", "–", "–")
-	add("one more cycle in a service that holds 10,000", many, "one more Lock", "the worst one waits for the heartbeat", "more services with fewer locks")
-	add("…, in the first seconds, before they are parked", many, "one more, in the first second", "each transaction goes through the locks of its connection", "the same")
-	add("transactions a second of an idle service", many, "transactions", "–", "–")
-	lines = append(lines, []string{"services", "48, or 32 that are all busy", "–", "two connections for each, three when it is busy or holds many", "`max_connections`"})
+	add("one more cycle in a service that holds 10,000 locks", many, "one more Lock", "–", "–")
+	add("…, that holds 100,000", most, "one more Lock", "–", "–")
+	add("memory of a service for each of 100,000 locks", most, "memory a lock", "memory of the service", "more services")
+	add("entries in the lock table for 100,000 locks", most, "entries", "–", "–")
+	add("transactions a second of an idle service that holds 10,000", many, "transactions", "–", "–")
+	add("holds disturbed by a crash of the server, of 10,000", restart, "disturbed", "the session timeout", "`WithSessionTimeout`")
+	add("…, time until they are safe again", restart, "reconnected", "–", "–")
+	add("errors of 256 callers whose connections are cut 8 times", cut, "errors", "their lock timeout", "`WithLockTimeout`")
+	lines = append(lines, []string{"services", "48, or 24 that are all busy", "–", "two connections for each, three while it holds locks, four when it is busy", "`max_connections`"})
 	return fmt.Sprintf("Taken %s on %d CPUs, for the server and the benchmark together, with PostgreSQL %s; a flush of the disk takes %s ms there.\n\n%s",
 		strings.Fields(r.When)[0], r.CPUs, strings.Fields(r.Postgres)[0], short(r.FlushMS), align(lines))
 }

@@ -4,10 +4,8 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
-	"net/url"
 	"runtime"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -15,216 +13,209 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// held: what 1 … 10,000 locks that one provider holds cost.
-func (b *bench) held() {
+// other is the pull request of the cycle that goes on beside the locks that are held.
+const other = 1 << 20
+
+// heldBench is one provider that holds more and more locks. A second one, in a database of its own, holds one lock: cycles
+// there are the yardstick at each level.
+type heldBench struct {
+	*bench
+	uri     string
+	admin   *sql.DB
+	factory locker.PreemptiveLockerFactory
+	small   locker.PreemptiveLockerFactory
+	raw     *rawPair
+	ctx     context.Context // one that can end, as that of a service is
+
+	locks         []*locker.PreemptiveLocker // those above held are nil
+	held          int
+	memory        float64 // before the first lock
+	goroutines    int     // before the provider
+	atOne         int     // goroutines of the provider with one lock held
+	rawGoroutines int
+	rawBytes      float64
+}
+
+// holding: what 1 … 100,000 locks that one provider holds cost.
+func (b *bench) holding() {
+	top := 100_000
+	if b.scale < 1 {
+		top = 10_000
+	}
 	uri, drop := b.database()
 	defer drop()
-	// A second provider holds one lock in a database of its own: cycles there are the yardstick at each level.
 	smallURI, dropSmall := b.database()
 	defer dropSmall()
-	admin := b.admin(smallURI)
-	defer func() { _ = admin.Close() }()
-	database := strings.TrimPrefix(must(url.Parse(uri)).Path, "/")
+	h := &heldBench{bench: b, uri: uri, admin: openAdmin(uri), locks: make([]*locker.PreemptiveLocker, top)}
+	defer func() { _ = h.admin.Close() }()
+	ctx, cancel := context.WithCancel(b.ctx)
+	defer cancel()
+	h.ctx = ctx
 
 	small := newProvider(smallURI)
 	defer func() { _ = small.Close() }()
-	smallFactory := newFactory(small)
-	one := smallFactory("org/repo", 1, "benchmark")
+	h.small = newFactory(small)
+	one := h.small("org/repo", 1, "benchmark")
 	_, err := one.Lock(b.ctx)
 	check(err)
-	raw := newRawPair(smallURI)
-	defer raw.close()
+	h.raw = newRawPair(smallURI)
+	defer h.raw.close()
+	h.measureFloors(smallURI)
 
-	goroutines := runtime.NumGoroutine()
-	listener := newRawNotify(smallURI)
-	time.Sleep(50 * time.Millisecond)
-	rawGoroutines := runtime.NumGoroutine() - goroutines
-	listener.close()
-	rawBytes := barestBytes(10_000)
-	time.Sleep(50 * time.Millisecond)
-
-	goroutines = runtime.NumGoroutine()
+	h.goroutines = runtime.NumGoroutine()
 	p := newProvider(uri, locker.WithPreemptionTimeout(time.Millisecond)) // Close takes the locks away
 	defer func() { _ = p.Close() }()
-	f := newFactory(p)
-	// The context is one that can end, as that of a service is.
-	ctx, cancel := context.WithCancel(b.ctx)
-	defer cancel()
-	const other = 1 << 20 // the pull request of the extra cycle
-	check(each(512, func(i int) error { return cycle(ctx, f, uint(other+i)) }))
-	for range 100 {
-		check(cycle(ctx, smallFactory, other))
-		check(raw.run(42))
-	}
-	memory := heap()
-
-	const top = 10_000
-	atOne := 0 // goroutines with one lock held
-	locks := make([]*locker.PreemptiveLocker, 0, 2*top)
+	h.factory = newFactory(p)
+	h.warmUp()
 	for level := 1; level <= top; level *= 10 {
-		from := len(locks)
-		locks = locks[:level]
-		took := timed(func() {
-			check(each(level-from, func(i int) error {
-				l := f("org/repo", uint(from+i), "benchmark")
-				locks[from+i-1] = l
-				_, err := l.Lock(ctx)
-				return err
-			}))
-		})
-		bytes := (heap() - memory) / float64(level)
-		count := runtime.NumGoroutine() - goroutines
-		if level == 1 {
-			atOne = count
-		}
-
-		compare := func(d time.Duration) (c, toRaw *comparison) {
-			c, toRaw = newComparison(), newComparison()
-			for start := time.Now(); time.Since(start) < max(b.span(d), 400*time.Millisecond); {
-				c.begin()
-				toRaw.begin()
-				for range 25 {
-					c.ours.add(timed(func() { check(cycle(ctx, f, other+1)) }))
-					c.floor.add(timed(func() { check(cycle(ctx, smallFactory, other)) }))
-					toRaw.floor.add(timed(func() { check(raw.run(42)) }))
-				}
-			}
-			toRaw.ours = c.ours
-			return c, toRaw
-		}
-		early, _ := compare(time.Second)
-		settled := b.settle(admin, database)
-		c, toRaw := compare(4 * time.Second) // longer than a heartbeat, so that one of them is in it
-
-		// What came before reaches the statistics with the next heartbeat.
-		idle := 15 * time.Second
-		if b.scale < 1 {
-			idle = 3 * time.Second
-		}
-		time.Sleep(5 * time.Second)
-		before, begin := b.transactions(admin, database), time.Now()
-		time.Sleep(idle)
-		transactions := (b.transactions(admin, database) - before) / time.Since(begin).Seconds()
-		var connections float64
-		check(admin.QueryRowContext(b.ctx,
-			`SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend'`, database).Scan(&connections))
-
-		group := fmt.Sprintf("%s held by one provider", plural(level, "lock"))
-		last := func(t *target) *target {
-			if level < top {
-				return nil
-			}
-			return t
-		}
-		all := slices.Concat(c.ours...)
-		worst := ms(slices.Max(all))
-		b.result.add(
-			row{
-				Group: group, Name: "one more Lock + Release", X: float64(level), Unit: "ms", Ours: c.ours.figure(), Floor: c.floor.figure(),
-				What: "with 1 held", Ratio: c.ratio(), Target: last(ratioAtMost(1.5)), Extra: &worst,
-			},
-			row{
-				Group: group, Name: "the same to a raw pair", X: float64(level), Unit: "ms", Ours: c.ours.figure(), Floor: toRaw.floor.figure(),
-				What: "pg_advisory_lock + unlock", Ratio: toRaw.ratio(),
-			},
-			row{Group: group, Name: "connections", Ours: value(connections), Floor: value(1), What: "a session", Target: last(atMost(4))},
-			row{
-				Group: group, Name: "goroutines", Ours: value(float64(count)), Floor: value(float64(rawGoroutines)),
-				What: "a lib/pq connection and listener", Target: last(atMost(float64(atOne + 2))),
-			},
-		)
-		if level >= 1000 { // fewer are not parked, and are lost in the rest of the heap
-			b.result.add(row{
-				Group: group, Name: "one more, in the first second", X: float64(level), Unit: "ms", Ours: early.ours.figure(), Floor: early.floor.figure(),
-				What: "with 1 held", Ratio: early.ratio(),
-			}, row{
-				Group: group, Name: "time until most are on the third connection", Unit: "ms", Ours: value(ms(settled)), Floor: value(3000), What: "a heartbeat",
-			}, row{
-				Group: group, Name: "memory a lock", Unit: "B", Ours: value(bytes), Floor: value(rawBytes),
-				What: "a channel, a timer, two map entries", Target: last(atMost(2048)),
-			})
-		}
-		b.result.add(row{
-			Group: group, Name: "transactions a second, idle", Unit: "/s", Ours: value(transactions), Floor: value(1.0 / 3),
-			What: "one heartbeat in 3 s", Target: last(atMost(1)),
-		})
-		if level == top {
-			b.result.add(row{Group: group, Name: "time to take nine tenths of them", Unit: "ms", Ours: value(ms(took))})
-		}
-		runtime.KeepAlive(locks)
+		h.level(level, top)
 	}
-	b.fill(ctx, f, len(locks))
 	check(one.Release(b.ctx))
 }
 
-// fill takes locks until the server's lock table is full.
-func (b *bench) fill(ctx context.Context, f locker.PreemptiveLockerFactory, have int) {
-	if b.scale < 1 {
+// measureFloors notes what a connection with a listener and the barest lock take.
+func (h *heldBench) measureFloors(uri string) {
+	before := runtime.NumGoroutine()
+	listener := newRawNotify(uri)
+	time.Sleep(50 * time.Millisecond)
+	h.rawGoroutines = runtime.NumGoroutine() - before
+	listener.close()
+	h.rawBytes = barestBytes(10_000)
+	time.Sleep(50 * time.Millisecond)
+}
+
+func (h *heldBench) warmUp() {
+	check(each(512, func(i int) error { return cycle(h.ctx, h.factory, uint(other+i)) }))
+	for range 100 {
+		check(cycle(h.ctx, h.small, other))
+		check(h.raw.run(42))
+	}
+	h.memory = heap()
+}
+
+// level takes locks up to a number of them, and measures.
+func (h *heldBench) level(level, top int) {
+	before := level - h.held
+	peak := h.watchConnections(h.admin, h.uri)
+	took := timed(func() { h.fill(level) })
+	most := peak()
+
+	// The first second is part of it: nothing has to come to rest after so many locks.
+	first, firstRaw := h.compare(time.Second)
+	rest, restRaw := h.compare(4 * time.Second) // longer than a heartbeat, so that one of them is in it
+	h.addCycles(level, first, joined(first, rest), joined(firstRaw, restRaw))
+
+	bytes := (heap() - h.memory) / float64(level)
+	count := runtime.NumGoroutine() - h.goroutines
+	if level == 1 {
+		h.atOne = count
+	}
+	h.addSizes(level, top, most, count, bytes)
+	if level >= 1000 {
+		h.addIdle(level)
+	}
+	if level == top {
+		h.result.add(row{Group: heldGroup(level), Name: "taken a second, 256 workers", Unit: "/s", Ours: value(float64(before) / took.Seconds())})
+	}
+	runtime.KeepAlive(h.locks)
+}
+
+func (h *heldBench) fill(level int) {
+	from := h.held
+	check(each(level-from, func(i int) error {
+		l := h.factory("org/repo", uint(from+i), "benchmark")
+		h.locks[from+i-1] = l
+		_, err := l.Lock(h.ctx)
+		return err
+	}))
+	h.held = level
+}
+
+// compare times one more cycle, in turns with one at the provider that holds one lock, and with a raw pair.
+func (h *heldBench) compare(d time.Duration) (toOne, toRaw *comparison) {
+	toOne, toRaw = newComparison(), newComparison()
+	for start := time.Now(); time.Since(start) < max(h.span(d), 400*time.Millisecond); {
+		toOne.begin()
+		toRaw.begin()
+		for range 25 {
+			toOne.ours.add(timed(func() { check(cycle(h.ctx, h.factory, other+1)) }))
+			toOne.floor.add(timed(func() { check(cycle(h.ctx, h.small, other)) }))
+			toRaw.floor.add(timed(func() { check(h.raw.run(42)) }))
+		}
+	}
+	toRaw.ours = toOne.ours
+	return toOne, toRaw
+}
+
+func joined(a, b *comparison) *comparison {
+	return &comparison{ours: slices.Concat(a.ours, b.ours), floor: slices.Concat(a.floor, b.floor)}
+}
+
+func heldGroup(level int) string {
+	return fmt.Sprintf("%s held by one provider", plural(level, "lock"))
+}
+
+func (h *heldBench) addCycles(level int, first, toOne, toRaw *comparison) {
+	t := map[int]*target{10_000: ratioAtMost(1.15), 100_000: ratioAtMost(1.3)}[level]
+	worst := ms(slices.Max(slices.Concat(toOne.ours...)))
+	h.result.add(
+		row{
+			Group: heldGroup(level), Name: "one more Lock + Release", X: float64(level), Unit: "ms", Ours: toOne.ours.figure(),
+			Floor: toOne.floor.figure(), What: "with 1 held", Ratio: toOne.ratio(), Target: t, Extra: &worst,
+		},
+		row{
+			Group: heldGroup(level), Name: "the same to a raw pair", X: float64(level), Unit: "ms", Ours: toRaw.ours.figure(),
+			Floor: toRaw.floor.figure(), What: "pg_advisory_lock + unlock", Ratio: toRaw.ratio(),
+		},
+	)
+	if level >= 1000 {
+		h.result.add(row{
+			Group: heldGroup(level), Name: "one more, in the first second", X: float64(level), Unit: "ms", Ours: first.ours.figure(),
+			Floor: first.floor.figure(), What: "with 1 held", Ratio: first.ratio(), Target: t,
+		})
+	}
+}
+
+func (h *heldBench) addSizes(level, top, most, goroutines int, bytes float64) {
+	last := func(t *target) *target {
+		if level < top {
+			return nil
+		}
+		return t
+	}
+	group := heldGroup(level)
+	h.result.add(
+		row{Group: group, Name: "connections, at most", Ours: value(float64(most)), Floor: value(1), What: "a session", Target: last(atMost(4))},
+		row{
+			Group: group, Name: "goroutines", Ours: value(float64(goroutines)), Floor: value(float64(h.rawGoroutines)),
+			What: "a lib/pq connection and listener", Target: last(atMost(float64(h.atOne + 2))),
+		},
+	)
+	if level < 1000 { // fewer are lost in the rest of the heap
 		return
 	}
-	for have < 1_000_000 {
-		errs := make(chan error, 100)
-		for i := range 100 {
-			go func() {
-				_, err := f("org/repo", uint(have+i+1), "benchmark").Lock(ctx)
-				errs <- err
-			}()
-		}
-		got := 0
-		var refusal error
-		for range 100 {
-			if err := <-errs; err == nil {
-				got++
-			} else {
-				refusal = err
-			}
-		}
-		have += got
-		if refusal != nil {
-			if !strings.Contains(refusal.Error(), "lock table") {
-				check(refusal)
-			}
-			break
-		}
+	h.result.add(
+		row{
+			Group: group, Name: "memory a lock", Unit: "B", Ours: value(bytes), Floor: value(h.rawBytes),
+			What: "a channel, a timer, two map entries", Target: last(atMost(1.3 * 1024)),
+		},
+		row{
+			Group: group, Name: "entries in the server's lock table", Ours: value(float64(h.advisoryLocks(h.admin, h.uri))),
+			Floor: value(float64(level)), What: "an advisory lock for each", Target: last(atMost(1)),
+		},
+	)
+}
+
+func (h *heldBench) addIdle(level int) {
+	idle := 9 * time.Second
+	if h.scale < 1 {
+		idle = 3 * time.Second
 	}
-	b.result.add(row{
-		Group: "The server's lock table", Name: "locks held when it is full", Ours: value(float64(have)), Floor: value(float64(b.result.LockTable)),
-		What: "max_locks_per_transaction × max_connections",
+	time.Sleep(time.Second) // what came before is over then
+	h.result.add(row{
+		Group: heldGroup(level), Name: "transactions a second, idle", Unit: "/s", Ours: value(h.transactions(h.admin, h.uri, idle)),
+		Floor: value(1), What: "one in 3 s on each of 3 connections",
 	})
-}
-
-// settle waits until the provider has moved to its second connection what lasts, if it is that many. What is there is held
-// in share mode.
-func (b *bench) settle(admin *sql.DB, database string) time.Duration {
-	start := time.Now()
-	for time.Since(start) < time.Minute {
-		var first int
-		check(admin.QueryRowContext(b.ctx, `SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database
-			WHERE d.datname = $1 AND l.locktype = 'advisory' AND l.objsubid = 1 AND l.mode = 'ExclusiveLock'`, database).Scan(&first))
-		if first <= 512 {
-			break
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	return time.Since(start)
-}
-
-// admin is a connection that does not count among those of the databases that are measured.
-func (b *bench) admin(uri string) *sql.DB {
-	u := must(url.Parse(uri))
-	u.Path = "/postgres"
-	return openDB(u.String(), 1)
-}
-
-func must[T any](v T, err error) T {
-	check(err)
-	return v
-}
-
-func (b *bench) transactions(admin *sql.DB, database string) (n float64) {
-	check(admin.QueryRowContext(b.ctx,
-		`SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = $1`, database).Scan(&n))
-	return n
 }
 
 // heap is what is in use after a collection, goroutines' stacks included.

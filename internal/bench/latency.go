@@ -32,7 +32,7 @@ func (b *bench) cycle() {
 			What: "pg_advisory_lock + unlock", Ratio: c.ratio(), Target: t,
 		})
 	}
-	add("Lock + Release, alternating with the floor", alternating, ratioAtMost(4.5))
+	add("Lock + Release, alternating with the floor", alternating, ratioAtMost(4.2))
 	// A backend that does nothing else stays in the processor's caches and answers faster.
 	add("Lock + Release, each many times in a row", blocks, nil)
 }
@@ -197,8 +197,8 @@ func (b *bench) events() {
 			What: "pg_notify → receive", Ratio: c.ratio(), Target: t,
 		})
 	}
-	add("preemption: claim → holder's channel", preemption, ratioAtMost(3))
+	add("preemption: claim → holder's channel", preemption, ratioAtMost(2.1))
 	add("the same from PreemptiveLocker.Lock on", whole, nil)
-	add("displacement: claim → older waiter is back", displacement, ratioAtMost(4))
-	add("hand-over: release → waiter is back", handOver, ratioAtMost(5))
+	add("displacement: claim → older waiter is back", displacement, ratioAtMost(3.3))
+	add("hand-over: release → waiter is back", handOver, ratioAtMost(4.5))
 }

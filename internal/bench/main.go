@@ -6,7 +6,8 @@
 //	go run ./internal/bench -profile   # where the time of one cycle goes; written to testdata/bench/profile.md
 //	go run ./internal/bench -plot      # results.svg, and the figures in docs/capacity.md, from results.json again
 //
-// -soak=1000000, or BENCH_SOAK=1000000 in the environment, is the whole soak; -only=cycle,held runs some sections.
+// -soak=1000000, or BENCH_SOAK=1000000 in the environment, is the whole soak; -only=cycle,held runs some sections:
+// cycle, events, throughput, held, connections, restart, cut, fake, soak.
 //
 // Ours and the floor take turns in one run. A figure is the median of its rounds' medians, with the smallest and the largest
 // of them behind it, so that a noisy machine shows.
@@ -113,8 +114,8 @@ func (b *bench) run(only, out string) {
 		name string
 		run  func()
 	}{
-		{"cycle", b.cycle}, {"events", b.events}, {"throughput", b.throughput}, {"held", b.held}, {"fake", b.fake},
-		{"soak", b.soaked},
+		{"cycle", b.cycle}, {"events", b.events}, {"throughput", b.throughput}, {"held", b.holding},
+		{"connections", b.connected}, {"restart", b.restarts}, {"cut", b.cut}, {"fake", b.fake}, {"soak", b.soaked},
 	}
 	server, err := pgserver.Shared(b.ctx)
 	check(err)
@@ -127,7 +128,7 @@ func (b *bench) run(only, out string) {
 		if only != "" && !strings.Contains(","+only+",", ","+s.name+",") {
 			continue
 		}
-		fmt.Fprintf(os.Stderr, "bench: %-10s (%.0f s)\n", s.name, time.Since(start).Seconds())
+		fmt.Fprintf(os.Stderr, "bench: %-11s (%.0f s)\n", s.name, time.Since(start).Seconds())
 		runtime.GC()
 		if err := caught(s.run); err != nil {
 			failed = errors.Join(failed, fmt.Errorf("%s: %w", s.name, err))
@@ -164,10 +165,6 @@ func (b *bench) describe() {
 			current_setting('fsync'), current_setting('synchronous_commit'), current_setting('max_connections'),
 			current_setting('max_locks_per_transaction'), current_setting('shared_buffers'))`).
 		Scan(&b.result.Postgres, &b.result.Settings))
-	var conns, locks int
-	check(db.QueryRowContext(b.ctx, `SELECT current_setting('max_connections')::int, current_setting('max_locks_per_transaction')::int`).
-		Scan(&conns, &locks))
-	b.result.LockTable = conns * locks
 	on, off := newUpdate(uri, "on"), newUpdate(uri, "off")
 	defer on.close()
 	defer off.close()

@@ -30,7 +30,7 @@ func plotFile(out string) {
 	left := panel{x: 66, y: 64, w: 340, h: 250, title: "Cycles a second, one provider", axis: "workers, each on a key of its own"}
 	right := panel{x: 496, y: 64, w: 340, h: 250, title: "One more Lock + Release, in ms", axis: "locks held by the same provider"}
 	left.draw(&b,
-		r.curve("ours, three connections", blue, "", "Cycles a second, one provider", "", func(w row) *figure { return w.Ours }),
+		r.curve("ours, four connections", blue, "", "Cycles a second, one provider", "", func(w row) *figure { return w.Ours }),
 		r.curve("raw advisory-lock pairs, 64 connections", amber, "6 4", "Cycles a second, one provider", "", func(w row) *figure { return w.Floor }))
 	right.draw(&b,
 		r.curve("ours", blue, "", "held by one provider", "one more Lock + Release", func(w row) *figure { return w.Ours }),

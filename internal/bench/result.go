@@ -11,16 +11,15 @@ import (
 
 // result is what a run leaves behind.
 type result struct {
-	When      string  `json:"when"`
-	Commit    string  `json:"commit,omitempty"`
-	Go        string  `json:"go"`
-	CPUs      int     `json:"cpus"`
-	Postgres  string  `json:"postgres"`
-	Settings  string  `json:"settings"`
-	LockTable int     `json:"lock_table"` // max_connections × max_locks_per_transaction
-	FlushMS   float64 `json:"flush_ms"`   // what a commit costs more when it waits for the disk
-	Seconds   int     `json:"seconds"`
-	Rows      []row   `json:"rows"`
+	When     string  `json:"when"`
+	Commit   string  `json:"commit,omitempty"`
+	Go       string  `json:"go"`
+	CPUs     int     `json:"cpus"`
+	Postgres string  `json:"postgres"`
+	Settings string  `json:"settings"`
+	FlushMS  float64 `json:"flush_ms"` // what a commit costs more when it waits for the disk
+	Seconds  int     `json:"seconds"`
+	Rows     []row   `json:"rows"`
 }
 
 // row is a line of the table.

@@ -40,7 +40,7 @@ func (b *bench) throughput() {
 		})
 	}
 	for i, n := range levels {
-		t := ratioAtLeast(1.5)
+		t := ratioAtLeast(2)
 		if n != 256 {
 			t = nil
 		}
@@ -61,8 +61,12 @@ func (b *bench) throughput() {
 			r.ours = append(r.ours, perSecond(256, d, func(w int) error { return cycle(b.ctx, factories[w%n], uint(w+1)) }))
 			r.floor = append(r.floor, floor(256, d))
 		}
+		var t *target
+		if n == 16 {
+			t = ratioAtLeast(1.1)
+		}
 		add("Cycles a second, several providers", fmt.Sprintf("256 workers on %d providers", n), n, r,
-			fmt.Sprintf("pairs on %d connections", pooled), nil)
+			fmt.Sprintf("pairs on %d connections", pooled), t)
 		for _, p := range many {
 			_ = p.Close()
 		}
