@@ -108,7 +108,7 @@ func TestSessionRow(t *testing.T) {
 	require.Equal(t, 1, pgSessions(t, db, id))
 	require.NoError(t, p.Close())
 	require.Zero(t, pgSessions(t, db, id))
-	require.Empty(t, pgAdvisory(t, db))
+	pgUntil(t, "its advisory lock is gone", func() bool { return len(pgAdvisory(t, db)) == 0 })
 }
 
 // The row of a session that is dead is deleted by others, once one of them has watched
