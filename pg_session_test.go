@@ -108,7 +108,7 @@ func TestSessionRow(t *testing.T) {
 	require.Equal(t, 1, pgSessions(t, db, id))
 	require.NoError(t, p.Close())
 	require.Zero(t, pgSessions(t, db, id))
-	pgUntil(t, "the server has noticed", func() bool { return len(pgAdvisory(t, db)) == 0 })
+	pgUntil(t, "its advisory lock is gone", func() bool { return len(pgAdvisory(t, db)) == 0 })
 }
 
 // The row of a session that is dead is deleted by others, once one of them has watched
@@ -815,7 +815,10 @@ func TestStalledCommit(t *testing.T) {
 		now, connected := p.session.trust.current()
 		return connected && now.id != old.id
 	})
-	pgUntil(t, "nothing has accumulated", func() bool { return stalled() <= 1 && pgConnections(t, db) <= 4 })
+	pgUntil(t, "nothing has accumulated, and the attempts to reconnect have ended", func() bool {
+		return stalled() <= 1 && pgConnections(t, db) <= 4 && pgGet[int](t, db, `SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND wait_event = 'SyncRep' AND query LIKE '%INTO env_lock_sessions%' AND pid <> pg_backend_pid()`) == 0
+	})
 	pgUntil(t, "the claim has been repeated", func() bool {
 		w := p.session.disk
 		w.session.mu.Lock()

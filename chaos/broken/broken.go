@@ -64,6 +64,7 @@ type Provider struct {
 	mu      sync.Mutex // guards everything below
 	waiting map[*lock]chan struct{}
 	held    map[*lock]bool
+	closed  bool // no hold is left
 	session string
 	good    time.Time // start of the session's last good heartbeat; zero: it has had none
 	watched map[string]watch
@@ -207,6 +208,9 @@ func (p *Provider) Close() error {
 		time.Sleep(poll / 10)
 	}
 	_ = p.heard.Close()
+	p.mu.Lock()
+	p.closed = true
+	p.mu.Unlock()
 	p.running.Wait()
 	return p.db.Close()
 }
@@ -415,6 +419,10 @@ func (l *lock) Unlock(context.Context) error {
 	}
 	done := make(chan struct{})
 	p.mu.Lock()
+	if p.closed { // its holds have ended
+		p.mu.Unlock()
+		return locker.ErrLockLost
+	}
 	lost := l.cause == locker.ErrLockLost
 	forgotten := p.mistake == ForgetRelease && time.Since(p.failed) < p.lease/2
 	p.running.Go(func() { // before Close can see that there is no hold any more

@@ -105,16 +105,28 @@ func TestOracle(t *testing.T) {
 	} {
 		t.Run(c.mistake, func(t *testing.T) {
 			t.Parallel()
-			r := quick(t, config{seed: 1, sessions: []time.Duration{c.session}, brief: 12 * time.Second, settle: c.settle, provider: c.mistake, workers: 2, keys: 3, faults: c.faults})
-			if len(c.rules) == 0 && r.failure() != nil {
-				t.Errorf("%v; broken rules: %v", r.failure(), r.rules)
-			}
-			for _, rule := range c.rules {
-				if r.rules[rule] == 0 {
-					t.Errorf("%q was not caught; broken rules: %v", rule, r.rules)
+			// What a mistake does depends on where the fault finds the claims: it has to be
+			// caught in one of three runs.
+			var missed []string
+			for seed := range int64(3) {
+				r := quick(t, config{seed: uint64(seed + 1), sessions: []time.Duration{c.session}, brief: 12 * time.Second, settle: c.settle, provider: c.mistake, workers: 2, keys: 3, faults: c.faults})
+				t.Logf("%s", r.summary())
+				if len(c.rules) == 0 && r.failure() != nil {
+					t.Errorf("%v; broken rules: %v", r.failure(), r.rules)
+				}
+				missed = nil
+				for _, rule := range c.rules {
+					if r.rules[rule] == 0 {
+						missed = append(missed, rule)
+					}
+				}
+				if len(missed) == 0 {
+					break
 				}
 			}
-			t.Logf("%s", r.summary())
+			if len(missed) > 0 {
+				t.Errorf("%q were not caught", missed)
+			}
 		})
 	}
 }
