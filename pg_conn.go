@@ -22,6 +22,7 @@ import (
 const (
 	statementTimeout = 4 * time.Second
 	answerTimeout    = 6 * time.Second
+	callTimeout      = 30 * time.Second // for a check of all rows after a reconnect
 	openTimeout      = 8 * time.Second
 )
 

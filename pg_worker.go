@@ -460,7 +460,11 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 	for _, o := range batch {
 		o.result = result{}
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(batch[0].ctx), statementTimeout)
+	limit := statementTimeout
+	if batch[0].kind == opCall { // many statements, perhaps
+		limit = callTimeout
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(batch[0].ctx), limit)
 	err := w.statement(ctx, l, ref, batch)
 	late := ctx.Err() != nil
 	cancel()
@@ -472,7 +476,7 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 		// A commit that was canceled is not known to have reached a standby, so even an
 		// answer does not count: the repeat finds what was done, and commits again.
 		if late {
-			err = errors.Errorf("locker: no answer within %v", statementTimeout)
+			err = errors.Errorf("locker: no answer within %v", limit)
 		}
 		w.hangUp()
 		for _, o := range batch {
