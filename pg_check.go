@@ -1,0 +1,175 @@
+package locker
+
+import (
+	"context"
+	"database/sql"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/pkg/errors"
+)
+
+// lookAfterRows has some of the rows of holds checked with each heartbeat.
+func (s *session) lookAfterRows(ref sessionRef, beats int) {
+	holds, _ := s.hub.counts()
+	s.mu.Lock()
+	mute, checking := s.mute, s.checking
+	unsure := time.Since(s.unsure) < unsureFor
+	wanted := holds > 0 || mute || unsure
+	s.checking = s.checking || wanted
+	s.mu.Unlock()
+	if checking || !wanted {
+		return
+	}
+	s.enqueueCheck(ref, func(ctx context.Context, l *link) error {
+		s.mu.Lock()
+		s.checking = false
+		s.mu.Unlock()
+		if mute && l.exec(ctx, sqlNotify, `{"kind":"`+kindCheck+`"}`) == nil {
+			s.mu.Lock()
+			s.mute = false
+			s.mu.Unlock()
+			s.log.Info("locker: NOTIFY works again")
+		}
+		if _, err := s.checkRows(ctx, l, ref, mute); err != nil {
+			return err
+		}
+		if unsure || beats%sweepBeats == 0 {
+			if err := s.releaseForgotten(ctx, l, ref); err != nil {
+				return err
+			}
+		}
+		if beats%sweepBeats == 0 {
+			return s.sweep(ctx, l, ref)
+		}
+		return nil
+	})
+}
+
+// unsureFor is how long after an answer was lost the statement may still be carried
+// out: the release of a claim that has left may come before its acquire.
+const unsureFor = 30 * time.Second
+
+// reconcile compares the rows with the holds after a reconnect, in both directions,
+// and then reports how the session got through: lost are the holds that it has lost
+// already. A new session only looks for dead ones.
+func (s *session) reconcile(ref sessionRef, suspended time.Time, lost int) {
+	after := time.Since(suspended)
+	s.hub.broadcast(event{kind: evReleased})
+	s.enqueueCheck(ref, func(ctx context.Context, l *link) error {
+		if suspended.IsZero() {
+			return s.sweep(ctx, l, ref)
+		}
+		taken, err := s.checkRows(ctx, l, ref, true)
+		if err == nil {
+			err = s.releaseForgotten(ctx, l, ref)
+		}
+		if err == nil {
+			holds, _ := s.hub.counts()
+			s.trust.reconnected(after, holds, lost+taken)
+		}
+		return err
+	})
+}
+
+const maxChecked = 1_000 // rows of holds that one heartbeat checks
+
+// checkRows checks rows of holds: maxChecked of them, or all. A holder whose row
+// does not name it any longer has lost the key, one whose key has a newer claim is
+// notified. It returns the number of the former.
+func (s *session) checkRows(ctx context.Context, l *link, ref sessionRef, all bool) (lost int, err error) {
+	cursor := &s.cursor
+	if all {
+		cursor = new(int)
+	}
+	for {
+		claims, more := s.hub.held(cursor, maxChecked)
+		keys, ids := claimArrays(claims)
+		type found struct {
+			key int64
+			ev  event
+		}
+		var alive, first bool
+		var news []found
+		var same bool
+		var key, number sql.NullInt64
+		var id, newest uuid.NullUUID
+		var text sql.NullString
+		first = true
+		err := l.each(ctx, sqlCheck, []any{keys, ids, ref.id, ref.lock}, []any{&same, &key, &id, &number, &newest, &text}, func() {
+			switch {
+			case first:
+				alive, first = same, false
+			case !same:
+				news = append(news, found{key.Int64, event{kind: evGone, from: standing{id: id.UUID},
+					cause: errors.New("the row of the key does not name the hold any longer")}})
+			default:
+				news = append(news, found{key.Int64, event{kind: evNewest, from: standing{number.Int64, newest.UUID}, message: text.String}})
+			}
+		})
+		if err != nil {
+			return lost, err
+		}
+		if now, connected := s.trust.current(); now != ref || !connected {
+			return lost, nil // the next connection is followed by a check of its own
+		}
+		if !alive {
+			s.suspect(ref, errors.New("the server of the rows does not see the session"))
+			return lost, nil
+		}
+		for _, n := range news {
+			if n.ev.kind == evGone {
+				lost++
+			}
+			s.hub.dispatch(n.key, n.ev)
+		}
+		if !all || !more {
+			return lost, nil
+		}
+	}
+}
+
+// suspect ends the session's connection, because it does not do what it is there
+// for.
+func (s *session) suspect(ref sessionRef, cause error) {
+	if now, connected := s.trust.current(); now == ref && connected {
+		s.dropOwn(cause)
+	}
+}
+
+// releaseForgotten releases what the rows say the session holds, and no lock of it
+// does: the server forgot a release in a crash, or carried out an acquire after the
+// release of its claim.
+func (s *session) releaseForgotten(ctx context.Context, l *link, ref sessionRef) error {
+	var key int64
+	var id uuid.UUID
+	var forgotten []claim
+	err := l.each(ctx, sqlHolds, []any{ref.id}, []any{&key, &id}, func() {
+		if !s.hub.knows(key, id) {
+			forgotten = append(forgotten, claim{key: key, id: id})
+		}
+	})
+	for _, c := range forgotten {
+		s.release(context.Background(), c)
+	}
+	return err
+}
+
+// sweep deletes the rows of sessions that were watched being dead and hold nothing.
+func (s *session) sweep(ctx context.Context, l *link, ref sessionRef) error {
+	var lock int64
+	var timeout float64
+	var over []int64
+	err := l.each(ctx, sqlDeadSessions, []any{ref.id}, []any{&lock, &timeout}, func() {
+		s.watches.dead(lock, seconds(timeout))
+		if s.watches.over(lock) {
+			over = append(over, lock)
+		}
+	})
+	if err == nil && len(over) > 0 {
+		err = l.exec(ctx, sqlSweep, int64Array(over))
+	}
+	return err
+}
+
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }

@@ -1,0 +1,182 @@
+package locker
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/pkg/errors"
+)
+
+// keepListener keeps the connection on which notifications arrive. Only speed
+// depends on it.
+func (s *session) keepListener() {
+	first, down := true, false
+	s.keep(kept{
+		name:    "listener",
+		wake:    s.listen,
+		allowed: s.isAdmitted,
+		open: func() (*line, error) {
+			l, err := openLine(s.ctx, s.dsn, s.conf.sessionTimeout, 0, s.heard)
+			if err != nil {
+				return nil, err
+			}
+			defer context.AfterFunc(s.ctx, l.end)()
+			if err := l.exec(openTimeout, sqlListen); err != nil {
+				l.close()
+				return nil, errors.Wrap(err, "locker: LISTEN")
+			}
+			s.mu.Lock()
+			s.listens, s.deaf = true, nil
+			s.mu.Unlock()
+			if down {
+				s.log.Info("locker: listening again")
+			}
+			if !first {
+				s.catchUp()
+			}
+			first, down = false, false
+			return l, nil
+		},
+		serve: s.serveListener,
+		ended: func(err error) {
+			down = true
+			s.log.Warn("locker: listener lost: notifications arrive late until it is back", slog.String("cause", err.Error()))
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.listens = false
+		},
+		failed: func(err error, _ time.Duration) {
+			down = true
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.deaf = err
+		},
+	})
+}
+
+// serveListener checks now and then that the channel is registered. Notifications
+// arrive by the connection's own goroutine.
+func (s *session) serveListener(l *line) error {
+	tick := time.NewTicker(heartbeatInterval(s.conf.sessionTimeout))
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return nil
+		case <-l.down:
+			return errors.Wrap(l.conn.Err(), "the connection ended")
+		case <-tick.C:
+		}
+		err := l.exec(max(heartbeatDeadline(s.conf.sessionTimeout), time.Second), sqlListening)
+		if sqlState(err) == "22012" {
+			return errors.New("the channel is not registered in this server session any longer")
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// heard receives a payload from the listener.
+func (s *session) heard(payload string) {
+	m, err := decodeMessage(payload)
+	if err != nil {
+		s.log.Debug("locker: foreign notification ignored", slog.String("error", err.Error()))
+		return
+	}
+	switch m.Kind {
+	case kindCheck:
+		s.mu.Lock()
+		if s.proof == m.ID && m.ID != uuid.Nil {
+			s.proof = uuid.Nil
+			close(s.proved)
+		}
+		s.mu.Unlock()
+	case kindClaim:
+		s.hub.dispatch(m.LockKey, event{kind: evClaimed, from: standing{m.Claim, m.ID}, message: m.Event})
+	case kindReleased:
+		s.hub.dispatch(m.LockKey, event{kind: evReleased})
+	case kindManual:
+		s.hub.dispatch(m.LockKey, event{kind: evManual, message: m.Event})
+	}
+}
+
+// proveNotify proves that notifications that the workers' connections send arrive
+// at the listener.
+func (s *session) proveNotify() error {
+	nonce := uuid.New()
+	proved := make(chan struct{})
+	s.mu.Lock()
+	s.proof, s.proved = nonce, proved
+	s.mu.Unlock()
+	l, err := openLink(s.ctx, s.dsn, "", s.conf.sessionTimeout)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	defer context.AfterFunc(s.ctx, l.kill)()
+	payload := `{"kind":"` + kindCheck + `","id":"` + nonce.String() + `"}`
+	deadline := time.After(proofTimeout)
+	for pause := 5 * time.Millisecond; ; pause *= 2 {
+		ctx, cancel := context.WithTimeout(context.Background(), statementTimeout)
+		err := l.exec(ctx, sqlNotify, payload)
+		cancel()
+		switch {
+		case err != nil && broken(err):
+			return poolerError(errors.Wrap(err, "locker: prove that NOTIFY arrives"))
+		case err != nil:
+			s.muted(err)
+			return nil
+		}
+		select {
+		case <-proved:
+			return nil
+		case <-s.ctx.Done():
+			return ErrProviderClosed
+		case <-time.After(min(pause, proofTimeout/12)): // the listener may not have been there yet
+		case <-deadline:
+			s.mu.Lock()
+			deaf := s.deaf
+			s.mu.Unlock()
+			if deaf != nil {
+				return errors.WithMessage(deaf, "locker: listen for notifications")
+			}
+			return refused("a NOTIFY to this process did not arrive within %v: a proxy in transaction-pooling mode is in between; connect to PostgreSQL directly or to a pool in session mode", proofTimeout)
+		}
+	}
+}
+
+// poolerError marks the errors of prepared statements that are not in the backend
+// that they were prepared in, or are there though they were not.
+func poolerError(err error) error {
+	if state := sqlState(err); state == "26000" || state == "42P05" {
+		return refusedError{errors.WithMessage(err, errPooler.Error())}
+	}
+	return err
+}
+
+// muted switches to working without NOTIFY, until one succeeds again.
+func (s *session) muted(err error) {
+	s.mu.Lock()
+	was := s.mute
+	s.mute = true
+	s.mu.Unlock()
+	if !was {
+		s.log.Warn("locker: NOTIFY fails: holders and waiters learn from the rows", slog.String("error", err.Error()))
+	}
+}
+
+// catchUp looks up what notifications may have been missed: waiters try again, and
+// all rows of holds are checked.
+func (s *session) catchUp() {
+	s.hub.broadcast(event{kind: evReleased})
+	ref, connected := s.trust.current()
+	if connected {
+		s.enqueueCheck(ref, func(ctx context.Context, l *link) error {
+			_, err := s.checkRows(ctx, l, ref, true)
+			return err
+		})
+	}
+}
