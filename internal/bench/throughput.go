@@ -75,14 +75,16 @@ func (b *bench) severalProviders(uri string, n int, d time.Duration, r *rates) {
 		factories = append(factories, newFactory(p))
 	}
 	work := func(w int) error { return cycle(b.ctx, factories[w%n], uint(w+1)) }
-	check(parallel(workers, work)) // connects
+	perSecond(workers, d/4, work) // connects, and warms up
 	r.ours = append(r.ours, perSecond(workers, d, work))
 	for _, p := range many {
 		check(p.Close())
 	}
 	pool := newRawPool(uri, pooled)
 	defer pool.close()
-	r.floor = append(r.floor, perSecond(workers, d, func(w int) error { return pool.run(int64(w)) }))
+	pair := func(w int) error { return pool.run(int64(w)) }
+	perSecond(workers, d/4, pair)
+	r.floor = append(r.floor, perSecond(workers, d, pair))
 }
 
 // fights: on each key two workers at two providers take the key from each other for ever.
