@@ -47,19 +47,11 @@ func (b *bench) throughput() {
 		add("Cycles a second, one provider", plural(n, "worker"), n, results[i], fmt.Sprintf("pairs on %d connections", pooled), t)
 	}
 
+	pool.close()
 	for _, n := range []int{4, 16} {
-		var many []*locker.PostgresLockProvider
-		var factories []locker.PreemptiveLockerFactory
-		for range n {
-			p := newProvider(uri)
-			many = append(many, p)
-			factories = append(factories, newFactory(p))
-			check(cycle(b.ctx, factories[len(factories)-1], 1))
-		}
 		var r rates
 		for range 3 {
-			r.ours = append(r.ours, perSecond(256, d, func(w int) error { return cycle(b.ctx, factories[w%n], uint(w+1)) }))
-			r.floor = append(r.floor, floor(256, d))
+			b.severalProviders(uri, n, d, &r)
 		}
 		var t *target
 		if n == 16 {
@@ -67,12 +59,32 @@ func (b *bench) throughput() {
 		}
 		add("Cycles a second, several providers", fmt.Sprintf("256 workers on %d providers", n), n, r,
 			fmt.Sprintf("pairs on %d connections", pooled), t)
-		for _, p := range many {
-			_ = p.Close()
-		}
 	}
-	pool.close()
 	b.fights(d)
+}
+
+// severalProviders is one round of n providers and then of raw pairs. Both together need more connections than a stock server
+// has, so each side connects anew.
+func (b *bench) severalProviders(uri string, n int, d time.Duration, r *rates) {
+	const workers = 256
+	var many []*locker.PostgresLockProvider
+	var factories []locker.PreemptiveLockerFactory
+	for range n {
+		p := newProvider(uri)
+		many = append(many, p)
+		factories = append(factories, newFactory(p))
+	}
+	work := func(w int) error { return cycle(b.ctx, factories[w%n], uint(w+1)) }
+	perSecond(workers, d/4, work) // connects, and warms up
+	r.ours = append(r.ours, perSecond(workers, d, work))
+	for _, p := range many {
+		check(p.Close())
+	}
+	pool := newRawPool(uri, pooled)
+	defer pool.close()
+	pair := func(w int) error { return pool.run(int64(w)) }
+	perSecond(workers, d/4, pair)
+	r.floor = append(r.floor, perSecond(workers, d, pair))
 }
 
 // fights: on each key two workers at two providers take the key from each other for ever.
