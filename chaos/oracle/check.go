@@ -114,6 +114,9 @@ type Verdict struct {
 	Suspended  int             // sessions, as their providers observed it
 }
 
+// FaultFrozen is the fault of a Detection after SIGSTOP.
+const FaultFrozen = "frozen"
+
 // Detection is how long it took a holder to be notified of its loss, not counting
 // the time for which its process was stopped.
 type Detection struct {
@@ -798,7 +801,7 @@ func (j *judge) losses(byWorker map[string][]*Claim) {
 	for w, spans := range j.frozen {
 		for _, s := range spans {
 			if s.to != 0 && s.to-s.from >= tenths(notice, j.timeout(w))+int64(j.Late) {
-				j.noticed(byWorker[w], "frozen", s.from, s.to, s.to)
+				j.noticed(byWorker[w], FaultFrozen, s.from, s.to, s.to)
 			}
 		}
 	}

@@ -34,6 +34,7 @@ type report struct {
 	left       []string
 	suspended  int             // sessions
 	absences   []time.Duration // from suspended to reconnected
+	resumed    []time.Duration // from SIGCONT to the notification of a loss
 }
 
 // judge holds the history of a run against the rules, and says what breaks them.
@@ -153,6 +154,10 @@ func (d *recording) count(r *report, v *oracle.Verdict) {
 		at(violation.At).violations++
 	}
 	for _, t := range v.Detection {
+		if t.Fault == oracle.FaultFrozen {
+			r.resumed = append(r.resumed, t.Took)
+			continue
+		}
 		at(t.At).detection = append(at(t.At).detection, t.Took)
 	}
 }
@@ -186,6 +191,7 @@ func (r *report) add(other report) {
 	r.left = append(r.left, other.left...)
 	r.suspended += other.suspended
 	r.absences = append(r.absences, other.absences...)
+	r.resumed = append(r.resumed, other.resumed...)
 	if r.excused == nil {
 		r.excused = map[string]int{}
 	}
@@ -226,24 +232,27 @@ func (l *line) plus(o *line) {
 	l.detection = append(l.detection, o.detection...)
 }
 
-// table is the table of RELIABILITY.md.
+// table is the table of RELIABILITY.md. What matters most comes first; the other
+// figures are in the summary.
 func (r *report) table() string {
 	var b strings.Builder
-	b.WriteString("| fault | runs | claims | holds | displaced | timed out | lost | kept | failed | killed | hung | writes | refused | excused | violations | notified: median | worst |\n")
-	b.WriteString("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n")
-	sum := &line{name: "**all**"}
+	b.WriteString("| fault | runs | violations | holds | lost | kept | failed | excused |\n")
+	b.WriteString("|---|--:|--:|--:|--:|--:|--:|--:|\n")
 	lines := slices.Clone(r.lines)
 	slices.SortStableFunc(lines, func(a, b *line) int { return cmp.Or(rank(a.name)-rank(b.name), cmp.Compare(a.name, b.name)) })
-	for _, l := range lines {
-		sum.plus(l)
-	}
-	sum.detection = nil
-	for _, l := range append(lines, sum) {
-		median, worst := spread(l.detection)
-		fmt.Fprintf(&b, "| %s | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %d | %s | %s |\n",
-			l.name, l.runs, l.claims, l.holds, l.displaced, l.timedOut, l.lost, l.kept, l.failed, l.killed, l.hung, l.writes, l.rejected, l.overlaps, l.violations, median, worst)
+	for _, l := range append([]*line{r.sum()}, lines...) {
+		fmt.Fprintf(&b, "| %s | %d | %d | %d | %d | %d | %d | %d |\n", l.name, l.runs, l.violations, l.holds, l.lost, l.kept, l.failed, l.overlaps)
 	}
 	return b.String()
+}
+
+// sum is the line of all faults.
+func (r *report) sum() *line {
+	sum := &line{name: "**all**"}
+	for _, l := range r.lines {
+		sum.plus(l)
+	}
+	return sum
 }
 
 func rank(name string) int {
@@ -276,6 +285,17 @@ func seconds(d time.Duration) string {
 func (r *report) summary() string {
 	text := fmt.Sprintf("Seeds %s; %v in all; %d violations; left over at the end: %d.\n",
 		strings.Join(r.seeds, ", "), r.took.Round(time.Second), r.violations, len(r.left))
+	all := r.sum()
+	text += fmt.Sprintf("%d claims: %d superseded or notified of a newer claim, %d lock timeouts, %d killed, %d hung. %d writes to the fenced resource, %d refused.\n",
+		all.claims, all.displaced, all.timedOut, all.killed, all.hung, all.writes, all.rejected)
+	if len(all.detection) > 0 {
+		median, worst := spread(all.detection)
+		text += fmt.Sprintf("Holders were notified of the loss of their session %s (median), %s (worst) after the network went silent or refused them.\n", median, worst)
+	}
+	if len(r.resumed) > 0 {
+		median, worst := spread(r.resumed)
+		text += fmt.Sprintf("Frozen holders were notified %s (median), %s (worst) after they resumed.\n", median, worst)
+	}
 	if r.suspended > 0 {
 		median, worst := spread(r.absences)
 		text += fmt.Sprintf("Sessions were suspended %d times and reconnected %d times, after %s (median), %s (worst).\n", r.suspended, len(r.absences), median, worst)
