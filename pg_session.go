@@ -46,7 +46,7 @@ type session struct {
 	keys        keyLocks // with WithOriginalReplicas
 
 	mu       sync.Mutex // guards everything below, and what the workers say it guards; never held across I/O
-	disk     *worker    // takes and acquires
+	disk     *worker    // claims: announcements and acquires
 	swift    *worker    // everything else
 	own      *line      // the session's connection; nil while there is none
 	doom     error      // why own was closed

@@ -208,9 +208,10 @@ func (s *session) enqueueLocked(o *op) {
 	signal(w.wake)
 }
 
-// workerOf returns the worker that carries out an operation.
+// workerOf returns the worker that carries out an operation. All announcements take
+// one way: one whose caller has left must not overtake the caller's next.
 func (s *session) workerOf(o *op) *worker {
-	if o.kind == opAcquire || o.kind == opAnnounce && o.take {
+	if o.kind == opAcquire || o.kind == opAnnounce {
 		return s.disk
 	}
 	return s.swift

@@ -69,17 +69,18 @@ func missedClaim(e *env) {
 // A connection that is lost again and again is no reason to take the key: no watch
 // of one of its locks lasts long enough.
 func flapping(e *env) {
-	p, q := e.process(), e.process(WithLockTimeout(time.Hour))
+	timeout := 3 * e.sessionTimeout() // so that a slow machine does not lose it
+	p, q := e.process(WithSessionTimeout(timeout)), e.process(WithLockTimeout(time.Hour))
 	key := e.key()
 	holder, ch := e.hold(p, key, "holder")
 	waiter := e.lock(q, key, "waiter")
 	out := e.start(e.ctx, waiter)
 	e.waits(waiter)
-	for end := time.Now().Add(e.sessionTimeout() * 3); time.Now().Before(end); {
+	for end := time.Now().Add(2 * timeout); time.Now().Before(end); {
 		e.suspend(p)
-		e.wait(e.gap())
+		e.wait(timeout / 4)
 		e.restore(p)
-		e.wait(e.gap() / 4)
+		e.wait(timeout / 16)
 	}
 	e.pending(out)
 	e.quiet(p, ch)
