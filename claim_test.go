@@ -366,7 +366,7 @@ func TestPostgresTenThousandCallers(t *testing.T) {
 	s := p.session
 	const callers = 10_000
 	pgExec(t, pgDB(t, uri), `INSERT INTO env_lock_state (lock_key) SELECT generate_series(1, $1)`, callers)
-	goOn := occupy(t, s.swift)
+	goOn := occupy(t, s.disk)
 	all := make([]*op, callers)
 	s.mu.Lock()
 	for i := range all {
@@ -393,7 +393,7 @@ func TestPostgresTenThousandCallers(t *testing.T) {
 		assert.NoError(t, held.Unlock(pgBackground))
 		released <- served()
 	}()
-	queued(t, s.swift, callers+1)
+	queued(t, s.disk, callers)
 	goOn()
 	pgUntil(t, "all have a result", func() bool { return served() == callers })
 	require.Less(t, pgReceive(t, "the release", released), callers, "it came last, but does not wait for all")

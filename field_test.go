@@ -237,11 +237,15 @@ type fieldGroup struct {
 	running sync.WaitGroup
 }
 
+// fieldSlots bounds the subtests that run concurrently, of all tests: each has some
+// connections.
+var fieldSlots = make(chan struct{}, 8)
+
 // fieldTogether makes a group. Its subtests wait for servers and have little to
 // compute, so there are more of them at a time than t.Parallel allows on a machine
 // with few processors.
 func fieldTogether(t *testing.T) *fieldGroup {
-	return &fieldGroup{t: t, slots: make(chan struct{}, 8)}
+	return &fieldGroup{t: t, slots: fieldSlots}
 }
 
 func (g *fieldGroup) run(name string, f func(t *testing.T)) {

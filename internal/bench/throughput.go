@@ -75,7 +75,8 @@ func (b *bench) severalProviders(uri string, n int, d time.Duration, r *rates) {
 		factories = append(factories, newFactory(p))
 	}
 	work := func(w int) error { return cycle(b.ctx, factories[w%n], uint(w+1)) }
-	perSecond(workers, d/4, work) // connects, and warms up
+	check(parallel(workers, work)) // connects, however long that takes
+	perSecond(workers, d/4, work)  // warms up
 	r.ours = append(r.ours, perSecond(workers, d, work))
 	for _, p := range many {
 		check(p.Close())

@@ -37,7 +37,7 @@ type Instance struct {
 func Shared(ctx context.Context) (*Instance, error) {
 	uri := os.Getenv(EnvURI)
 	if uri == "" {
-		server, err := Start(ctx, Options{})
+		server, err := Start(ctx, Options{Config: map[string]string{"max_connections": "200"}})
 		if err != nil {
 			return nil, err
 		}
