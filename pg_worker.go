@@ -419,11 +419,15 @@ func (w *worker) open(batch []*op) *link {
 	if err == nil && w.ctx.Err() != nil {
 		l.kill()
 	}
+	first := err != nil && w.trouble == nil
 	w.link, w.trouble = l, err
 	if err != nil {
 		w.queues[batch[0].kind] = slices.Concat(batch, w.queues[batch[0].kind])
 	}
 	s.mu.Unlock()
+	if first {
+		s.log.Warn("locker: cannot connect; trying again", slog.String("connection", "statements"), slog.String("error", err.Error()))
+	}
 	if err != nil {
 		clear(batch)
 		w.pause(err)
