@@ -37,7 +37,7 @@ type field struct {
 
 var fieldsMade atomic.Int32
 
-// key answers the nth key of the field's own, pr the nth pull request.
+// key returns the nth key of the field's own, pr the nth pull request.
 func (f *field) key(n int) int64 { return int64(f.first + n) }
 func (f *field) pr(n int) uint   { return uint(f.first + n) }
 
@@ -69,7 +69,7 @@ func (f *field) settled(t testing.TB) {
 	})
 }
 
-// session answers the connection whose advisory lock proves that the provider lives,
+// session returns the connection whose advisory lock proves that the provider lives,
 // or nil.
 func (f *field) session(t testing.TB) *fieldConn {
 	t.Helper()
@@ -206,7 +206,7 @@ func fieldContender(t testing.TB, p LockProvider, key int64) (*PostgresLock, <-c
 }
 
 // fieldExclusive watches a contender for d: it must not be granted the key before
-// the holder was notified. It answers whether the holder was.
+// the holder was notified. It reports whether the holder was.
 func fieldExclusive(t testing.TB, d time.Duration, ch <-chan NotificationPayload, contender <-chan fieldResult) (notified bool) {
 	t.Helper()
 	window := time.After(d)
@@ -474,7 +474,7 @@ func TestFieldLoginAttempts(t *testing.T) {
 }
 
 // fieldShadow makes a database in which a function that comes before the server's
-// own decides whether NOTIFY works; at first it does. It answers the URI under which
+// own decides whether NOTIFY works; at first it does. It returns the URI under which
 // that is so, a count of the failures, and the switch.
 func fieldShadow(t testing.TB) (uri string, failures func() int, works func(bool)) {
 	t.Helper()

@@ -114,7 +114,7 @@ func (r *fieldProxy) open() (all []*fieldConn) {
 	return all
 }
 
-// find answers a connection for which is holds, or nil.
+// find returns a connection for which is holds, or nil.
 func (r *fieldProxy) find(is func(c *fieldConn) bool) *fieldConn {
 	for _, c := range r.open() {
 		if is(c) {
@@ -124,7 +124,7 @@ func (r *fieldProxy) find(is func(c *fieldConn) bool) *fieldConn {
 	return nil
 }
 
-// listening answers the connection that listens, or nil.
+// listening returns the connection that listens, or nil.
 func (r *fieldProxy) listening() *fieldConn {
 	return r.find(func(c *fieldConn) bool { return c.listens.Load() })
 }
@@ -370,7 +370,7 @@ func (c *fieldConn) backend() int {
 }
 
 // inject runs a query on the backend between two statements of the client, which
-// does not get to know. It answers false while the client is not idle.
+// does not get to know. It returns false while the client is not idle.
 func (c *fieldConn) inject(query string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -382,7 +382,7 @@ func (c *fieldConn) inject(query string) bool {
 }
 
 // swap gives the client another backend between two of its statements, and ends the
-// old one. It answers false while the client is not idle.
+// old one. It returns false while the client is not idle.
 func (c *fieldConn) swap() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -17,7 +17,7 @@ import (
 )
 
 // A statement is canceled after statementTimeout: the server's own timeouts bound
-// all of it but its commit, which may wait for a synchronous standby for ever. A
+// all of it but its commit, which may wait for a synchronous standby without end. A
 // connection that does not answer for answerTimeout is closed.
 const (
 	statementTimeout = 4 * time.Second
@@ -322,6 +322,19 @@ func (l *line) exec(d time.Duration, query string) error {
 		return errors.Errorf("no answer within %v", d)
 	}
 	return err
+}
+
+// await waits for the next tick. It reports whether there is none to wait for, because
+// ctx has ended, or the connection, which is the error.
+func (l *line) await(ctx context.Context, tick *time.Ticker) (over bool, err error) {
+	select {
+	case <-ctx.Done():
+		return true, nil
+	case <-l.down:
+		return true, errors.Wrap(l.conn.Err(), "the connection ended")
+	case <-tick.C:
+		return false, nil
+	}
 }
 
 // end closes the connection.

@@ -62,12 +62,8 @@ func (s *session) serveListener(l *line) error {
 	tick := time.NewTicker(heartbeatInterval(s.conf.sessionTimeout))
 	defer tick.Stop()
 	for {
-		select {
-		case <-s.ctx.Done():
-			return nil
-		case <-l.down:
-			return errors.Wrap(l.conn.Err(), "the connection ended")
-		case <-tick.C:
+		if over, err := l.await(s.ctx, tick); over {
+			return err
 		}
 		err := l.exec(max(heartbeatDeadline(s.conf.sessionTimeout), time.Second), sqlListening)
 		if sqlState(err) == "22012" {

@@ -422,12 +422,8 @@ func (s *session) serveOwn(l *line, ref sessionRef) error {
 	defer tick.Stop()
 	last := time.Now()
 	for beats := 1; ; beats++ {
-		select {
-		case <-s.ctx.Done():
-			return nil
-		case <-l.down:
-			return errors.Wrap(l.conn.Err(), "the connection ended")
-		case <-tick.C:
+		if over, err := l.await(s.ctx, tick); over {
+			return err
 		}
 		// The monotonic clock stands still while the machine is suspended.
 		start := time.Now()
