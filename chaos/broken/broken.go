@@ -130,9 +130,12 @@ func (p *Provider) every(interval time.Duration, f func()) {
 	}
 }
 
+// interval is the time between two heartbeats.
+func interval(lease time.Duration) time.Duration { return lease * 3 / 10 }
+
 // beat keeps the session in contact.
 func (p *Provider) beat() {
-	p.every(p.lease*3/10, func() {
+	p.every(interval(p.lease), func() {
 		for p.ctx.Err() == nil {
 			p.mu.Lock()
 			session := p.session
@@ -342,9 +345,9 @@ func (p *Provider) dead(session string, beats int64) string {
 		w = watch{beats, time.Now()}
 		p.watched[session] = w
 	}
-	limit := p.lease
+	limit := p.lease + interval(p.lease) // its process may have lived until its next heartbeat was due
 	if p.mistake == TakeSuspended {
-		limit /= 2
+		limit = p.lease / 2
 	}
 	if session == "" || time.Since(w.since) < limit || p.mistake == NeverTake {
 		return ""
@@ -380,6 +383,9 @@ func (l *lock) take(ctx context.Context, dead string, beats int64, trusting bool
 		return false, nil
 	}
 	p.held[l] = true
+	if p.ctx.Err() != nil { // Close has notified the others already
+		l.notify(locker.ErrProviderClosed)
+	}
 	p.running.Go(l.watch)
 	return true, nil
 }
