@@ -282,20 +282,21 @@ func (c answeringConn) Write(b []byte) (int, error) {
 // use: the session's and the listener's. It notices immediately when the connection
 // ends. It carries out one query at a time.
 type line struct {
-	conn *pq.ListenerConn
-	down chan struct{} // closed when the connection has ended
+	conn  *pq.ListenerConn
+	calls chan func()   // received by the goroutine that serves the connection
+	down  chan struct{} // closed when the connection has ended
 }
 
 // openLine connects, sets the connection up, and takes the advisory lock if it is not
-// zero. heard is called with the payload of
-// each notification, by one goroutine that ends with the connection.
+// zero. heard is called with the payload of each notification, by one goroutine that
+// ends with the connection.
 func openLine(ctx context.Context, dsn string, timeout time.Duration, lock int64, heard func(payload string)) (*line, error) {
 	notifications := make(chan *pq.Notification, 64)
 	conn, err := pq.NewListenerConn(dsn, notifications)
 	if err != nil {
 		return nil, connectError(err)
 	}
-	l := &line{conn: conn, down: make(chan struct{})}
+	l := &line{conn: conn, calls: make(chan func()), down: make(chan struct{})}
 	go func() {
 		defer close(l.down)
 		for n := range notifications {
@@ -324,16 +325,32 @@ func (l *line) exec(d time.Duration, query string) error {
 	return err
 }
 
-// await waits for the next tick. It reports whether there is none to wait for, because
-// ctx has ended, or the connection, which is the error.
+// await waits for the next tick, and meanwhile calls what do has passed to it. It
+// reports whether there is no tick to wait for, because ctx has ended, or the
+// connection, which is the error.
 func (l *line) await(ctx context.Context, tick *time.Ticker) (over bool, err error) {
+	for {
+		select {
+		case <-ctx.Done():
+			return true, nil
+		case <-l.down:
+			return true, errors.Wrap(l.conn.Err(), "the connection ended")
+		case f := <-l.calls:
+			f()
+		case <-tick.C:
+			return false, nil
+		}
+	}
+}
+
+// do has the goroutine that serves the connection call f, and returns when f has. If
+// the connection ends first, f is not called.
+func (l *line) do(f func()) {
+	called := make(chan struct{})
 	select {
-	case <-ctx.Done():
-		return true, nil
+	case l.calls <- func() { defer close(called); f() }:
+		<-called
 	case <-l.down:
-		return true, errors.Wrap(l.conn.Err(), "the connection ended")
-	case <-tick.C:
-		return false, nil
 	}
 }
 

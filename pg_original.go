@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,15 +20,19 @@ import (
 // advisory lock as well, on the session's connection: that is all that the original
 // looks at. This file is what WithOriginalReplicas adds.
 
-// keyLocks are the advisory locks of keys that the session's connection has. An
-// advisory lock can be taken twice by one connection, so owners decides between the
-// locks of one provider.
+// keyLocks are the advisory locks of keys that the session has. An advisory lock can
+// be taken twice by one connection, so owners decides between the locks of one
+// provider. Only the goroutine of the session's connection takes and gives back
+// advisory locks, so that nothing is locked here while a statement runs.
 type keyLocks struct {
-	mu     sync.Mutex // guards everything below; held while a statement runs on line
-	line   *line      // the session's connection, from before the session is connected
-	ref    sessionRef // the session on line
-	owners map[int64]uuid.UUID
-	stale  []int64 // the session locks of connections before line, which may still have what owners says
+	mu     sync.Mutex          // guards everything below
+	owners map[int64]uuid.UUID // the claims that have, or are about to take, the locks of keys
+	back   []int64             // keys whose claim has given up the lock
+
+	// The goroutine's own.
+	ref   sessionRef // the session on the connection
+	had   map[int64]bool
+	stale []int64 // the session locks of earlier connections, which may still have what owners says
 }
 
 // acquireWithKeyLocks is acquireKeys for claims that need the advisory locks of their
@@ -56,173 +61,255 @@ func (s *session) lockKeys(ctx context.Context, l *link, ref sessionRef, batch [
 		}
 	}
 	var key int64
-	var free []*op
+	var free []claim
 	if err := l.each(ctx, sqlTakeable, []any{keys, ids, dead}, []any{&key}, func() {
-		free = append(free, find(batch, key))
+		free = append(free, find(batch, key).req.claim)
 	}); err != nil {
 		return err
 	}
-
-	k := &s.keys
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.line == nil || k.ref != ref {
-		return nil // the session is connecting: the statement takes nothing
-	}
-	var wanted []int64
-	for _, o := range free {
-		if _, has := k.owners[o.req.key]; !has {
-			wanted = append(wanted, o.req.key)
-			k.owners[o.req.key] = o.req.id
+	wanted := s.keys.own(free)
+	var failed error
+	refused := wanted // until the connection has taken them
+	s.onOwn(func(own *line) {
+		if s.keys.ref == ref {
+			refused, failed = s.tryKeys(own, wanted)
 		}
+	})
+	s.keys.disown(wanted, refused)
+	owned := s.keys.owned(free)
+	for i, c := range free {
+		find(batch, c.key).keyLocked = owned[i]
 	}
-	refused, err := s.tryKeysLocked(wanted)
-	if err != nil {
-		refused = wanted
+	if failed != nil && !broken(failed) {
+		return failed
 	}
-	for _, key := range refused {
-		delete(k.owners, key)
-	}
-	for _, o := range free {
-		o.keyLocked = k.owners[o.req.key] == o.req.id
-	}
-	if err != nil && broken(err) {
-		return nil // the session is suspended: the statement takes nothing
-	}
-	return err
+	return nil // without a connection the session is suspended: the statement takes nothing
 }
 
 // keepKeys gives back the advisory locks of claims that were not granted.
 func (s *session) keepKeys(batch []*op, err error) {
-	k := &s.keys
-	k.mu.Lock()
-	defer k.mu.Unlock()
+	owned := s.keys.owned(claimsOf(batch))
 	var back []claim
-	for _, o := range batch {
+	for i, o := range batch {
 		granted := err == nil && o.answer.outcome == granted
-		owns := k.owners[o.req.key] == o.req.id
 		switch {
-		case owns && !granted:
+		case owned[i] && !granted:
 			back = append(back, o.req.claim)
-		case granted && !owns:
+		case granted && !owned[i]:
 			// The session has reconnected meanwhile, and the key was refused. If that goes
 			// on, the claim is released.
 			o.answer, o.doubt = answer{outcome: again}, true
 		}
 	}
-	s.unlockKeysLocked(back)
+	s.unlockKeys(back)
 }
 
 // unlockKeys gives back the advisory locks of claims that are about to be released. The
 // row follows: the claim that is notified then finds the key free.
 func (s *session) unlockKeys(claims []claim) {
-	s.keys.mu.Lock()
-	defer s.keys.mu.Unlock()
-	s.unlockKeysLocked(claims)
+	if s.keys.giveUp(claims) {
+		s.onOwn(s.settleKeys)
+	}
 }
 
-func (s *session) unlockKeysLocked(claims []claim) {
-	k := &s.keys
-	var back []int64
+// onOwn has the goroutine of the session's connection call f, if there is a
+// connection.
+func (s *session) onOwn(f func(own *line)) {
+	s.mu.Lock()
+	own := s.own
+	s.mu.Unlock()
+	if own != nil {
+		own.do(func() { f(own) })
+	}
+}
+
+// own notes the claims as owners of their keys' locks, and returns the keys that had
+// no owner.
+func (k *keyLocks) own(claims []claim) (wanted []int64) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	for _, c := range claims {
-		if owner, has := k.owners[c.key]; has && owner == c.id {
-			back = append(back, c.key)
-			delete(k.owners, c.key)
+		if _, has := k.owners[c.key]; !has {
+			wanted = append(wanted, c.key)
+			k.owners[c.key] = c.id
 		}
 	}
-	s.giveBackLocked(back)
+	return wanted
 }
 
-func (s *session) giveBackLocked(keys []int64) {
+// disown takes the ownership of refused keys back, all of which own has returned.
+func (k *keyLocks) disown(wanted, refused []int64) {
+	if len(wanted) == 0 {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, key := range refused {
+		delete(k.owners, key)
+		k.back = append(k.back, key) // a connection that came meanwhile may have taken it
+	}
+}
+
+// owned reports for each claim whether it owns its key's lock.
+func (k *keyLocks) owned(claims []claim) []bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	all := make([]bool, len(claims))
+	for i, c := range claims {
+		all[i] = k.owners[c.key] == c.id
+	}
+	return all
+}
+
+// giveUp ends what the claims own, and reports whether they owned anything.
+func (k *keyLocks) giveUp(claims []claim) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, c := range claims {
+		if owner, has := k.owners[c.key]; has && owner == c.id {
+			delete(k.owners, c.key)
+			k.back = append(k.back, c.key)
+		}
+	}
+	return len(k.back) > 0
+}
+
+// surplus returns the keys that were given up and have no owner again.
+func (k *keyLocks) surplus() (keys []int64) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, key := range k.back {
+		if _, has := k.owners[key]; !has {
+			keys = append(keys, key)
+		}
+	}
+	k.back = nil
+	return keys
+}
+
+// settleKeys gives back the advisory locks that have no owner any longer.
+func (s *session) settleKeys(own *line) {
+	var back []int64
+	for _, key := range s.keys.surplus() {
+		if s.keys.had[key] {
+			back = append(back, key)
+			delete(s.keys.had, key)
+		}
+	}
+	s.giveBack(own, back)
+}
+
+func (s *session) giveBack(own *line, keys []int64) {
 	if len(keys) == 0 {
 		return
 	}
-	if err := s.keys.line.exec(s.keyDeadline(), fmt.Sprintf(sqlKeyUnlock, numbers(keys))); err != nil {
-		_ = s.keys.line.conn.Close() // with the connection its locks end; it fails only if it has ended
+	if err := own.exec(s.keyDeadline(), fmt.Sprintf(sqlKeyUnlock, numbers(keys))); err != nil {
+		own.end() // with the connection its locks end
 	}
 }
 
 // relockKeys takes the advisory locks of all holds on a new connection. A hold whose
 // key is refused, because a replica of the original has it now, is lost. It returns
 // the number of those.
-func (s *session) relockKeys(l *line, ref sessionRef) (lost int, err error) {
+func (s *session) relockKeys(own *line, ref sessionRef) (lost int, err error) {
 	k := &s.keys
-	k.mu.Lock()
-	if k.ref.generation != ref.generation {
-		k.owners, k.stale = map[int64]uuid.UUID{}, nil
-	} else {
+	if k.ref.generation == ref.generation {
 		k.stale = append(k.stale, k.ref.lock)
+	} else {
+		k.stale = nil
 	}
-	k.line, k.ref = l, ref
-	var gone []claim
-	if len(k.owners) > 0 {
-		gone, err = s.relockKeysLocked()
+	claims := k.restart(k.ref.generation != ref.generation)
+	k.ref, k.had = ref, map[int64]bool{}
+	if len(claims) == 0 {
+		return 0, nil
 	}
-	k.mu.Unlock()
-	for _, c := range gone {
-		s.hub.dispatch(c.key, event{kind: evGone, from: standing{id: c.id},
-			cause: errors.New("the key's advisory lock was taken while the session was suspended")})
-	}
-	return len(gone), err
-}
-
-func (s *session) relockKeysLocked() (gone []claim, err error) {
-	k := &s.keys
 	// The server may not have noticed yet that the last connection has ended. Until it
 	// does, that has the locks.
-	if err := k.line.exec(s.keyDeadline(), fmt.Sprintf(sqlSessionKill, numbers(k.stale))); err != nil {
-		return nil, errors.Wrap(err, "locker: end the session's last connection")
+	if err := own.exec(s.keyDeadline(), fmt.Sprintf(sqlSessionKill, numbers(k.stale))); err != nil {
+		return 0, errors.Wrap(err, "locker: end the session's last connection")
 	}
-	if err := k.line.exec(s.keyDeadline(), fmt.Sprintf(sqlSessionDead, numbers(k.stale))); err != nil {
-		return nil, errors.Wrap(err, "locker: wait for the end of the session's last connection")
+	if err := own.exec(s.keyDeadline(), fmt.Sprintf(sqlSessionDead, numbers(k.stale))); err != nil {
+		return 0, errors.Wrap(err, "locker: wait for the end of the session's last connection")
 	}
 	k.stale = nil
-	keys := make([]int64, 0, len(k.owners))
-	for key := range k.owners {
-		keys = append(keys, key)
-	}
-	for len(keys) > 0 {
-		n := min(len(keys), maxChecked)
-		refused, err := s.tryKeysLocked(keys[:n])
+	for some := range slices.Chunk(claims, maxChecked) {
+		keys, holders := make([]int64, len(some)), map[int64]claim{}
+		for i, c := range some {
+			keys[i], holders[c.key] = c.key, c
+		}
+		refused, err := s.tryKeys(own, keys)
 		if err != nil {
-			return gone, errors.Wrap(err, "locker: take the keys' advisory locks")
+			return lost, errors.Wrap(err, "locker: take the keys' advisory locks")
 		}
 		for _, key := range refused {
-			gone = append(gone, claim{key: key, id: k.owners[key]})
-			delete(k.owners, key)
+			lost++
+			k.giveUp([]claim{holders[key]})
+			s.hub.dispatch(key, event{kind: evGone, from: standing{id: holders[key].id},
+				cause: errors.New("the key's advisory lock was taken while the session was suspended")})
 		}
-		keys = keys[n:]
 	}
-	return gone, nil
+	return lost, nil
 }
 
-// tryKeysLocked takes advisory locks, and returns those that others have. The
-// connection returns no rows, so they are in the text of an error.
-func (s *session) tryKeysLocked(keys []int64) (refused []int64, err error) {
+// restart returns the claims that own locks, which no connection has any longer. A
+// session that was lost begins without owners.
+func (k *keyLocks) restart(lost bool) (claims []claim) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if lost {
+		k.owners = map[int64]uuid.UUID{}
+	}
+	k.back = nil
+	for key, id := range k.owners {
+		claims = append(claims, claim{key: key, id: id})
+	}
+	return claims
+}
+
+// tryKeys takes advisory locks, and returns those that others have. The connection
+// returns no rows, so they are in the text of an error. If it fails, it has taken none.
+func (s *session) tryKeys(own *line, keys []int64) (refused []int64, err error) {
+	had := s.keys.had
+	keys = slices.DeleteFunc(slices.Clone(keys), func(key int64) bool { return had[key] })
 	if len(keys) == 0 {
 		return nil, nil
 	}
-	err = s.keys.line.exec(s.keyDeadline(), fmt.Sprintf(sqlKeyLock, numbers(keys)))
-	if err == nil {
-		return nil, nil
-	}
-	if e := pq.As(err); e != nil {
-		if found := refusedKeys.FindStringSubmatch(e.Message); found != nil {
-			for _, text := range strings.Split(found[1], ",") {
-				key, err := strconv.ParseInt(text, 10, 64)
-				if err != nil {
-					return nil, errors.Wrap(err, "locker: read refused keys")
-				}
-				refused = append(refused, key)
-			}
-			return refused, nil
+	if err := own.exec(s.keyDeadline(), fmt.Sprintf(sqlKeyLock, numbers(keys))); err != nil {
+		if refused = refusedKeys(err); refused == nil {
+			s.giveBack(own, keys) // how many of them it took is not known
+			return keys, err
 		}
 	}
-	s.giveBackLocked(keys) // how many of them it took is not known
-	return nil, err
+	for _, key := range keys {
+		had[key] = true
+	}
+	for _, key := range refused {
+		delete(had, key)
+	}
+	return refused, nil
 }
 
-var refusedKeys = regexp.MustCompile(`locks that others have: ([-0-9,]+);`)
+// refusedKeys reads the keys out of the error of sqlKeyLock.
+func refusedKeys(err error) (keys []int64) {
+	e := pq.As(err)
+	if e == nil {
+		return nil
+	}
+	found := refusedPattern.FindStringSubmatch(e.Message)
+	if found == nil {
+		return nil
+	}
+	for text := range strings.SplitSeq(found[1], ",") {
+		key, err := strconv.ParseInt(text, 10, 64)
+		if err != nil {
+			return nil
+		}
+		keys = append(keys, key)
+	}
+	return keys
+}
+
+var refusedPattern = regexp.MustCompile(`locks that others have: ([-0-9,]+);`)
 
 // keyDeadline is how long a statement for keys may take on the session's connection.
 func (s *session) keyDeadline() time.Duration {

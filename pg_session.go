@@ -421,6 +421,9 @@ func (s *session) serveOwn(l *line, ref sessionRef) error {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	last := time.Now()
+	if s.conf.originalReplicas {
+		s.settleKeys(l)
+	}
 	for beats := 1; ; beats++ {
 		if over, err := l.await(s.ctx, tick); over {
 			return err
