@@ -78,6 +78,7 @@ func _() {
 		_ func(duration time.Duration) providerOpt             = locker.WithMaxLockDuration
 		_ func(duration time.Duration) providerOpt             = locker.WithPreemptionTimeout
 		_ func(timeout time.Duration) providerOpt              = locker.WithSessionTimeout
+		_ func(timeout time.Duration) providerOpt              = locker.WithIdleTimeout
 		_ func() providerOpt                                   = locker.WithOriginalReplicas
 		_ func(postgresURI, apmServiceName string) providerOpt = locker.WithPostgresBackend
 		_ func(logger *slog.Logger) providerOpt                = locker.WithLogger
@@ -104,10 +105,12 @@ func _() {
 		_ func(postgresProvider) error                                                                 = (*locker.PostgresLockProvider).Close
 		_ func(postgresProvider, ctx) ([]locker.Holder, error)                                         = (*locker.PostgresLockProvider).Holders
 		_ func(p postgresProvider, c ctx, repo string, pr uint, reason string) (asked bool, err error) = (*locker.PostgresLockProvider).Stop
+		_ func(postgresProvider, ctx) error                                                            = (*locker.PostgresLockProvider).Ping
 		_ func(postgresProvider) locker.Stats                                                          = (*locker.PostgresLockProvider).Stats
 
 		_ func(fakeProvider, ctx, int64, string) (lock, error) = (*locker.FakeLockProvider).New
 		_ func(fakeProvider, ctx, string, uint) (int64, error) = (*locker.FakeLockProvider).LockKey
+		_ func(fakeProvider, ctx) error                        = (*locker.FakeLockProvider).Ping
 		_ func(fakeProvider) error                             = (*locker.FakeLockProvider).Close
 
 		_ func(postgresLock, ctx) (payloads, error) = (*locker.PostgresLock).Lock
@@ -207,6 +210,7 @@ var exported = []string{
 	"func NewPreemptiveLockerFactory",
 	"func OrderFromContext",
 	"func WithAPMServiceName",
+	"func WithIdleTimeout",
 	"func WithLockDelay",
 	"func WithLockTimeout",
 	"func WithLogger",
@@ -220,6 +224,7 @@ var exported = []string{
 	"type FakeLockProvider, method Close",
 	"type FakeLockProvider, method LockKey",
 	"type FakeLockProvider, method New",
+	"type FakeLockProvider, method Ping",
 	"type FakePreemptableLock",
 	"type FakePreemptableLock, method Cause",
 	"type FakePreemptableLock, method Lock",
@@ -284,6 +289,7 @@ var exported = []string{
 	"type PostgresLockProvider, method Holders",
 	"type PostgresLockProvider, method LockKey",
 	"type PostgresLockProvider, method New",
+	"type PostgresLockProvider, method Ping",
 	"type PostgresLockProvider, method Stats",
 	"type PostgresLockProvider, method Stop",
 	"type PreemptableLock",

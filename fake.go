@@ -65,6 +65,12 @@ func (flp *FakeLockProvider) LockKey(ctx context.Context, repo string, pr uint) 
 	return flp.session.db.lockKey(repo, pr), nil
 }
 
+// Ping returns ctx's error if ctx is done, and [ErrProviderClosed] after Close.
+func (flp *FakeLockProvider) Ping(ctx context.Context) error {
+	flp.init()
+	return errors.Wrap(checkUse(ctx, flp.session.hub), "locker: ping")
+}
+
 // Close notifies every holder with ErrProviderClosed, ends every wait and
 // answers once all of them are gone: released by their holders, or revoked
 // after the preemption timeout (C22). Every later use is refused with

@@ -276,6 +276,26 @@ func TestInputSessionTimeout(t *testing.T) {
 	tr.requireNoCaller(t)
 }
 
+// An idle timeout is at least a second, or none (C29).
+func TestInputIdleTimeout(t *testing.T) {
+	requireNoLeak(t)
+	tr := newDeadEnd(t)
+	for _, d := range []time.Duration{-1, math.MinInt64, 1, time.Second - 1} {
+		for _, call := range constructors(t) {
+			requireRefused(t, call(tr.uri, WithIdleTimeout(d)), "idle timeout is below 1s: "+d.String())
+		}
+		p, err := NewLockProvider(FakeLockProviderKind, WithIdleTimeout(d))
+		requireRefused(t, err, "idle timeout")
+		require.True(t, p == nil)
+	}
+	for _, d := range []time.Duration{0, time.Second, math.MaxInt64} {
+		p, err := NewLockProvider(PostgresLockProviderKind, WithPostgresBackend(tr.uri, ""), WithIdleTimeout(d))
+		require.NoError(t, err)
+		require.NoError(t, p.(*PostgresLockProvider).Close())
+	}
+	tr.requireNoCaller(t)
+}
+
 // An unset configuration value never switches a bound off.
 func TestInputZeroDurations(t *testing.T) {
 	requireNoLeak(t)

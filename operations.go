@@ -110,6 +110,44 @@ func (plp *PostgresLockProvider) Stop(ctx context.Context, repo string, pr uint,
 	return found, nil
 }
 
+// Ping proves that the provider works: its session is connected, the server accepts a
+// write, and a notification travels from a statement's connection to the listener. It
+// waits for what passes, but no longer than ctx and the lock timeout: give a probe a
+// context with a short timeout. The error says which step failed. A call of Ping counts
+// as use, see [WithIdleTimeout].
+func (plp *PostgresLockProvider) Ping(ctx context.Context) error {
+	err := plp.ping(ctx)
+	return errors.Wrap(err, "locker: ping")
+}
+
+func (plp *PostgresLockProvider) ping(ctx context.Context) error {
+	s := plp.session
+	if s == nil {
+		return errProviderZero
+	}
+	if err := checkUse(ctx, s.hub); err != nil {
+		return err
+	}
+	return within(ctx, plp.conf.lockTimeout, func(stop <-chan struct{}) error {
+		trouble := errors.New("the session is not connected")
+		arrived, err := s.roundTrip(ctx, stop, func(payload string) error {
+			ref, _ := s.trust.current()
+			o := newOp(ctx, opCall, claim{})
+			o.once = true
+			o.call = func(ctx context.Context, l *link) error {
+				return l.each(ctx, sqlPing, []any{ref.id, ref.lock, payload}, []any{discard}, func() {
+					trouble = errors.New("a notification was sent and has not arrived")
+				})
+			}
+			return s.do(stop, o).err
+		})
+		if err != nil || arrived {
+			return err
+		}
+		return stopped{trouble}
+	})
+}
+
 // operate has an operator's call carried out by the provider's worker.
 func (plp *PostgresLockProvider) operate(ctx context.Context, call func(ctx context.Context, l *link) error) error {
 	if plp.session == nil {
@@ -132,8 +170,8 @@ type Stats struct {
 	Waiting int // locks that wait for a key
 
 	// Connected reports whether the session is connected. Suspended is since when it is
-	// not, although it was: zero while it is connected, before first use, and once it is
-	// lost.
+	// not, although it was: zero while it is connected, before first use, once it is
+	// lost, and while the provider is idle, see [WithIdleTimeout].
 	Connected bool
 	Suspended time.Time
 	// LastHeartbeat is when the last heartbeat began that succeeded.

@@ -120,3 +120,90 @@ func TestPostgresLateRelease(t *testing.T) {
 	require.Contains(t, pgHolders(t, pgDB(t, p.session.dsn)), int64(key), "the successor's key was freed")
 	require.NoError(t, l.Unlock(pgBackground))
 }
+
+// Ping proves that the session is connected, that the server takes writes, and that
+// notifications arrive. Otherwise its error says what is wrong.
+func TestPing(t *testing.T) {
+	t.Parallel()
+	fails := func(t *testing.T, p *PostgresLockProvider, texts ...string) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(pgBackground, time.Second)
+		defer cancel()
+		err := p.Ping(ctx)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		for _, text := range texts {
+			require.ErrorContains(t, err, text)
+		}
+	}
+
+	t.Run("works", func(t *testing.T) {
+		t.Parallel()
+		p := pgProvider(t, newDatabase(t))
+		require.NoError(t, p.Ping(pgBackground), "the first use connects")
+		errs := make(chan error, 20)
+		for range cap(errs) {
+			go func() { errs <- p.Ping(pgBackground) }()
+		}
+		for range cap(errs) {
+			require.NoError(t, pgReceive(t, "Ping returns", errs))
+		}
+		require.Empty(t, p.session.proofs)
+
+		ctx, cancel := context.WithCancel(pgBackground)
+		cancel()
+		require.ErrorIs(t, p.Ping(ctx), context.Canceled)
+		require.NoError(t, p.Close())
+		require.ErrorIs(t, p.Ping(pgBackground), ErrProviderClosed)
+		require.Error(t, new(PostgresLockProvider).Ping(pgBackground))
+		require.NoError(t, new(FakeLockProvider).Ping(pgBackground))
+	})
+
+	t.Run("while there is no server", func(t *testing.T) {
+		t.Parallel()
+		way := newOutage(t, newDatabase(t))
+		p := pgProvider(t, way.uri())
+		require.NoError(t, p.Ping(pgBackground))
+		way.begin()
+		pgUntil(t, "the session is suspended", func() bool { return !p.Stats().Connected })
+		fails(t, p, "connection refused")
+		way.end()
+		require.NoError(t, p.Ping(pgBackground))
+	})
+
+	t.Run("while the server is read-only", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		db := pgDB(t, uri)
+		p := pgProvider(t, uri)
+		require.NoError(t, p.Ping(pgBackground))
+		set := func(value string) {
+			pgExec(t, db, `DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = `+value+`', current_database()); END $$`)
+		}
+		set("on")
+		pgExec(t, db, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()`)
+		fails(t, p, "read-only")
+		set("off")
+		require.NoError(t, p.Ping(pgBackground))
+	})
+
+	t.Run("while notifications do not arrive", func(t *testing.T) {
+		t.Parallel()
+		f := newField(t)
+		require.NoError(t, f.p.Ping(pgBackground))
+		pgUntil(t, "Ping fails", func() bool { // the listener looks after itself every 3 s
+			deaf := f.relay.listening()
+			if deaf == nil || !deaf.inject("UNLISTEN *") {
+				return false
+			}
+			ctx, cancel := context.WithTimeout(pgBackground, time.Second)
+			defer cancel()
+			err := f.p.Ping(ctx)
+			if err != nil {
+				require.ErrorIs(t, err, context.DeadlineExceeded)
+				require.ErrorContains(t, err, "a notification was sent and has not arrived")
+			}
+			return err != nil
+		})
+		require.NoError(t, f.p.Ping(pgBackground), "it waits until the listener is back")
+	})
+}

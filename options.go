@@ -21,6 +21,7 @@ const (
 
 	minSessionTimeout = time.Second
 	maxSessionTimeout = time.Hour
+	minIdleTimeout    = time.Second
 
 	releaseTimeout = 5 * time.Second // longest that Release and Unlock block (C18)
 	pollInterval   = time.Second     // longest sleep of a waiter between two attempts
@@ -36,6 +37,7 @@ type LockProviderConfig struct {
 	maxLockDuration   time.Duration
 	preemptionTimeout time.Duration
 	sessionTimeout    time.Duration
+	idleTimeout       time.Duration
 	originalReplicas  bool
 	postgres          *postgresTarget
 	logger            *slog.Logger
@@ -89,6 +91,16 @@ func WithPreemptionTimeout(duration time.Duration) LockProviderOption {
 // failover, and a crash costs its successor that much more time.
 func WithSessionTimeout(timeout time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.sessionTimeout = timeout }
+}
+
+// WithIdleTimeout lets the provider end its session and close its connections when it
+// has had no holds, no waiters and no calls for the given time, so that a serverless
+// database can sleep. The next call connects again, which takes some milliseconds, or
+// as long as the database needs to wake up. It is at least one second. Zero, the
+// default, keeps the session until the provider is closed. The fake provider ignores
+// it.
+func WithIdleTimeout(timeout time.Duration) LockProviderOption {
+	return func(c *LockProviderConfig) { c.idleTimeout = timeout }
 }
 
 // WithOriginalReplicas makes locks exclude those of the original library, too, for a
@@ -210,6 +222,9 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 	}
 	if c.sessionTimeout < minSessionTimeout || c.sessionTimeout > maxSessionTimeout {
 		return c, errors.Errorf("locker: session timeout is not between %v and %v: %v", minSessionTimeout, maxSessionTimeout, c.sessionTimeout)
+	}
+	if c.idleTimeout != 0 && c.idleTimeout < minIdleTimeout {
+		return c, errors.Errorf("locker: idle timeout is below %v: %v", minIdleTimeout, c.idleTimeout)
 	}
 	if c.logger == nil {
 		c.logger = slog.New(slog.DiscardHandler)

@@ -72,6 +72,13 @@ func (s *session) serveListener(l *line) error {
 		if err != nil {
 			return err
 		}
+		s.mu.Lock()
+		idle := s.resting && s.queuedLocked() == 0
+		s.listens = !idle
+		s.mu.Unlock()
+		if idle {
+			return errIdle
+		}
 	}
 }
 
@@ -85,9 +92,9 @@ func (s *session) heard(payload string) {
 	switch m.Kind {
 	case kindCheck:
 		s.mu.Lock()
-		if s.proof == m.ID && m.ID != uuid.Nil {
-			s.proof = uuid.Nil
-			close(s.proved)
+		if arrived := s.proofs[m.ID]; arrived != nil {
+			delete(s.proofs, m.ID)
+			close(arrived)
 		}
 		s.mu.Unlock()
 	case kindClaim:
@@ -99,49 +106,69 @@ func (s *session) heard(payload string) {
 	}
 }
 
+// roundTrip has send send a notification to this process, again and again, until it
+// arrives, or ctx or stop ends: the listener may not be there yet, or may be on its way
+// back. It reports whether the notification has arrived.
+func (s *session) roundTrip(ctx context.Context, stop <-chan struct{}, send func(payload string) error) (arrived bool, err error) {
+	nonce, heard := uuid.New(), make(chan struct{})
+	s.mu.Lock()
+	s.proofs[nonce] = heard
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.proofs, nonce)
+		s.mu.Unlock()
+	}()
+	for pause := 5 * time.Millisecond; ; pause *= 2 {
+		if err := send(`{"kind":"` + kindCheck + `","id":"` + nonce.String() + `"}`); err != nil {
+			return false, err
+		}
+		select {
+		case <-heard:
+			return true, nil
+		case <-ctx.Done():
+			return false, nil
+		case <-stop:
+			return false, nil
+		case <-time.After(min(pause, proofTimeout/12)):
+		}
+	}
+}
+
 // proveNotify proves that notifications that the workers' connections send arrive
 // at the listener.
 func (s *session) proveNotify() error {
-	nonce := uuid.New()
-	proved := make(chan struct{})
-	s.mu.Lock()
-	s.proof, s.proved = nonce, proved
-	s.mu.Unlock()
 	l, err := openLink(s.ctx, s.dsn, "", s.conf.sessionTimeout)
 	if err != nil {
 		return err
 	}
 	defer l.close()
 	defer context.AfterFunc(s.ctx, l.kill)()
-	payload := `{"kind":"` + kindCheck + `","id":"` + nonce.String() + `"}`
-	deadline := time.After(proofTimeout)
-	for pause := 5 * time.Millisecond; ; pause *= 2 {
+	bounded, cancel := context.WithTimeout(s.ctx, proofTimeout)
+	defer cancel()
+	arrived, err := s.roundTrip(bounded, nil, func(payload string) error {
 		ctx, cancel := context.WithTimeout(context.Background(), statementTimeout)
-		err := l.exec(ctx, sqlNotify, payload)
-		cancel()
-		switch {
-		case err != nil && broken(err):
-			return poolerError(errors.Wrap(err, "locker: prove that NOTIFY arrives"))
-		case err != nil:
-			s.muted(err)
-			return nil
-		}
-		select {
-		case <-proved:
-			return nil
-		case <-s.ctx.Done():
-			return ErrProviderClosed
-		case <-time.After(min(pause, proofTimeout/12)): // the listener may not have been there yet
-		case <-deadline:
-			s.mu.Lock()
-			deaf := s.deaf
-			s.mu.Unlock()
-			if deaf != nil {
-				return errors.WithMessage(deaf, "locker: listen for notifications")
-			}
-			return refused("a NOTIFY to this process did not arrive within %v: a proxy in transaction-pooling mode is in between; connect to PostgreSQL directly or to a pool in session mode", proofTimeout)
-		}
+		defer cancel()
+		return l.exec(ctx, sqlNotify, payload)
+	})
+	switch {
+	case arrived:
+		return nil
+	case s.ctx.Err() != nil:
+		return ErrProviderClosed
+	case err != nil && broken(err):
+		return poolerError(errors.Wrap(err, "locker: prove that NOTIFY arrives"))
+	case err != nil:
+		s.muted(err)
+		return nil
 	}
+	s.mu.Lock()
+	deaf := s.deaf
+	s.mu.Unlock()
+	if deaf != nil {
+		return errors.WithMessage(deaf, "locker: listen for notifications")
+	}
+	return refused("a NOTIFY to this process did not arrive within %v: a proxy in transaction-pooling mode is in between; connect to PostgreSQL directly or to a pool in session mode", proofTimeout)
 }
 
 // poolerError marks the errors of prepared statements that are not in the backend

@@ -45,24 +45,25 @@ type session struct {
 	watches     watches
 	keys        keyLocks // with WithOriginalReplicas
 
-	mu       sync.Mutex // guards everything below, and what the workers say it guards; never held across I/O
-	disk     *worker    // claims: announcements and acquires
-	swift    *worker    // everything else
-	own      *line      // the session's connection; nil while there is none
-	doom     error      // why own was closed
-	trouble  error      // why the session's connection could not be opened the last time; nil since it could
-	refusal  error      // why a provider that has never worked was refused
-	retryAt  time.Time  // refused: no attempt before
-	proven   bool       // the provider has worked once
-	prepared bool       // the schema was there when the session was opened the last time
-	admitted bool       // the server lets the session's connection in
-	mute     bool       // NOTIFY fails: statements go without, and holders learn from their rows
-	checking bool       // a check of rows is queued or running
-	proof    uuid.UUID  // of the notification that is expected
-	proved   chan struct{}
+	mu       sync.Mutex                  // guards everything below, and what the workers say it guards; never held across I/O
+	disk     *worker                     // claims: announcements and acquires
+	swift    *worker                     // everything else
+	own      *line                       // the session's connection; nil while there is none
+	doom     error                       // why own was closed
+	trouble  error                       // why the session's connection could not be opened the last time; nil since it could
+	refusal  error                       // why a provider that has never worked was refused
+	retryAt  time.Time                   // refused: no attempt before
+	proven   bool                        // the provider has worked once
+	prepared bool                        // the schema was there when the session was opened the last time
+	admitted bool                        // the server lets the session's connection in
+	mute     bool                        // NOTIFY fails: statements go without, and holders learn from their rows
+	checking bool                        // a check of rows is queued or running
+	proofs   map[uuid.UUID]chan struct{} // of notifications that are expected; closed when they arrive
 	listens  bool
 	deaf     error     // why the listener does not listen, the last time
 	unsure   time.Time // when the answer to a statement that may have taken keys was lost the last time
+	used     time.Time // when the provider was in use the last time
+	resting  bool      // the session has ended because the provider was idle
 	started  bool
 	closing  bool
 
@@ -83,6 +84,7 @@ func newSession(dsn string, conf LockProviderConfig) *session {
 		conf:   conf,
 		log:    conf.logger,
 		hub:    newHub(),
+		proofs: map[uuid.UUID]chan struct{}{},
 		work:   make(chan struct{}, 1),
 		listen: make(chan struct{}, 1),
 	}
@@ -197,13 +199,16 @@ func (s *session) keep(k kept) {
 			err = k.serve(l)
 			l.close()
 			wait = backoff{}
-			if time.Since(opened) < reopenMax {
-				pause = wait.next(err, s.urgent()) // it does not last
+			if time.Since(opened) < reopenMax { // it does not last
+				pause = wait.next(err, s.urgent())
 			}
 			if s.ctx.Err() != nil {
 				return
 			}
 			failing = false
+			if err == errIdle {
+				continue
+			}
 			k.ended(err)
 		} else {
 			if s.ctx.Err() != nil {
@@ -294,7 +299,7 @@ func (s *session) keepSession() {
 			}
 			s.own, s.doom = nil, nil
 			s.mu.Unlock()
-			if s.ctx.Err() != nil {
+			if s.ctx.Err() != nil || err == errIdle {
 				s.endOwn(l, ref)
 			}
 			return err
@@ -385,11 +390,11 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 	}
 	s.trust.beat(ref, start)
 	s.mu.Lock()
-	s.own, s.trouble, s.refusal, s.proven, s.prepared = l, nil, nil, true, true
+	s.own, s.trouble, s.refusal, s.proven, s.prepared, s.resting = l, nil, nil, true, true, false
 	s.mu.Unlock()
 	s.wakeUp()
 	if suspended.IsZero() && ref.generation > 1 {
-		s.log.Info("locker: another session is open after the loss of one")
+		s.log.Info("locker: another session is open")
 	}
 	s.reconcile(ref, suspended, lost)
 	return l, ref, nil
@@ -438,9 +443,36 @@ func (s *session) serveOwn(l *line, ref sessionRef) error {
 			return heartbeatError(err)
 		}
 		s.trust.beat(ref, start)
+		if s.rest(ref) {
+			return errIdle
+		}
 		s.lookAfterRows(ref, beats)
 	}
 }
+
+// rest ends the session if the provider has been idle for the idle timeout, and
+// reports whether it has. Nothing is under way then that the session could still be
+// needed for.
+func (s *session) rest(ref sessionRef) bool {
+	if s.conf.idleTimeout == 0 {
+		return false
+	}
+	inUse := s.wanted()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now := time.Now(); inUse || s.queuedLocked() > 0 || s.disk.busy || s.swift.busy {
+		s.used = now
+		return false
+	} else if now.Sub(s.used) < s.conf.idleTimeout {
+		return false
+	}
+	s.resting = true
+	s.trust.rest(ref)
+	s.log.Info("locker: idle: the session has ended until the next call")
+	return true
+}
+
+var errIdle = errors.New("locker: the provider is idle")
 
 // heartbeatError explains the errors of sqlHeartbeat.
 func heartbeatError(err error) error {
@@ -459,7 +491,7 @@ var errPooler = refused("the session's advisory lock is not where it was taken: 
 // not be given back is taken over when its session is seen dead.
 func (s *session) endOwn(l *line, ref sessionRef) {
 	s.mu.Lock()
-	clean := s.queuedLocked() == 0
+	clean := s.resting || s.queuedLocked() == 0
 	s.mu.Unlock()
 	if clean {
 		_ = l.exec(heartbeatDeadline(s.conf.sessionTimeout), fmt.Sprintf(sqlSessionEnd, ref.id)) // what is left is swept by others

@@ -919,3 +919,83 @@ func TestTablesVanish(t *testing.T) {
 		})
 	}
 }
+
+// A provider with an idle timeout ends its session when it is idle, and only then.
+func TestIdleTimeout(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	var log pgLog
+	var seen seenSessions
+	const idle = time.Second
+	p := pgProvider(t, pgNamed(t, uri, "idle"), WithSessionTimeout(2*time.Second), WithIdleTimeout(idle), log.option(), WithObserver(seen.observe))
+	other := pgProvider(t, uri)
+	// beats returns when a heartbeat has begun after all timeouts, so that the session
+	// could have ended.
+	beats := func() {
+		start := time.Now()
+		pgUntil(t, "the session has its heartbeats", func() bool { return p.Stats().LastHeartbeat.After(start.Add(2 * idle)) })
+	}
+	ends := func() {
+		pgUntil(t, "all connections have ended", func() bool {
+			return pgGet[int](t, db, `SELECT count(*) FROM pg_stat_activity WHERE application_name = 'idle'`) == 0
+		})
+		require.Zero(t, pgGet[int](t, db, `SELECT count(*) FROM env_lock_sessions WHERE application = 'idle'`))
+		require.Equal(t, Stats{}, p.Stats())
+	}
+
+	l, ch := pgHold(t, p, 1, "a hold keeps the session")
+	first := pgSession(p)
+	beats()
+	require.Equal(t, first, pgSession(p))
+	pgQuiet(t, ch)
+	require.NoError(t, l.Unlock(pgBackground))
+	ends()
+	require.Contains(t, log.String(), "locker: idle: the session has ended until the next call")
+
+	theirs, _ := pgHold(t, other, 2, "theirs")
+	waiter, granted := pgWait(t, p, 2, "a waiter keeps the session")
+	second := pgSession(p)
+	require.NotEqual(t, first.id, second.id)
+	beats()
+	require.Equal(t, second, pgSession(p))
+	require.NoError(t, theirs.Unlock(pgBackground))
+	require.NoError(t, pgReceive(t, "the waiter has the key", granted))
+	require.NoError(t, waiter.Unlock(pgBackground))
+	ends()
+
+	// Whatever the call, notifications arrive again.
+	require.NoError(t, p.Ping(pgBackground))
+	ends()
+	l, ch = pgHold(t, p, 3, "older")
+	newer := pgNew(t, other, 3, "newer")
+	require.NoError(t, newer.Notify(pgBackground))
+	require.Equal(t, "newer", pgReceive(t, "the holder is notified", ch).Message)
+	require.NoError(t, l.Unlock(pgBackground))
+	ends()
+
+	require.NotContains(t, log.String(), "suspended")
+	require.NotContains(t, log.String(), "lost")
+	require.Empty(t, seen.of(ObservedSuspended))
+	require.NoError(t, p.Close())
+}
+
+// Calls that come just when an idle session ends are carried out.
+func TestIdleTimeoutMeetsCalls(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	p := pgProvider(t, uri, WithSessionTimeout(time.Second), WithIdleTimeout(time.Second))
+	s := p.session
+	for round := range 20 {
+		l, ch := pgHold(t, p, 1, "round")
+		pgQuiet(t, ch)
+		require.NoError(t, l.Unlock(pgBackground))
+		before := pgSession(p)
+		s.mu.Lock() // the next heartbeat finds the provider idle
+		s.used = time.Now().Add(-time.Hour)
+		s.mu.Unlock()
+		if round%2 == 0 {
+			pgUntil(t, "the session ends", func() bool { return pgSession(p) != before })
+		}
+	}
+}

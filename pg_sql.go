@@ -202,6 +202,13 @@ WHERE x.lock = ANY ($1::bigint[]) AND pg_try_advisory_xact_lock_shared(x.lock)
 
 	sqlTime = `SELECT date_part('epoch', clock_timestamp())`
 
+	// Writes, sees the session live, and sends a notification. It returns no row while the
+	// session is not connected.
+	sqlPing = `
+SELECT pg_notify('` + notifyChannel + `', $3) FROM env_lock_sessions x
+WHERE x.id = $1::bigint AND x.lock = $2::bigint AND NOT pg_try_advisory_xact_lock_shared(x.lock)
+FOR UPDATE`
+
 	sqlNotify = `SELECT pg_notify('` + notifyChannel + `', $1)`
 
 	sqlServer = `

@@ -168,6 +168,7 @@ func (s *session) do(stop <-chan struct{}, o *op) result {
 		s.mu.Unlock()
 		return result{err: err}
 	}
+	s.used = time.Now()
 	s.enqueueLocked(o)
 	s.mu.Unlock()
 	select {
@@ -181,7 +182,7 @@ func (s *session) do(stop <-chan struct{}, o *op) result {
 	if !done {
 		o.state = opAbandoned
 	}
-	trouble := cmp.Or(o.trouble, s.workerOf(o).trouble)
+	trouble := cmp.Or(s.workerOf(o).trouble, o.trouble)
 	if s.own == nil && s.trouble != nil {
 		trouble = s.trouble
 	}
@@ -228,6 +229,7 @@ type worker struct {
 
 	// Guarded by the session's mu.
 	queues  [opKinds][]*op
+	busy    bool  // a batch is in flight
 	link    *link // nil: none is open
 	trouble error // why the connection could not be opened the last time
 	ended   bool  // run has ended
@@ -294,8 +296,7 @@ func (w *worker) run() {
 	idle := time.NewTimer(time.Hour)
 	defer idle.Stop()
 	for {
-		ref, connected := s.trust.current()
-		batch, wait, over := w.take(connected)
+		batch, ref, wait, over := w.take()
 		switch {
 		case over:
 			s.mu.Lock()
@@ -309,7 +310,7 @@ func (w *worker) run() {
 			case <-w.wake:
 			case <-w.ctx.Done():
 			case <-idle.C:
-				if wait == s.conf.sessionTimeout {
+				if wait == s.hangUpAfter() {
 					w.hangUp()
 				}
 			}
@@ -348,21 +349,23 @@ func (w *worker) gather() {
 	}
 }
 
-// take returns the next batch: operations of one kind, one for each key, since the
-// statements identify rows by key. The kinds take turns. Without a batch it returns
-// how long to wait for one, and reports whether none will come. No key is taken
-// while the session is not connected, and nothing is done before it was for the first
-// time.
-func (w *worker) take(connected bool) (batch []*op, wait time.Duration, over bool) {
+// take returns the next batch, and the session that it is for: operations of one kind,
+// one for each key, since the statements identify rows by key. The kinds take turns.
+// Without a batch it returns how long to wait for one, and reports whether none will
+// come. No key is taken while the session is not connected, and nothing is done before
+// it was for the first time.
+func (w *worker) take() (batch []*op, ref sessionRef, wait time.Duration, over bool) {
 	s := w.session
 	now := time.Now()
-	wait = s.conf.sessionTimeout
+	wait = s.hangUpAfter()
 	batch = w.batch[:0]
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	defer func() { w.busy = len(batch) > 0 }()
 	if w.ctx.Err() != nil {
-		return nil, 0, true
+		return nil, ref, 0, true
 	}
+	ref, connected := s.trust.current()
 	ready := s.proven && (connected || w == s.swift && s.admitted)
 	for range opKinds {
 		kind := w.next
@@ -401,7 +404,15 @@ func (w *worker) take(connected bool) (batch []*op, wait time.Duration, over boo
 		return cmp.Compare(a.req.key, b.req.key)
 	})
 	over = s.closing && (w.queuedLocked() == 0 && (w == s.disk || s.disk.ended) || !s.proven)
-	return batch, wait, len(batch) == 0 && over
+	return batch, ref, wait, len(batch) == 0 && over
+}
+
+// hangUpAfter is how long a worker keeps its connection without work.
+func (s *session) hangUpAfter() time.Duration {
+	if idle := s.conf.idleTimeout; idle > 0 {
+		return min(idle, s.conf.sessionTimeout)
+	}
+	return s.conf.sessionTimeout
 }
 
 // open returns the worker's connection. If it cannot be opened, open puts the batch

@@ -148,8 +148,7 @@ func (t *trust) expire() {
 		return
 	}
 	old := t.session
-	t.session = sessionRef{generation: old.generation + 1, id: randomKey()}
-	t.connected, t.good, t.suspended, t.armed = false, time.Time{}, time.Time{}, false
+	t.nextLocked()
 	t.mu.Unlock()
 
 	// The holders first: a log that blocks must not keep them from stopping.
@@ -160,6 +159,21 @@ func (t *trust) expire() {
 		t.lost()
 	}
 	t.conf.logger.Warn("locker: session lost", slog.Int("holds", holds), slog.String("cause", cause.Error()))
+}
+
+// rest ends the session s, which has no holds, without a loss.
+func (t *trust) rest(s sessionRef) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.session == s {
+		t.nextLocked()
+	}
+}
+
+// nextLocked begins the next session.
+func (t *trust) nextLocked() {
+	t.session = sessionRef{generation: t.session.generation + 1, id: randomKey()}
+	t.connected, t.good, t.suspended, t.armed = false, time.Time{}, time.Time{}, false
 }
 
 func (t *trust) observe(o Observation) {
