@@ -308,6 +308,7 @@ func (w *worker) run() {
 			idle.Reset(wait)
 			select {
 			case <-w.wake:
+				w.gather()
 			case <-w.ctx.Done():
 			case <-idle.C:
 				if wait == s.hangUpAfter() {
@@ -333,9 +334,9 @@ func (w *worker) end() {
 	signal(w.session.swift.wake)
 }
 
-// gather lets the callers that have just got their results come back with their next
-// operation, so that it goes into the next batch: it yields for as long as the queues
-// grow.
+// gather lets callers queue their next operations, so that these go into one batch: it
+// yields for as long as the queues grow. A batch of the other worker that is done may
+// just have woken its callers, one after the other.
 func (w *worker) gather() {
 	for before := -1; ; {
 		w.session.mu.Lock()
