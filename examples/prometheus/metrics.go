@@ -9,6 +9,7 @@ package metrics
 
 import (
 	"errors"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -20,7 +21,8 @@ import (
 //	locker_events_total{kind,cause}  counter; kind as in locker.ObservationKind, cause as in causeOf
 //	locker_wait_seconds{kind}        histogram of Lock: acquired, displaced, failed
 //	locker_hold_seconds{kind}        histogram of holds: released, revoked, lost
-//	locker_queue, locker_held, locker_connected   gauges of the session, see WatchStats
+//	locker_queue, locker_held, locker_waiting, locker_connected, locker_suspended_seconds,
+//	locker_listening                 gauges of the provider, see WatchStats
 type Metrics struct {
 	registry prometheus.Registerer
 	events   *prometheus.CounterVec
@@ -94,12 +96,22 @@ func (m *Metrics) WatchStats(provider locker.LockProvider) {
 		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help},
 			func() float64 { return value(p.Stats()) }))
 	}
-	gauge("locker_queue", "Operations that wait for the session.", func(s locker.Stats) float64 { return float64(s.Queued) })
-	gauge("locker_held", "Keys that the session holds.", func(s locker.Stats) float64 { return float64(s.Held) })
-	gauge("locker_connected", "1 while a session is open.", func(s locker.Stats) float64 {
-		if s.Connected {
-			return 1
+	gauge("locker_queue", "Operations that wait for the database.", func(s locker.Stats) float64 { return float64(s.Queued) })
+	gauge("locker_held", "Keys that the provider's locks hold.", func(s locker.Stats) float64 { return float64(s.Held) })
+	gauge("locker_waiting", "Locks that wait for a key.", func(s locker.Stats) float64 { return float64(s.Waiting) })
+	gauge("locker_connected", "1 while the session is connected.", func(s locker.Stats) float64 { return number(s.Connected) })
+	gauge("locker_suspended_seconds", "For how long the session has been suspended; 0 if it is not.", func(s locker.Stats) float64 {
+		if s.Suspended.IsZero() {
+			return 0
 		}
-		return 0
+		return time.Since(s.Suspended).Seconds()
 	})
+	gauge("locker_listening", "1 while notifications arrive.", func(s locker.Stats) float64 { return number(s.Listening) })
+}
+
+func number(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
 }

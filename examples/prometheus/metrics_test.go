@@ -31,7 +31,7 @@ func TestScrape(t *testing.T) {
 	require.NoError(t, err)
 	defer func() { require.NoError(t, fake.(io.Closer).Close()) }()
 	m.WatchStats(fake) // it has none
-	provider := &withStats{fake, locker.Stats{Queued: 3, Held: 1, Connected: true}}
+	provider := &withStats{fake, locker.Stats{Queued: 3, Held: 1, Waiting: 2, Connected: true, Listening: true}}
 	m.WatchStats(provider)
 
 	newLocker, err := locker.NewPreemptiveLockerFactory(provider)
@@ -75,7 +75,10 @@ func TestScrape(t *testing.T) {
 		`locker_hold_seconds_count{kind="released"} 2`,
 		`locker_queue 3`,
 		`locker_held 1`,
+		`locker_waiting 2`,
 		`locker_connected 1`,
+		`locker_suspended_seconds 0`,
+		`locker_listening 1`,
 	} {
 		require.Contains(t, string(body), line+"\n", "%s", body)
 	}
