@@ -45,6 +45,7 @@ var (
 	_ *error = &locker.ErrProviderClosed
 	_ *error = &locker.ErrStopRequested
 	_ *error = &locker.ErrClaimOutdated
+	_ *error = &locker.ErrLockNested
 
 	_ *string = &locker.SchemaSQL
 )
@@ -316,6 +317,7 @@ var exported = []string{
 	"type Stats, field Waiting",
 	"var ErrClaimOutdated",
 	"var ErrLockLost",
+	"var ErrLockNested",
 	"var ErrLockPreempted",
 	"var ErrLockTimeout",
 	"var ErrMaxLockDuration",
@@ -449,7 +451,7 @@ func TestAPIErrors(t *testing.T) {
 	require.Equal(t, "lock was preemptepd while waiting for the lock", locker.ErrLockPreempted.Error())
 
 	sentinels := []error{locker.ErrLockPreempted, locker.ErrLockTimeout, locker.ErrLockLost,
-		locker.ErrMaxLockDuration, locker.ErrProviderClosed, locker.ErrStopRequested, context.Canceled}
+		locker.ErrMaxLockDuration, locker.ErrProviderClosed, locker.ErrStopRequested, locker.ErrLockNested, context.Canceled}
 	for i, a := range sentinels {
 		for j, b := range sentinels {
 			require.Equal(t, i == j, errors.Is(a, b), "%v, %v", a, b)

@@ -103,7 +103,7 @@
 //
 // Match errors with [errors.Is]: [ErrLockPreempted], [ErrClaimOutdated],
 // [ErrLockTimeout], [ErrLockLost], [ErrMaxLockDuration], [ErrProviderClosed],
-// [ErrStopRequested], and the errors of the contexts that you pass. An error can match
+// [ErrStopRequested], [ErrLockNested], and the errors of the contexts that you pass. An error can match
 // several of them: that of a Do whose function did not stop in time matches ErrLockLost
 // and the cause of its notification. Errors never contain a password.
 package locker

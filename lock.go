@@ -194,6 +194,9 @@ func (l *lock) Notify(ctx context.Context) error {
 		return err
 	}
 	err := checkUse(ctx, l.backend.events())
+	if err == nil && nested(ctx, l.conf, l.claim.key) {
+		err = ErrLockNested
+	}
 	if err == nil {
 		err = within(ctx, l.conf.lockTimeout, func(stop <-chan struct{}) error {
 			_, err := l.announce(ctx, stop, announcement{asked: time.Now()})
@@ -430,6 +433,9 @@ func (l *lock) leave(err error) {
 // or the wait has ended. The hints that wake it are only reasons to ask the database
 // again. It reports whether the database may have granted the key nevertheless.
 func (l *lock) acquire(ctx context.Context, announce *announcement) (_ <-chan NotificationPayload, waited time.Duration, doubt bool, _ error) {
+	if nested(ctx, l.conf, l.claim.key) {
+		return nil, 0, false, ErrLockNested
+	}
 	if err := l.backend.events().subscribe(l); err != nil {
 		return nil, 0, false, err
 	}

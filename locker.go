@@ -36,6 +36,11 @@ var (
 	// ErrStopRequested: an operator asked the holder to stop, with
 	// PostgresLockProvider.Stop or a NOTIFY by hand (C13).
 	ErrStopRequested = stderrors.New("holder was asked to stop")
+	// ErrLockNested is returned by Lock, Do and Notify if the context comes from the
+	// function of a [PreemptiveLocker.Do] that holds the same key, by the same provider:
+	// the claim would stop the hold that waits for it. Nothing is sent and no holder is
+	// notified. It matches no other sentinel.
+	ErrLockNested = stderrors.New("the key is held by the Do whose function makes this claim")
 )
 
 // ErrClaimOutdated: the claim was given an order (PreemptiveLocker.Order) and a
@@ -77,6 +82,44 @@ func OrderFromContext(ctx context.Context) (order int64, ok bool) {
 func orderFromContext(ctx context.Context) *int64 {
 	p, _ := ctx.Value(orderKey{}).(*int64)
 	return p
+}
+
+// enclosing says, in the context of a Do's function, which Do that is.
+type enclosing struct {
+	locker *PreemptiveLocker
+	outer  *enclosing // the Do around it
+}
+
+type enclosingKey struct{}
+
+// nested reports whether ctx comes from a Do that holds the owner's key.
+func nested(ctx context.Context, owner any, key int64) bool {
+	e, _ := ctx.Value(enclosingKey{}).(*enclosing)
+	for ; e != nil; e = e.outer {
+		if e.locker.holds(owner, key) {
+			return true
+		}
+	}
+	return false
+}
+
+func (p *PreemptiveLocker) holds(owner any, key int64) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.stage == locked && p.gone.Err() == nil && p.key == key && p.owner(p.lock) == owner
+}
+
+// owner returns what is equal for the claims of one provider. A lock of this package
+// knows the configuration of its provider. Of others it is the provider, or, if that
+// cannot be compared, the configuration of the factory.
+func (p *PreemptiveLocker) owner(lock PreemptableLock) any {
+	if own := ownLock(lock); own != nil {
+		return own.conf
+	}
+	if reflect.ValueOf(p.provider).Comparable() {
+		return p.provider
+	}
+	return p.conf
 }
 
 type timeoutError struct{}
@@ -209,8 +252,8 @@ func (p *PreemptiveLocker) Order(order int64) *PreemptiveLocker {
 // ctx is done the holder is notified, so ctx should live as long as the hold.
 //
 // The error matches ErrLockPreempted if a newer claim was announced,
-// ErrClaimOutdated as well if the claim came too late by its order,
-// ErrLockTimeout after the lock timeout, ctx's own error if ctx is done, and
+// ErrClaimOutdated as well if the claim came too late by its order, ErrLockNested
+// inside a [PreemptiveLocker.Do] that holds the same key, ErrLockTimeout after the lock timeout, ctx's own error if ctx is done, and
 // ErrProviderClosed; during the lock delay also whatever a holder can be told
 // (C13): ErrLockLost, ErrMaxLockDuration or ErrStopRequested. Other errors come
 // from the input or from the database. A Lock that failed leaves nothing behind
@@ -299,6 +342,11 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 // Do returns when f has returned, and releases whatever ctx is. Its error
 // matches f's error and, if f was disturbed, the cause, also if f returned nil.
 // If f panics, the lock is released and the panic goes on.
+//
+// A claim of the same key by the same provider inside f is an error that matches
+// [ErrLockNested], if it is made with f's context or one derived from it. With another
+// context it cannot be distinguished from a newer claim of another caller: it
+// notifies f, and waits for it.
 func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) error) (err error) {
 	if f == nil {
 		return errors.New("locker: function is nil")
@@ -307,7 +355,8 @@ func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) e
 	if err != nil {
 		return err
 	}
-	fctx, cancel := context.WithCancelCause(ctx)
+	outer, _ := ctx.Value(enclosingKey{}).(*enclosing)
+	fctx, cancel := context.WithCancelCause(context.WithValue(ctx, enclosingKey{}, &enclosing{p, outer}))
 	gone, lose := context.WithCancelCause(context.Background())
 	p.mu.Lock()
 	p.gone = gone
@@ -545,6 +594,12 @@ func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock Preemptable
 	}
 	own := ownLock(lock)
 	if own == nil {
+		p.mu.Lock()
+		key := p.key
+		p.mu.Unlock()
+		if nested(ctx, p.owner(lock), key) {
+			return nil, ErrLockNested
+		}
 		if err := lock.Notify(withOrder(p.abortable(ctx))); err != nil {
 			return nil, err
 		}

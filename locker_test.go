@@ -103,6 +103,8 @@ var contract = []contractCase{
 	{"C16 Do releases on a panic", doPanics},
 	{"C16 Do releases on Goexit", doGoexit},
 	{"C16 Do is released from inside", doReleasedInside},
+	{"C47 a claim inside a Do on the same key is refused", nestedClaims},
+	{"C47 what is no claim inside the hold", notNested},
 
 	{"C17 misuse is told", misuse},
 	{"C18 a done context still releases", doneContextReleases},
@@ -650,7 +652,7 @@ func (e *env) lockerKey(p LockProvider) int64 {
 
 var sentinels = []error{
 	ErrLockPreempted, ErrLockTimeout, ErrLockLost, ErrMaxLockDuration, ErrProviderClosed, ErrStopRequested,
-	context.Canceled, context.DeadlineExceeded,
+	ErrLockNested, context.Canceled, context.DeadlineExceeded,
 }
 
 // matchesOnly requires that an error matches exactly these sentinels.
@@ -2060,6 +2062,100 @@ func doReleasedInside(e *env) {
 		return nil
 	})
 	e.NoError(err)
+}
+
+// nestedClaims: a claim inside the function of a Do that holds the key is refused,
+// and disturbs neither that Do nor anybody else.
+func nestedClaims(e *env) {
+	p := e.process()
+	key := e.lockerKey(p)
+	fine := func(context.Context, string) error { return nil }
+	for name, provider := range map[string]LockProvider{
+		"the provider itself":                p,
+		"one around it":                      &relay{p, fine},
+		"one around it that makes own locks": struct{ LockProvider }{p},
+		"one that cannot be compared": struct {
+			LockProvider
+			_ func()
+		}{&relay{p, fine}, nil},
+	} {
+		newLocker, err := NewPreemptiveLockerFactory(provider)
+		e.NoError(err)
+		inside := func(ctx context.Context, l lockable) {
+			e.t.Helper()
+			start := time.Now()
+			err := e.failed(e.start(ctx, l))
+			e.ErrorIs(err, ErrLockNested, name)
+			e.matchesOnly(err, ErrLockNested)
+			if e.fake() {
+				e.took(start, 0)
+			}
+		}
+		e.NoError(newLocker(repo, number, "outer").Do(e.ctx, func(ctx context.Context) error {
+			inner := newLocker(repo, number, "inner")
+			inside(ctx, inner)
+			e.NoError(inner.Release(e.ctx))
+			return newLocker(repo, number+1, "another pull request").Do(ctx, func(ctx context.Context) error {
+				inside(ctx, newLocker(repo, number, "two levels below"))
+				inside(context.WithoutCancel(ctx), newLocker(repo, number+1, "the inner key"))
+				return ctx.Err()
+			})
+		}), name)
+	}
+
+	// The key is what counts, not the pull request.
+	outer := e.locker(p, "outer")
+	e.NoError(outer.Do(e.ctx, func(ctx context.Context) error {
+		e.NoError(outer.Shield(ctx, time.Minute, func(ctx context.Context) error {
+			e.ErrorIs(e.failed(e.start(ctx, e.locker(p, "shielded"))), ErrLockNested)
+			return nil
+		}))
+		l := e.lock(p, key, "its key")
+		e.ErrorIs(l.Notify(ctx), ErrLockNested)
+		e.ErrorIs(e.failed(e.start(ctx, l)), ErrLockNested)
+		e.NoError(l.Unlock(e.ctx))
+		other := e.lock(p, e.key(), "another key")
+		e.NoError(other.Notify(ctx))
+		_, err := other.Lock(ctx)
+		e.NoError(err)
+		e.NoError(other.Unlock(e.ctx))
+		return ctx.Err()
+	}))
+	e.free(p, key)
+}
+
+// notNested: what is no claim inside a Do's hold, though its context comes from there.
+func notNested(e *env) {
+	p, q := e.process(), e.process()
+	var left context.Context
+	first := e.locker(p, "first")
+	e.NoError(first.Do(e.ctx, func(ctx context.Context) error {
+		left = context.WithoutCancel(ctx)
+		e.NoError(first.Release(e.ctx))
+		return e.locker(p, "after Release").Do(left, func(context.Context) error { return nil })
+	}))
+	e.NoError(e.locker(p, "after Do").Do(left, func(context.Context) error { return nil }))
+
+	// Another process, or another context, cannot be distinguished from a newer claim.
+	for name, c := range map[string]struct {
+		provider LockProvider
+		context  func(context.Context) context.Context
+	}{
+		"another context": {p, func(context.Context) context.Context { return e.ctx }},
+		"another process": {q, context.WithoutCancel},
+	} {
+		newer := e.locker(c.provider, "newer")
+		var out <-chan attempt
+		err := e.locker(p, "outer").Do(e.ctx, func(ctx context.Context) error {
+			out = e.start(c.context(ctx), newer)
+			receive(e, ctx.Done())
+			return nil
+		})
+		e.ErrorIs(err, ErrLockPreempted, name)
+		e.matchesOnly(err, ErrLockPreempted)
+		e.acquired(out)
+		e.NoError(newer.Release(e.ctx))
+	}
 }
 
 // ---------------------------------------------------------------------------

@@ -72,6 +72,7 @@ func causeOf(err error) string {
 		{locker.ErrClaimOutdated, "outdated"},
 		{locker.ErrLockPreempted, "preempted"},
 		{locker.ErrLockTimeout, "timeout"},
+		{locker.ErrLockNested, "nested"},
 		{locker.ErrMaxLockDuration, "too_long"},
 		{locker.ErrStopRequested, "asked"},
 		{locker.ErrProviderClosed, "closed"},
