@@ -107,6 +107,7 @@ func _() {
 		_ func(postgresProvider, ctx) ([]locker.Holder, error)                                         = (*locker.PostgresLockProvider).Holders
 		_ func(p postgresProvider, c ctx, repo string, pr uint, reason string) (asked bool, err error) = (*locker.PostgresLockProvider).Stop
 		_ func(postgresProvider, ctx) error                                                            = (*locker.PostgresLockProvider).Ping
+		_ func(p postgresProvider, c ctx, repo string, pr uint) (known bool, err error)                = (*locker.PostgresLockProvider).ResetOrder
 		_ func(postgresProvider) locker.Stats                                                          = (*locker.PostgresLockProvider).Stats
 
 		_ func(fakeProvider, ctx, int64, string) (lock, error) = (*locker.FakeLockProvider).New
@@ -291,6 +292,7 @@ var exported = []string{
 	"type PostgresLockProvider, method LockKey",
 	"type PostgresLockProvider, method New",
 	"type PostgresLockProvider, method Ping",
+	"type PostgresLockProvider, method ResetOrder",
 	"type PostgresLockProvider, method Stats",
 	"type PostgresLockProvider, method Stop",
 	"type PreemptableLock",

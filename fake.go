@@ -319,7 +319,11 @@ func (s *memorySession) announce(ctx context.Context, stop <-chan struct{}, n an
 	}
 	if order != nil && row.top != nil && (*order < *row.top ||
 		*order == *row.top && row.newest.id != c.id && row.open && m.live[m.lockOfLocked(row.claimer)] && row.order != nil && *row.order == *order) {
-		err := outdated(*order, *row.top, row.event)
+		var since time.Time
+		if row.order != nil && *row.order == *row.top {
+			since = row.asked
+		}
+		err := outdated(*order, *row.top, since, row.event)
 		m.mu.Unlock()
 		return answer{}, err
 	}

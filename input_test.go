@@ -464,6 +464,8 @@ func TestInputNilContext(t *testing.T) {
 	requireRefused(t, err, "context is nil")
 	_, err = postgres.(*PostgresLockProvider).Stop(noCtx, "a/b", 1, "")
 	requireRefused(t, err, "context is nil")
+	_, err = postgres.(*PostgresLockProvider).ResetOrder(noCtx, "a/b", 1)
+	requireRefused(t, err, "context is nil")
 	l, err := NewPostgresLock(noCtx, openDB(t, tr.uri), 1, tr.uri, "opened", LockProviderConfig{})
 	requireRefused(t, err, "context is nil")
 	require.Nil(t, l)
@@ -558,6 +560,9 @@ func TestInputRepo(t *testing.T) {
 				asked, err := p.Stop(t.Context(), test.repo, test.pr, "")
 				requireRefused(t, err, test.want)
 				require.False(t, asked)
+				known, err := p.ResetOrder(t.Context(), test.repo, test.pr)
+				requireRefused(t, err, test.want)
+				require.False(t, known)
 			}
 			l := factory(test.repo, test.pr, "opened")
 			ch, err := l.Lock(t.Context())
@@ -666,6 +671,7 @@ func TestInputZeroValues(t *testing.T) {
 			(&PostgresLockProvider{}).Close(),
 			second((&PostgresLockProvider{}).Holders(ctx)),
 			second((&PostgresLockProvider{}).Stop(ctx, "", 0, "")),
+			second((&PostgresLockProvider{}).ResetOrder(ctx, "", 0)),
 			(&PreemptiveLocker{}).Shield(ctx, time.Second, f),
 			(&PreemptiveLocker{}).Shield(ctx, 0, nil),
 			(&PostgresLock{}).Shield(time.Second),
@@ -796,6 +802,7 @@ func TestInputPassword(t *testing.T) {
 			func() error { return second(p.LockKey(t.Context(), "a/b", 1)) },
 			func() error { return second(p.(*PostgresLockProvider).Holders(t.Context())) },
 			func() error { return second(p.(*PostgresLockProvider).Stop(t.Context(), "a/b", 1, "")) },
+			func() error { return second(p.(*PostgresLockProvider).ResetOrder(t.Context(), "a/b", 1)) },
 			func() error { return l.Notify(t.Context()) },
 			func() error { return second(l.Lock(t.Context())) },
 			func() error { return second(factory("a/b", 1, "opened").Lock(t.Context())) },

@@ -53,12 +53,19 @@ type outdatedError struct{}
 func (outdatedError) Error() string   { return "claim came too late" }
 func (outdatedError) Is(e error) bool { return e == ErrLockPreempted }
 
-// outdated says why a claim is turned away.
-func outdated(order, top int64, newest string) error {
+// outdated says why a claim is turned away: top is the highest order, and since is when
+// it was announced, or zero if the newest claim has another order or none.
+func outdated(order, top int64, since time.Time, newest string) error {
 	if order == top {
 		return errors.WithMessagef(ErrClaimOutdated, "a claim with the same order %d is not over (newest claim: %q)", order, newest)
 	}
-	return errors.WithMessagef(ErrClaimOutdated, "order %d is below %d (newest claim: %q)", order, top, newest)
+	when := "before the newest claim"
+	if !since.IsZero() {
+		when = "at " + since.UTC().Format(time.RFC3339)
+	}
+	return errors.WithMessagef(ErrClaimOutdated,
+		"order %d is %d below the highest, %d, which was announced %s (newest claim: %q); if that one is wrong, ResetOrder forgets it",
+		order, uint64(top)-uint64(order), top, when, newest)
 }
 
 type orderKey struct{}
@@ -231,7 +238,9 @@ func NewFakePreemptiveLockerFactory(providerOpts []LockProviderOption, lockerOpt
 // see docs/webhook.md). Lock then turns a claim away at
 // once, without disturbing anybody, if a claim with a higher order has been
 // announced, or one with the same that still waits or holds: a redelivery (C33).
-// The error matches ErrClaimOutdated and ErrLockPreempted. Without Order the
+// The error matches ErrClaimOutdated and ErrLockPreempted, and says how far the order
+// is below the highest. The highest is kept for ever: after a wrong one, or after a
+// change to a smaller unit, use [PostgresLockProvider.ResetOrder]. Without Order the
 // newest arrival wins. It answers the PreemptiveLocker itself and has no effect
 // after Lock.
 func (p *PreemptiveLocker) Order(order int64) *PreemptiveLocker {

@@ -127,6 +127,7 @@ var contract = []contractCase{
 
 	{"C33 a claim that comes too late is turned away", lateClaim},
 	{"C33 a claim outlives the session", lateClaimAfterLoss},
+	{"C48 the error of a late claim says how late", howLate},
 	{"C20 C33 a claim that gave up stands in nobody's way", claimThatGaveUp},
 	{"C34 a shielded step is not cut off", shieldHoldsBack},
 	{"C34 a step that ends in time", shieldGivesBackInTime},
@@ -1306,6 +1307,45 @@ func lateClaim(e *env) {
 		e.NoError(next.Release(e.ctx))
 	}
 	e.free(p, key)
+}
+
+// howLate: whoever reads the error can tell an order in another unit from a late claim.
+func howLate(e *env) {
+	p := e.process()
+	claim := func(order int64) error {
+		e.t.Helper()
+		l := e.locker(p, "push").Order(order)
+		return l.Do(e.ctx, func(context.Context) error { return nil })
+	}
+	late := func(order int64, want string) time.Time {
+		e.t.Helper()
+		err := claim(order)
+		e.ErrorIs(err, ErrClaimOutdated)
+		e.ErrorContains(err, want)
+		e.ErrorContains(err, "ResetOrder")
+		_, rest, found := strings.Cut(err.Error(), "which was announced at ")
+		if !found {
+			return time.Time{}
+		}
+		at, _, _ := strings.Cut(rest, " ")
+		since, err := time.Parse(time.RFC3339, at)
+		e.NoError(err)
+		return since
+	}
+	e.NoError(claim(math.MinInt64))
+	e.NoError(claim(1_700_000_000_000_000_000))
+	announced := time.Now()
+	e.pass(time.Hour)
+	since := late(1_700_000_000_000_000, "1698300000000000000 below the highest, 1700000000000000000, which")
+	if e.fake() {
+		e.Equal(announced.Truncate(time.Second).UTC(), since)
+	} else {
+		e.WithinRange(since, announced.Add(-e.limit), announced.Add(e.limit))
+	}
+	e.NoError(e.locker(p, "without an order").Do(e.ctx, func(context.Context) error { return nil }))
+	e.Zero(late(5, `which was announced before the newest claim (newest claim: "without an order")`))
+	e.NoError(claim(math.MaxInt64))
+	e.NotZero(late(math.MinInt64, "18446744073709551615 below"))
 }
 
 // lateClaimAfterLoss: a waiter that goes on in a new session still turns its own

@@ -49,6 +49,11 @@ SELECT lock_key, coalesce(repo, ''), coalesce(pull_request, 0),
     newest_event, coalesce(newest_host, ''), coalesce(newest_pid, 0), coalesce(newest_application, ''), newest_at, waiting
 FROM env_lock_overview ORDER BY repo, pull_request, lock_key`
 
+	sqlResetOrder = `
+UPDATE env_lock_state s SET top_order = NULL FROM env_locks e
+WHERE e.repo = $1 AND e.pull_request = $2 AND s.lock_key = e.lock_key
+RETURNING s.lock_key`
+
 	sqlHolderOf = `SELECT lock_key FROM env_lock_overview WHERE repo = $1 AND pull_request = $2 AND alive`
 )
 
@@ -106,6 +111,30 @@ func (plp *PostgresLockProvider) Stop(ctx context.Context, repo string, pr uint,
 	})
 	if err != nil {
 		return false, errors.Wrapf(err, "locker: stop the holder of %q#%d", repo, pr)
+	}
+	return found, nil
+}
+
+// ResetOrder forgets the highest order of a repo's pull request, so that the next
+// claim is accepted whatever its order is, and sets the highest anew. Use it when
+// claims are turned away with [ErrClaimOutdated] for an order that was wrong: one from
+// a clock that was wrong, or one in a smaller unit. It disturbs no holder and no
+// waiter, but the next claim does, whatever its order. It reports whether the pull
+// request is known.
+func (plp *PostgresLockProvider) ResetOrder(ctx context.Context, repo string, pr uint) (known bool, err error) {
+	if plp.session == nil {
+		return false, errProviderZero
+	}
+	if err := checkRepo(repo, pr); err != nil {
+		return false, err
+	}
+	var found bool
+	err = plp.operate(ctx, func(ctx context.Context, l *link) error {
+		var key int64
+		return l.each(ctx, sqlResetOrder, []any{repo, int64(pr)}, []any{&key}, func() { found = true })
+	})
+	if err != nil {
+		return false, errors.Wrapf(err, "locker: reset the order of %q#%d", repo, pr)
 	}
 	return found, nil
 }

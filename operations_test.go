@@ -3,6 +3,7 @@ package locker
 import (
 	"context"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -103,6 +104,78 @@ func TestPostgresOperators(t *testing.T) {
 		all, err = watcher.Holders(ctx)
 		return err == nil && len(all) == 0
 	}, soon, 10*time.Millisecond)
+}
+
+// operationsSQL returns the statement of docs/operations.md that begins with a comment.
+func operationsSQL(t *testing.T, comment string) string {
+	t.Helper()
+	page, err := os.ReadFile("docs/operations.md")
+	require.NoError(t, err)
+	_, rest, found := strings.Cut(string(page), "-- "+comment+"\n")
+	require.True(t, found, comment)
+	query, _, _ := strings.Cut(rest, ";")
+	return query
+}
+
+// TestPostgresResetOrder: one order in nanoseconds keeps out all later ones in
+// microseconds, until an operator resets it (C48).
+func TestPostgresResetOrder(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p, q := pgProvider(t, uri), pgProvider(t, uri)
+	deploy := func(pr uint, order int64) error { return goRound(pgLocker(t, q)("org/repo", pr, "push").Order(order)) }
+	wrong, right := time.Now().UnixNano(), time.Now().UnixMicro()
+
+	for name, reset := range map[string]func(t *testing.T){
+		"ResetOrder": func(t *testing.T) {
+			known, err := p.ResetOrder(ctx, "org/repo", 7)
+			require.NoError(t, err)
+			require.True(t, known)
+		},
+		"one, by hand": func(t *testing.T) { pgExec(t, db, operationsSQL(t, "forget the highest order of one pull request")) },
+		"all in a unit, by hand": func(t *testing.T) {
+			pgExec(t, db, operationsSQL(t, "forget all that are in nanoseconds"))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			require.NoError(t, deploy(7, wrong))
+			require.NoError(t, deploy(8, right))
+			require.ErrorIs(t, deploy(7, right), ErrClaimOutdated)
+			var pr, top, newest int64
+			var at time.Time
+			var event string
+			require.NoError(t, db.QueryRow(operationsSQL(t, "the highest orders")).Scan(new(string), &pr, &top, &newest, &event, &at))
+			require.Equal(t, []int64{7, wrong, wrong}, []int64{pr, top, newest})
+
+			reset(t)
+			require.NoError(t, deploy(7, right))
+			require.ErrorIs(t, deploy(7, right-1), ErrClaimOutdated, "orders count again")
+			require.ErrorIs(t, deploy(8, right-1), ErrClaimOutdated, "another pull request's is kept")
+		})
+	}
+
+	known, err := p.ResetOrder(ctx, "org/repo", 9)
+	require.NoError(t, err)
+	require.False(t, known)
+	known, err = p.ResetOrder(ctx, "org/repo", 8)
+	require.NoError(t, err)
+	require.True(t, known)
+
+	// It does not disturb the holder. The next claim does.
+	holder := pgLocker(t, p)("org/repo", 7, "holder").Order(wrong)
+	notified, err := holder.Lock(ctx)
+	require.NoError(t, err)
+	known, err = q.ResetOrder(ctx, "org/repo", 7)
+	require.NoError(t, err)
+	require.True(t, known)
+	pgQuiet(t, notified)
+	next := make(chan error, 1)
+	go func() { next <- deploy(7, right) }()
+	require.Equal(t, "push", pgReceive(t, "the holder is notified", notified).Message)
+	require.NoError(t, holder.Release(ctx))
+	require.NoError(t, pgReceive(t, "the next claim", next))
 }
 
 // TestPostgresLateRelease: a release that comes after its hold was lost does not

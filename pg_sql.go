@@ -56,7 +56,7 @@ ON CONFLICT DO NOTHING`
 	sqlWhyNot = `
 SELECT u.key, u.pull_request >= 0 AND NOT coalesce((
         SELECT e.repo = u.repo AND e.pull_request = u.pull_request FROM env_locks e WHERE e.lock_key = u.key), false),
-    s.lock_key IS NULL, s.claim_event, s.top_order
+    s.lock_key IS NULL, s.claim_event, s.top_order, CASE WHEN s.claim_order = s.top_order THEN s.claimed_at END
 FROM unnest($1::bigint[], $2::text[], $3::integer[]) AS u(key, repo, pull_request)
 LEFT JOIN env_lock_state s ON s.lock_key = u.key`
 

@@ -231,7 +231,9 @@ func (w *worker) whyNot(ctx context.Context, l *link, batch []*op) (missing bool
 	var moved, absent bool
 	var event sql.NullString
 	var top sql.NullInt64
-	err = l.each(ctx, sqlWhyNot, []any{int64Array(keys), repos, pulls}, []any{&key, &moved, &absent, &event, &top}, func() {
+	var since sql.NullTime
+	row := []any{&key, &moved, &absent, &event, &top, &since}
+	err = l.each(ctx, sqlWhyNot, []any{int64Array(keys), repos, pulls}, row, func() {
 		o := find(batch, key)
 		o.found = !absent || moved
 		switch {
@@ -240,7 +242,7 @@ func (w *worker) whyNot(ctx context.Context, l *link, batch []*op) (missing bool
 		case absent:
 			absentKeys = append(absentKeys, key)
 		case o.order != nil && top.Valid && *o.order <= top.Int64:
-			o.err = outdated(*o.order, top.Int64, event.String)
+			o.err = outdated(*o.order, top.Int64, since.Time, event.String)
 		default: // a claim that was asked for later was announced before
 			o.answer = answer{outcome: superseded, newest: standing{id: o.req.id}, event: event.String}
 		}
