@@ -60,6 +60,7 @@ func FuzzDecodeMessage(f *testing.F) {
 			fmt.Sprintf(`{"kind":"released","lockKey":%d}`, key):                     {Kind: kindReleased, LockKey: key},
 			fmt.Sprintf(`{"kind":"check","id":"%s"}`, id):                            {Kind: kindCheck, ID: id},
 			fmt.Sprintf(`{"lockKey":%d,"event":%s}`, key, quote(t, event)):           {Kind: kindManual, LockKey: key, Event: event},
+			fmt.Sprintf(`{"lockKey":"%d","event":%s}`, key, quote(t, event)):         {Kind: kindManual, LockKey: key, Event: event},
 			fmt.Sprintf(` { "event" : %s , "lockKey" : %d } `, quote(t, event), key): {Kind: kindManual, LockKey: key, Event: event},
 		} {
 			m, err := decodeMessage(payload)

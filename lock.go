@@ -4,6 +4,7 @@ import (
 	"container/heap"
 	"context"
 	"log/slog"
+	"strconv"
 	"sync"
 	"time"
 
@@ -652,7 +653,7 @@ func (l *lock) revoke() {
 	release := l.backend.release(context.Background(), l.claim)
 	l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
 	l.conf.logger.Warn("locker: lock revoked: its holder did not release it in time",
-		slog.Int64("key", l.claim.key), slog.String("event", l.claim.event),
+		slog.String("key", strconv.FormatInt(l.claim.key, 10)), slog.String("event", l.claim.event),
 		slog.Duration("after", l.conf.preemptionTimeout), slog.String("cause", l.Cause().Error()))
 	l.observe(ObservedRevoked, time.Since(l.began), l.Cause())
 	if l.onOver != nil {

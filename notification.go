@@ -20,7 +20,8 @@ type NotificationPayload struct {
 	// the claimant's event, an operator's reason, or the text of the cause.
 	// Useful for logging purposes.
 	Message string `json:"event"`
-	// LockKey is the key that this notification pertains to.
+	// LockKey is the key that this notification pertains to. In JSON it is a number, as
+	// the original library has it. A reader needs integers of 64 bits.
 	LockKey int64 `json:"lockKey"`
 }
 
@@ -61,12 +62,13 @@ type message struct {
 }
 
 // decodeMessage reads one payload of the channel. Anybody may write there, so
-// everything is possible.
+// everything is possible. The key may be a string: a client in JavaScript has no
+// number for it.
 func decodeMessage(payload string) (message, error) {
 	var m message
 	var strict struct {
 		message
-		LockKey *int64 `json:"lockKey"`
+		LockKey *json.Number `json:"lockKey"`
 	}
 	if err := json.Unmarshal([]byte(payload), &strict); err != nil {
 		return m, errors.Wrap(err, "locker: decode notification")
@@ -77,7 +79,11 @@ func decodeMessage(payload string) (message, error) {
 		if strict.LockKey == nil {
 			return m, errors.New("locker: decode notification: no lockKey")
 		}
-		m.LockKey = *strict.LockKey
+		key, err := strict.LockKey.Int64()
+		if err != nil {
+			return m, errors.Wrap(err, "locker: decode notification")
+		}
+		m.LockKey = key
 	case kindCheck:
 	default:
 		return m, errors.Errorf("locker: decode notification: unknown kind %q", m.Kind)

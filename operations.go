@@ -10,9 +10,11 @@ import (
 	"github.com/pkg/errors"
 )
 
-// Holder is one key that is held or waited for, as the database knows it.
+// Holder is one key that is held or waited for, as the database knows it. In JSON the
+// key is a string, because JavaScript and jq round numbers above 2^53. Tokens are below
+// that.
 type Holder struct {
-	Key         int64
+	Key         int64  `json:",string"`
 	Repo        string // "" if the key was not assigned by LockKey
 	PullRequest uint
 

@@ -1,10 +1,15 @@
 package locker
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
+	"log/slog"
+	"math"
 	"os"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/uuid"
@@ -192,6 +197,47 @@ func TestPostgresLateRelease(t *testing.T) {
 	pgQuiet(t, ch)
 	require.Contains(t, pgHolders(t, pgDB(t, p.session.dsn)), int64(key), "the successor's key was freed")
 	require.NoError(t, l.Unlock(pgBackground))
+}
+
+// Keys in JSON reach programs that have no integers of 64 bits: JavaScript and jq round
+// what is above 2^53, and node-postgres gives out, and sends back, strings.
+func TestKeysInJSON(t *testing.T) {
+	const key = math.MaxInt64 - 1
+	want := Holder{Key: key, Token: 7, Event: "opened"}
+	text, err := json.Marshal(want)
+	require.NoError(t, err)
+	require.Contains(t, string(text), `"Key":"9223372036854775806"`)
+	var got Holder
+	require.NoError(t, json.Unmarshal(text, &got))
+	require.Equal(t, want, got)
+
+	for payload, ok := range map[string]bool{
+		`{"lockKey":9223372036854775806,"event":"stop"}`:   true,
+		`{"lockKey":"9223372036854775806","event":"stop"}`: true,
+		`{"lockKey":"","event":"stop"}`:                    false,
+		`{"lockKey":"1.5","event":"stop"}`:                 false,
+		`{"lockKey":"9223372036854775808","event":"stop"}`: false,
+	} {
+		m, err := decodeMessage(payload)
+		require.Equal(t, ok, err == nil, "%s: %v", payload, err)
+		if ok {
+			require.Equal(t, message{LockKey: key, Event: "stop"}, m)
+		}
+	}
+
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		p, err := NewLockProvider(FakeLockProviderKind, WithLogger(slog.New(slog.NewJSONHandler(&log, nil))), WithMaxLockDuration(1))
+		require.NoError(t, err)
+		l, err := p.New(t.Context(), key, "stuck")
+		require.NoError(t, err)
+		ch, err := l.Lock(t.Context())
+		require.NoError(t, err)
+		for range ch { // notified, and then revoked
+		}
+		synctest.Wait()
+		require.Contains(t, log.String(), `"key":"9223372036854775806"`)
+	})
 }
 
 // Ping proves that the session is connected, that the server takes writes, and that
