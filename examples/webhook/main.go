@@ -10,7 +10,7 @@
 //
 // What it does is written to stdout, one JSON object per line: received, turned away, started, told to stop,
 // stopped, finished, left, failed. What the lock library and the HTTP server have to say goes to stderr. With -ops
-// an address of its own, for operators, answers GET /locks.
+// an address of its own, for operators, answers GET /locks and GET /ready.
 package main
 
 import (
@@ -55,6 +55,7 @@ type config struct {
 	ops      string
 	postgres string // may hold a password: never printed
 	secret   string
+	from     string
 	name     string
 	work     time.Duration
 	windDown time.Duration
@@ -65,9 +66,10 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	flags := flag.NewFlagSet("webhook", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.StringVar(&c.addr, "addr", "127.0.0.1:8080", "address to listen on")
-	flags.StringVar(&c.ops, "ops", "", "address for operators to GET /locks from; keep it private (default: none; needs PostgreSQL)")
+	flags.StringVar(&c.ops, "ops", "", "address for operators to GET /locks and /ready from; keep it private (default: none; needs PostgreSQL)")
 	// No default from the environment here: -help prints defaults.
 	flags.StringVar(&c.postgres, "postgres", "", "PostgreSQL `URI` (default: $WEBHOOK_POSTGRES_URI; if that is empty too, locks live in memory)")
+	flags.StringVar(&c.from, "from", "", "take deliveries of this `kind` of webhook alone, as X-GitHub-Hook-Installation-Target-Type says: repository, organization or integration, an app (default: all)")
 	flags.StringVar(&c.name, "name", "webhook", "this replica's name in its events")
 	flags.DurationVar(&c.work, "work", 10*time.Second, "how long one simulated deployment takes")
 	flags.DurationVar(&c.windDown, "wind-down", time.Second, "how long one takes to stop after it was told to")
@@ -125,7 +127,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	if err != nil {
 		return errors.Join(err, closeProvider(provider))
 	}
-	server := newServer(newHandler([]byte(c.secret), worker), log)
+	server := newServer(newHandler([]byte(c.secret), c.from, worker), log)
 	served := make(chan error, 2)
 	go func() { served <- server.Serve(listener) }()
 	about := []any{"addr", listener.Addr().String()}
@@ -136,7 +138,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		if err != nil {
 			return errors.Join(err, server.Close(), closeProvider(provider))
 		}
-		ops.Handler = newOpsHandler(postgres.Holders)
+		ping := func(ctx context.Context) error { _, err := postgres.Holders(ctx); return err }
+		ops.Handler = newOpsHandler(postgres.Holders, ping, worker)
 		go func() { served <- ops.Serve(opsListener) }()
 		about = append(about, "ops", opsListener.Addr().String())
 	}

@@ -11,6 +11,7 @@ import (
 	"io"
 	"mime"
 	"net/http"
+	"net/url"
 	"strings"
 	"time"
 
@@ -26,7 +27,8 @@ const maxBody = 1 << 20
 // delivery is what this service needs to know of one webhook delivery.
 type delivery struct {
 	id     string
-	repo   string
+	repo   string // whose locks it claims: the host and the number of the repository
+	name   string // for people: owner and name, which can change
 	pr     uint
 	action string
 	head   string
@@ -37,9 +39,9 @@ type delivery struct {
 }
 
 // event names the delivery to other replicas and to whoever reads their logs: it is the text that a run is told
-// when this delivery takes its place.
+// when this delivery takes its place. It has the repository's name, because d.repo tells people nothing.
 func (d delivery) event() string {
-	return fmt.Sprintf("%s %.7s delivery %.8s", d.action, d.head, d.id)
+	return fmt.Sprintf("%s %.7s delivery %.8s of %s#%d", d.action, d.head, d.id, d.name, d.pr)
 }
 
 // spread is the room in an order for the deliveries of one second: 16 minutes in microseconds.
@@ -51,6 +53,8 @@ const spread = 1_000_000_000
 // one second, and a claim with the same order as one that is not over is turned away, so the newer push would
 // never be deployed. Within a second it is therefore the time at which GitHub made the delivery. A redelivery
 // keeps its id and hence its order: it is turned away while the first one is at work, and runs once that is over.
+// So is the same event that GitHub delivers a second time for another webhook, say for an app beside a repository's:
+// the id is that of the event, not of the webhook.
 //
 // That time comes out of the delivery's id, which is a time-based UUID in the examples of GitHub's
 // documentation, though all that it promises is that the id is unique. An id of another kind costs little: then the arrival counts, so that of two
@@ -77,8 +81,9 @@ func (d delivery) job() string {
 }
 
 // newHandler serves POST /webhook and GET /healthz. It answers a delivery as soon as the worker has accepted
-// it: GitHub hangs up after ten seconds, and a deployment takes longer.
-func newHandler(secret []byte, w *worker) http.Handler {
+// it: GitHub hangs up after ten seconds, and a deployment takes longer. If from is not empty, deliveries of other
+// kinds of webhooks are ignored.
+func newHandler(secret []byte, from string, w *worker) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(rw http.ResponseWriter, _ *http.Request) {
 		if w.stopping() {
@@ -93,7 +98,7 @@ func newHandler(secret []byte, w *worker) http.Handler {
 		switch {
 		case err != nil:
 			http.Error(rw, err.Error(), status)
-		case d.job() == "":
+		case d.job() == "", from != "" && from != r.Header.Get("X-GitHub-Hook-Installation-Target-Type"):
 			rw.WriteHeader(http.StatusNoContent)
 		case !w.accept(d):
 			http.Error(rw, "shutting down", http.StatusServiceUnavailable)
@@ -134,7 +139,9 @@ func readDelivery(rw http.ResponseWriter, r *http.Request, secret []byte) (deliv
 			UpdatedAt time.Time `json:"updated_at"`
 		} `json:"pull_request"`
 		Repository struct {
+			ID       int64  `json:"id"`
 			FullName string `json:"full_name"`
+			URL      string `json:"html_url"`
 		} `json:"repository"`
 	}
 	if err := json.Unmarshal(body, &payload); err != nil {
@@ -142,22 +149,51 @@ func readDelivery(rw http.ResponseWriter, r *http.Request, secret []byte) (deliv
 	}
 	d := delivery{
 		id:      r.Header.Get("X-GitHub-Delivery"),
-		repo:    payload.Repository.FullName,
+		repo:    lockName(payload.Repository.URL, payload.Repository.ID),
+		name:    payload.Repository.FullName,
 		pr:      payload.Number,
 		action:  payload.Action,
 		head:    payload.PullRequest.Head.SHA,
 		updated: payload.PullRequest.UpdatedAt,
 	}
-	if d.id == "" || d.repo == "" || d.pr == 0 || d.head == "" || d.updated.Unix() <= 0 {
+	if d.id == "" || d.repo == "" || d.name == "" || d.pr == 0 || d.head == "" || d.updated.Unix() <= 0 {
 		return delivery{}, http.StatusBadRequest, errors.New("delivery id, repository, number, head commit or updated_at is missing")
 	}
 	return d, 0, nil
 }
 
-// newOpsHandler serves GET /locks: who holds and who waits, in the whole database. It is not for the address that
-// GitHub reaches, because it knows no secret.
-func newOpsHandler(list func(context.Context) ([]locker.Holder, error)) http.Handler {
+// lockName is what a repository is called in its locks: github.com/186853002. Its number stays when it is renamed or
+// moved to another owner, and has no upper and lower case; the host tells two servers apart. It answers "" if one of
+// them is missing.
+func lockName(page string, id int64) string {
+	u, err := url.Parse(page)
+	if err != nil || u.Host == "" || id <= 0 {
+		return ""
+	}
+	return fmt.Sprintf("%s/%d", strings.ToLower(u.Host), id)
+}
+
+// readyTimeout bounds GET /ready. It is below the second that Kubernetes waits by default.
+const readyTimeout = 900 * time.Millisecond
+
+// newOpsHandler serves GET /locks: who holds and who waits, in the whole database; and GET /ready: whether this
+// replica can take locks, which ping finds out, and takes deliveries. It is not for the address that GitHub reaches,
+// because it knows no secret.
+func newOpsHandler(list func(context.Context) ([]locker.Holder, error), ping func(context.Context) error, w *worker) http.Handler {
 	mux := http.NewServeMux()
+	mux.HandleFunc("GET /ready", func(rw http.ResponseWriter, r *http.Request) {
+		if w.stopping() {
+			http.Error(rw, "shutting down", http.StatusServiceUnavailable)
+			return
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), readyTimeout)
+		defer cancel()
+		if err := ping(ctx); err != nil {
+			http.Error(rw, err.Error(), http.StatusServiceUnavailable) // errors of the library hold no password
+			return
+		}
+		fmt.Fprintln(rw, "ok")
+	})
 	mux.HandleFunc("GET /locks", func(rw http.ResponseWriter, r *http.Request) {
 		holders, err := list(r.Context())
 		if err != nil {

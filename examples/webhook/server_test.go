@@ -165,7 +165,7 @@ func TestSignature(t *testing.T) {
 }
 
 func TestHandler(t *testing.T) {
-	const minimal = `{"action":"opened","number":7,"pull_request":{"head":{"sha":"ec26c3e57ca3"},"updated_at":"2019-05-15T15:20:33Z"},"repository":{"full_name":"o/r"}}`
+	const minimal = `{"action":"opened","number":7,"pull_request":{"head":{"sha":"ec26c3e57ca3"},"updated_at":"2019-05-15T15:20:33Z"},"repository":{"id":5,"full_name":"o/r","html_url":"https://git.example/o/r"}}`
 	without := func(header string) func(*http.Request) {
 		return func(r *http.Request) { r.Header.Del(header) }
 	}
@@ -197,7 +197,10 @@ func TestHandler(t *testing.T) {
 		"empty":                    {"", same, 400, false},
 		"negative number":          {strings.Replace(minimal, "7", "-7", 1), same, 400, false},
 		"number missing":           {strings.Replace(minimal, `"number"`, `"other"`, 1), same, 400, false},
-		"repository missing":       {strings.Replace(minimal, `"full_name"`, `"other"`, 1), same, 400, false},
+		"repository missing":       {strings.Replace(minimal, `"repository"`, `"other"`, 1), same, 400, false},
+		"its name missing":         {strings.Replace(minimal, `"full_name"`, `"other"`, 1), same, 400, false},
+		"its number missing":       {strings.Replace(minimal, `"id":5`, `"id":0`, 1), same, 400, false},
+		"its host missing":         {strings.Replace(minimal, "https://git.example", "", 1), same, 400, false},
 		"head missing":             {strings.Replace(minimal, `"sha"`, `"other"`, 1), same, 400, false},
 		"updated_at missing":       {strings.Replace(minimal, `"updated_at"`, `"other"`, 1), same, 400, false},
 		"updated_at no time":       {strings.Replace(minimal, "2019-05-15T", "yesterday ", 1), same, 400, false},
@@ -214,7 +217,7 @@ func TestHandler(t *testing.T) {
 				w, events := testWorker(t)
 				r := signed("72d3162e-cc78-11e3-81ab-4c9367dc0958", []byte(tc.body))
 				tc.edit(r)
-				require.Equal(t, tc.want, statusOf(newHandler([]byte(testSecret), w), r))
+				require.Equal(t, tc.want, statusOf(newHandler([]byte(testSecret), "", w), r))
 				require.NoError(t, w.wait(context.Background()))
 				require.Equal(t, tc.runs, len(events.lines) > 0)
 			})
@@ -225,7 +228,7 @@ func TestHandler(t *testing.T) {
 func TestEventAndJob(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)
-		h := newHandler([]byte(testSecret), w)
+		h := newHandler([]byte(testSecret), "", w)
 		require.Equal(t, 202, statusOf(h, signed("72d3162e-cc78-11e3-81ab-4c9367dc0958", recorded(t, "synchronize"))))
 		require.NoError(t, w.wait(t.Context()))
 		require.Equal(t, 202, statusOf(h, signed("0a1b2c3d-cc78-11e3-81ab-4c9367dc0958", recorded(t, "closed"))))
@@ -234,11 +237,11 @@ func TestEventAndJob(t *testing.T) {
 		require.Len(t, events.lines, 6)
 		first, last := events.lines[2], events.lines[5]
 		require.Equal(t, "finished", first.Kind)
-		require.Equal(t, "synchronize ec26c3e delivery 72d3162e", first.Event)
+		require.Equal(t, "synchronize ec26c3e delivery 72d3162e of Codertocat/Hello-World#2", first.Event)
 		require.Equal(t, "deploy", first.Job)
 		require.Equal(t, "Codertocat/Hello-World", first.Repo)
 		require.EqualValues(t, 2, first.PR)
-		require.Equal(t, "closed ec26c3e delivery 0a1b2c3d", last.Event)
+		require.Equal(t, "closed ec26c3e delivery 0a1b2c3d of Codertocat/Hello-World#2", last.Event)
 		require.Equal(t, "destroy", last.Job)
 		require.Positive(t, first.Token)
 		require.Greater(t, last.Token, first.Token)
@@ -249,7 +252,7 @@ func TestEventAndJob(t *testing.T) {
 func TestNewerPushWins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)
-		h := newHandler([]byte(testSecret), w)
+		h := newHandler([]byte(testSecret), "", w)
 		require.Equal(t, 202, statusOf(h, signed("first000-1", push(t))))
 		synctest.Wait() // it works
 		time.Sleep(2500 * time.Millisecond)
@@ -269,7 +272,7 @@ func TestNewerPushWins(t *testing.T) {
 func TestWaitingPushLeaves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)
-		h := newHandler([]byte(testSecret), w)
+		h := newHandler([]byte(testSecret), "", w)
 		for _, id := range []string{"first000", "second00", "third000"} {
 			require.Equal(t, 202, statusOf(h, signed(id, push(t))))
 			synctest.Wait()
@@ -487,7 +490,7 @@ func TestLateDelivery(t *testing.T) {
 func TestLateDeliveryDisturbsNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)
-		h := newHandler([]byte(testSecret), w)
+		h := newHandler([]byte(testSecret), "", w)
 		require.Equal(t, 202, statusOf(h, signed("72d31640-cc78-11e3-81ab-4c9367dc0958", recorded(t, "closed"))))
 		synctest.Wait()
 		require.Equal(t, 202, statusOf(h, signed("72d31630-cc78-11e3-81ab-4c9367dc0958", recorded(t, "synchronize"))))
@@ -506,19 +509,96 @@ func TestRedelivery(t *testing.T) {
 		require.NoError(t, err)
 		one, events := testWorkerOn(t, provider)
 		two, others := testWorkerOn(t, provider)
-		require.Equal(t, 202, statusOf(newHandler([]byte(testSecret), one), signed(id, recorded(t, "synchronize"))))
+		require.Equal(t, 202, statusOf(newHandler([]byte(testSecret), "", one), signed(id, recorded(t, "synchronize"))))
 		synctest.Wait()
 		for _, w := range []*worker{one, two} {
-			require.Equal(t, 202, statusOf(newHandler([]byte(testSecret), w), signed(id, recorded(t, "synchronize"))))
+			require.Equal(t, 202, statusOf(newHandler([]byte(testSecret), "", w), signed(id, recorded(t, "synchronize"))))
 			synctest.Wait()
 		}
 		require.NoError(t, one.wait(t.Context()))
 		require.Equal(t, []string{"received", "started", "received", "turned away", "finished"}, events.of(id))
 		require.Equal(t, []string{"received", "turned away"}, others.of(id))
 
-		require.Equal(t, 202, statusOf(newHandler([]byte(testSecret), two), signed(id, recorded(t, "synchronize"))))
+		require.Equal(t, 202, statusOf(newHandler([]byte(testSecret), "", two), signed(id, recorded(t, "synchronize"))))
 		require.NoError(t, two.wait(t.Context()))
 		require.Equal(t, []string{"received", "turned away", "received", "started", "finished"}, others.of(id))
+	})
+}
+
+// GitHub delivers one push for an app and for a repository's webhook, with the same id, milliseconds apart and to
+// two replicas. The second disturbs nobody. Where every webhook has ids of its own it stops the first, unless one
+// kind of webhook is ignored.
+func TestSamePushTwice(t *testing.T) {
+	const one, other = "72d3162e-cc78-11e3-81ab-4c9367dc0958", "72d4008e-cc78-11e3-81ab-4c9367dc0958" // 6 ms later
+	for name, tc := range map[string]struct {
+		from          string
+		second        string // the id of the second delivery
+		status        int
+		first, events []string // of the first and of the second
+	}{
+		"one id": {"", one, 202,
+			[]string{"received", "started", "finished"}, []string{"received", "turned away"}},
+		"ids of their own": {"", other, 202,
+			[]string{"received", "started", "told to stop", "stopped"}, []string{"received", "started", "finished"}},
+		"ids of their own, from apps alone": {"integration", other, 204,
+			[]string{"received", "started", "finished"}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				time.Sleep(time.Until(time.Date(2014, 4, 25, 12, 52, 24, 600e6, time.UTC))) // 20 ms after the first id was made
+				body := push(t)
+				provider, err := locker.NewLockProvider(locker.FakeLockProviderKind)
+				require.NoError(t, err)
+				deliver := func(w *worker, kind, id string) int {
+					r := signed(id, body)
+					r.Header.Set("X-GitHub-Hook-Installation-Target-Type", kind)
+					return statusOf(newHandler([]byte(testSecret), tc.from, w), r)
+				}
+				w, events := testWorkerOn(t, provider)
+				v, others := testWorkerOn(t, provider)
+				require.Equal(t, 202, deliver(w, "integration", one))
+				time.Sleep(6 * time.Millisecond)
+				require.Equal(t, tc.status, deliver(v, "repository", tc.second))
+				require.NoError(t, w.wait(t.Context()))
+				require.NoError(t, v.wait(t.Context()))
+				require.Equal(t, tc.first, events.of(one))
+				require.Equal(t, tc.events, others.of(tc.second))
+			})
+		})
+	}
+}
+
+// What is one repository has one name in the locks: after it was renamed or moved, in whatever case it is written. Two
+// hosts have different ones.
+func TestLockName(t *testing.T) {
+	const want = "github.com/186853002"
+	require.Equal(t, want, lockName("https://github.com/Codertocat/Hello-World", 186853002))
+	require.Equal(t, want, lockName("https://GitHub.com/codertocat/hello-world", 186853002))
+	require.Equal(t, want, lockName("https://github.com/new-owner/new-name", 186853002))
+	require.Equal(t, "git.example:8443/186853002", lockName("https://git.example:8443/Codertocat/Hello-World", 186853002))
+	require.Empty(t, lockName("https://github.com/a/b", 0))
+	require.Empty(t, lockName("/a/b", 1))
+	require.Empty(t, lockName("https://%", 1))
+}
+
+// A push after the repository was renamed stops the work of one before, and the same names on another host do not.
+func TestRenamedRepository(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, events := testWorker(t)
+		h := newHandler([]byte(testSecret), "", w)
+		require.Equal(t, 202, statusOf(h, signed("before00", push(t))))
+		synctest.Wait()
+		elsewhere := bytes.ReplaceAll(push(t), []byte("github.com"), []byte("git.example"))
+		require.Equal(t, 202, statusOf(h, signed("elsewher", elsewhere)))
+		synctest.Wait()
+		require.Equal(t, []string{"received", "started"}, events.of("before00"))
+		time.Sleep(time.Second)
+		renamed := bytes.ReplaceAll(push(t), []byte("Codertocat/Hello-World"), []byte("codertocat/goodbye"))
+		require.Equal(t, 202, statusOf(h, signed("after000", renamed)))
+		require.NoError(t, w.wait(t.Context()))
+		require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, events.of("before00"))
+		require.Equal(t, []string{"received", "started", "finished"}, events.of("after000"))
+		require.Equal(t, []string{"received", "started", "finished"}, events.of("elsewher"))
 	})
 }
 
@@ -535,7 +615,7 @@ func TestTwoPushesInOneSecond(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				time.Sleep(time.Until(time.Date(2014, 4, 25, 12, 52, 24, 600e6, time.UTC))) // 20 ms after the ids were made
 				w, events := testWorker(t)
-				h := newHandler([]byte(testSecret), w)
+				h := newHandler([]byte(testSecret), "", w)
 				for _, id := range []string{tc.arriveFirst, tc.arriveLast} {
 					require.Equal(t, 202, statusOf(h, signed(id, push(t))))
 					synctest.Wait()
@@ -569,25 +649,55 @@ func TestOrder(t *testing.T) {
 }
 
 func TestLocks(t *testing.T) {
-	held := []locker.Holder{{Key: 7, Repo: "o/r", PullRequest: 1, Event: "opened", Alive: true, Token: 42}}
+	held := []locker.Holder{{Key: 1<<53 + 1, Repo: "o/r", PullRequest: 1, Event: "opened", Alive: true, Token: 42}}
 	for name, tc := range map[string]struct {
 		holders []locker.Holder
 		err     error
 		status  int
 		want    string
 	}{
-		"some":    {held, nil, 200, `"Repo":"o/r"`},
+		"some":    {held, nil, 200, `[{"Key":"9007199254740993","Repo":"o/r"`}, // JavaScript would make it …992
 		"nobody":  {nil, nil, 200, "[]"},
 		"failing": {nil, errors.New("no connection"), 500, "no connection"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			rec := httptest.NewRecorder()
-			newOpsHandler(func(context.Context) ([]locker.Holder, error) { return tc.holders, tc.err }).
+			newOpsHandler(func(context.Context) ([]locker.Holder, error) { return tc.holders, tc.err }, nil, nil).
 				ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/locks", nil))
 			require.Equal(t, tc.status, rec.Code)
 			require.Contains(t, rec.Body.String(), tc.want)
 		})
 	}
+}
+
+func TestReady(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, _ := testWorker(t)
+		ping := func(context.Context) error { return nil }
+		ready := func() (int, string) {
+			rec := httptest.NewRecorder()
+			newOpsHandler(nil, ping, w).ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/ready", nil))
+			return rec.Code, rec.Body.String()
+		}
+		status, _ := ready()
+		require.Equal(t, http.StatusOK, status)
+
+		ping = func(context.Context) error { return errors.New("no connection") }
+		status, body := ready()
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		require.Contains(t, body, "no connection")
+
+		ping = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+		start := time.Now()
+		status, _ = ready()
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		require.Equal(t, readyTimeout, time.Since(start))
+
+		ping = func(context.Context) error { return nil }
+		w.stop()
+		status, _ = ready()
+		require.Equal(t, http.StatusServiceUnavailable, status)
+	})
 }
 
 // On PostgreSQL: the same late delivery, and what operators see while a job runs.
@@ -615,14 +725,18 @@ func TestPostgres(t *testing.T) {
 	var holders []locker.Holder
 	require.NoError(t, json.Unmarshal(body, &holders))
 	require.Len(t, holders, 1)
-	require.Equal(t, "Codertocat/Hello-World", holders[0].Repo)
+	require.Equal(t, "github.com/186853002", holders[0].Repo)
 	require.EqualValues(t, 2, holders[0].PullRequest)
-	require.Equal(t, "closed ec26c3e delivery 72d31640", holders[0].Event)
+	require.Equal(t, "closed ec26c3e delivery 72d31640 of Codertocat/Hello-World#2", holders[0].Event)
 	require.Equal(t, os.Getpid(), holders[0].PID)
 	require.True(t, holders[0].Alive)
 	require.False(t, holders[0].Waiting, "who was turned away does not wait")
-	status, _ = s.get(s.url + "/locks")
-	require.Equal(t, http.StatusNotFound, status, "not for GitHub's address")
+	status, body = s.get(s.ops + "/ready")
+	require.Equal(t, http.StatusOK, status, "%s", body)
+	for _, path := range []string{"/locks", "/ready"} {
+		status, _ = s.get(s.url + path)
+		require.Equal(t, http.StatusNotFound, status, "not for GitHub's address")
+	}
 	s.end()
 	_, err = http.Get(s.ops + "/locks")
 	require.Error(t, err, "it still listens")
@@ -633,7 +747,7 @@ func TestPostgres(t *testing.T) {
 func TestStoppedWorker(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)
-		h := newHandler([]byte(testSecret), w)
+		h := newHandler([]byte(testSecret), "", w)
 		require.Equal(t, 200, statusOf(h, httptest.NewRequest(http.MethodGet, "/healthz", nil)))
 		for _, id := range []string{"first000", "second00"} {
 			require.Equal(t, 202, statusOf(h, signed(id, push(t))))

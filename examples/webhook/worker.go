@@ -52,7 +52,7 @@ func newWorker(provider locker.LockProvider, duration, windDown time.Duration, e
 // accept starts the delivery's job and returns at once. It answers false, and does nothing, once shutdown has
 // begun.
 func (w *worker) accept(d delivery) bool {
-	log := w.events.With("repo", d.repo, "pr", d.pr, "job", d.job(), "event", d.event(), "delivery", d.id)
+	log := w.events.With("repo", d.name, "lock", d.repo, "pr", d.pr, "job", d.job(), "event", d.event(), "delivery", d.id)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.closed {
