@@ -53,6 +53,34 @@ func ExamplePreemptiveLocker_Order_redelivery() {
 	// turned away: 6
 }
 
+// Work that belongs to no pull request has a name of its own, and pull request 0: an
+// environment here. Numbers above 2^31 belong into the name, too.
+func ExamplePreemptiveLocker_withoutPullRequest() {
+	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	environment := func(name, event string) *locker.PreemptiveLocker {
+		return newLocker("github.com/186853002/env/"+name, 0, event)
+	}
+	newer := make(chan error)
+	err = environment("production", "release 1.4.0").Do(context.Background(), func(ctx context.Context) error {
+		err := environment("staging", "release 1.5.0-rc1").Do(context.Background(), func(context.Context) error { return nil })
+		fmt.Println("another environment:", err, ctx.Err())
+		go func() {
+			newer <- environment("production", "release 1.4.1").Do(context.Background(), func(context.Context) error { return nil })
+		}()
+		<-ctx.Done()
+		return nil
+	})
+	fmt.Println("preempted:", errors.Is(err, locker.ErrLockPreempted))
+	fmt.Println("newer:", <-newer)
+	// Output:
+	// another environment: <nil> <nil>
+	// preempted: true
+	// newer: <nil>
+}
+
 // A step that must not be cut in half runs to its end, though its holder is notified
 // immediately. No other step begins after that.
 func ExamplePreemptiveLocker_Shield() {

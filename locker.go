@@ -188,7 +188,8 @@ const (
 
 // PreemptiveLockerFactory makes the PreemptiveLocker of one claim: event says
 // why repo's pull request pr is to be locked, to whomever it displaces. Repo
-// and pr are checked by Lock.
+// and pr are checked by Lock. Repo is compared byte by byte and may be any name:
+// docs/webhook.md says which one to take, and what to do without a pull request.
 type PreemptiveLockerFactory func(repo string, pr uint, event string) *PreemptiveLocker
 
 // NewPreemptiveLockerFactory makes a factory on a provider, which may be one of

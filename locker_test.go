@@ -64,6 +64,7 @@ var contract = []contractCase{
 
 	{"C1 one key for each pull request", oneKeyEach},
 	{"C1 a known key is only read", knownKeyIsRead},
+	{"C1 C2 work without a pull request", withoutPullRequest},
 	{"C2 any int64 is a key", anyKey},
 	{"C2 a done context is refused", doneContextRefused},
 
@@ -758,6 +759,39 @@ func knownKeyIsRead(e *env) {
 	}
 	e.Equal(key, e.lockerKey(p))
 	e.Equal(key, e.lockerKey(e.process()))
+}
+
+// withoutPullRequest: the recipe of docs/webhook.md for environments, branches, merge
+// queues and numbers above 2^31.
+func withoutPullRequest(e *env) {
+	p, q := e.process(), e.process()
+	newLocker, err := NewPreemptiveLockerFactory(p)
+	e.NoError(err)
+	newOther, err := NewPreemptiveLockerFactory(q)
+	e.NoError(err)
+	names := []string{
+		"github.com/186853002", "github.com/186853002/env/production", "github.com/186853002/env/staging",
+		"github.com/186853002/branch/main", "github.com/186853002/merge-queue/main", "git.example/5000000000/run/9007199254740993",
+	}
+	var held []*PreemptiveLocker
+	var stops []<-chan NotificationPayload
+	for _, name := range names { // none disturbs another
+		l := newLocker(name, 0, "first")
+		stops = append(stops, e.acquire(l))
+		held = append(held, l)
+	}
+	for i, name := range names {
+		e.Empty(stops[i])
+		newer := newOther(name, 0, "newer "+name)
+		out := e.start(e.ctx, newer)
+		e.Equal("newer "+name, e.payload(stops[i]).Message)
+		e.NoError(held[i].Release(e.ctx))
+		e.acquired(out)
+		e.NoError(newer.Release(e.ctx))
+	}
+
+	_, err = newLocker("github.com/186853002", maxPullRequest+1, "too large").Lock(e.ctx)
+	e.ErrorContains(err, "put a larger number into the repo")
 }
 
 func anyKey(e *env) {

@@ -280,7 +280,7 @@ func checkRepo(repo string, pr uint) error {
 	case strings.ContainsRune(repo, 0):
 		return errors.Errorf("locker: repo %q contains a NUL", repo)
 	case pr > maxPullRequest:
-		return errors.Errorf("locker: pull request %d is beyond the column's range (%d)", pr, maxPullRequest)
+		return errors.Errorf("locker: pull request %d is beyond the column's range (%d): put a larger number into the repo, with pull request 0", pr, maxPullRequest)
 	}
 	return nil
 }
