@@ -2139,7 +2139,7 @@ func doReleasedInside(e *env) {
 }
 
 // nestedClaims: a claim inside the function of a Do that holds the key is refused,
-// and disturbs neither that Do nor anybody else.
+// and does not disturb that Do.
 func nestedClaims(e *env) {
 	p := e.process()
 	key := e.lockerKey(p)

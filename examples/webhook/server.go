@@ -163,7 +163,7 @@ func readDelivery(rw http.ResponseWriter, r *http.Request, secret []byte) (deliv
 }
 
 // lockName is what a repository is called in its locks: github.com/186853002. Its number stays when it is renamed or
-// moved to another owner, and has no upper and lower case; the host tells two servers apart. It answers "" if one of
+// moved to another owner, and has no upper and lower case; the host tells two servers apart. It returns "" if one of
 // them is missing.
 func lockName(page string, id int64) string {
 	u, err := url.Parse(page)

@@ -526,7 +526,7 @@ func TestRedelivery(t *testing.T) {
 }
 
 // GitHub delivers one push for an app and for a repository's webhook, with the same id, milliseconds apart and to
-// two replicas. The second disturbs nobody. Where every webhook has ids of its own it stops the first, unless one
+// two replicas. The second disturbs no job. Where every webhook has ids of its own it stops the first, unless one
 // kind of webhook is ignored.
 func TestSamePushTwice(t *testing.T) {
 	const one, other = "72d3162e-cc78-11e3-81ab-4c9367dc0958", "72d4008e-cc78-11e3-81ab-4c9367dc0958" // 6 ms later
