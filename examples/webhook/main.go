@@ -138,8 +138,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		if err != nil {
 			return errors.Join(err, server.Close(), closeProvider(provider))
 		}
-		ping := func(ctx context.Context) error { _, err := postgres.Holders(ctx); return err }
-		ops.Handler = newOpsHandler(postgres.Holders, ping, worker)
+		ops.Handler = newOpsHandler(postgres.Holders, postgres.Ping, worker)
 		go func() { served <- ops.Serve(opsListener) }()
 		about = append(about, "ops", opsListener.Addr().String())
 	}
