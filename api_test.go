@@ -91,6 +91,7 @@ func _() {
 
 		_ func(lockDelay time.Duration) lockerOpt = locker.WithLockDelay
 		_ func(name string) lockerOpt             = locker.WithAPMServiceName
+		_ func(tracer locker.Tracer) lockerOpt    = locker.WithTracer
 	)
 
 	var (
@@ -170,8 +171,16 @@ var (
 var (
 	_ = locker.LockProviderKind(int(0))
 	_ = locker.ObservationKind(int(0))
+	_ = locker.OperationKind(int(0))
 
 	_ func(locker.ObservationKind) string = locker.ObservationKind.String
+	_ func(locker.OperationKind) string   = locker.OperationKind.String
+
+	_ func(context.Context, locker.Operation) (context.Context, func(locker.OperationEnd)) = locker.Tracer(nil)
+
+	_ = locker.Operation{Kind: locker.OperationKind(0), Repo: "", PullRequest: uint(0), Event: "",
+		Statement: "", Query: "", Database: "", Host: "", Port: int(0)}
+	_ = locker.OperationEnd{Err: error(nil), Key: int64(0), Token: int64(0)}
 
 	_ = locker.Observation{Kind: locker.ObservationKind(0), Key: int64(0), Event: "", After: time.Duration(0),
 		Kept: int(0), Lost: int(0), Err: error(nil)}
@@ -202,6 +211,9 @@ var exported = []string{
 	"const ObservedReleased",
 	"const ObservedRevoked",
 	"const ObservedSuspended",
+	"const OperationLock",
+	"const OperationRelease",
+	"const OperationStatement",
 	"const PostgresLockProviderKind",
 	"const UnknownLockProviderKind",
 	"func ContextWithOrder",
@@ -222,6 +234,7 @@ var exported = []string{
 	"func WithPostgresBackend",
 	"func WithPreemptionTimeout",
 	"func WithSessionTimeout",
+	"func WithTracer",
 	"type FakeLockProvider",
 	"type FakeLockProvider, method Close",
 	"type FakeLockProvider, method LockKey",
@@ -272,6 +285,22 @@ var exported = []string{
 	"type Observation, field Lost",
 	"type ObservationKind",
 	"type ObservationKind, method String",
+	"type Operation",
+	"type Operation, field Database",
+	"type Operation, field Event",
+	"type Operation, field Host",
+	"type Operation, field Kind",
+	"type Operation, field Port",
+	"type Operation, field PullRequest",
+	"type Operation, field Query",
+	"type Operation, field Repo",
+	"type Operation, field Statement",
+	"type OperationEnd",
+	"type OperationEnd, field Err",
+	"type OperationEnd, field Key",
+	"type OperationEnd, field Token",
+	"type OperationKind",
+	"type OperationKind, method String",
 	"type PostgresEnvLock",
 	"type PostgresEnvLock, field LockKey",
 	"type PostgresEnvLock, field PullRequest",
@@ -317,6 +346,7 @@ var exported = []string{
 	"type Stats, field Queued",
 	"type Stats, field Suspended",
 	"type Stats, field Waiting",
+	"type Tracer",
 	"var ErrClaimOutdated",
 	"var ErrLockLost",
 	"var ErrLockNested",
@@ -447,6 +477,14 @@ func TestAPIObservationKinds(t *testing.T) {
 	require.Equal(t, []locker.ObservationKind{1, 2, 3, 4, 5, 6, 7, 8, 9}, []locker.ObservationKind{locker.ObservedAcquired,
 		locker.ObservedDisplaced, locker.ObservedFailed, locker.ObservedNotified, locker.ObservedReleased,
 		locker.ObservedRevoked, locker.ObservedLost, locker.ObservedSuspended, locker.ObservedReconnected})
+}
+
+func TestAPIOperationKinds(t *testing.T) {
+	for i, want := range []string{"unknown", "lock", "release", "statement", "unknown"} {
+		require.Equal(t, want, locker.OperationKind(i).String())
+	}
+	require.Equal(t, "unknown", locker.OperationKind(-1).String())
+	require.Equal(t, []locker.OperationKind{1, 2, 3}, []locker.OperationKind{locker.OperationLock, locker.OperationRelease, locker.OperationStatement})
 }
 
 func TestAPIErrors(t *testing.T) {

@@ -1,3 +1,5 @@
+//go:build !nodatadog
+
 package locker
 
 import (
@@ -365,6 +367,45 @@ func TestAPMOptionWins(t *testing.T) {
 	for _, s := range r.statements() {
 		require.Equal(t, "the-sql", s.Tag(ext.ServiceName))
 	}
+}
+
+// A statement's span tells what Datadog's own tracing of database/sql would tell.
+func TestAPMStatementTags(t *testing.T) {
+	uri, password := apmDatabase(t)
+	r := record(t, password)
+	u, err := url.Parse(uri)
+	require.NoError(t, err)
+	require.NoError(t, apmLockers(t, uri, "the-sql", "the-lock")("a/b", 1, "opened").Do(t.Context(), func(context.Context) error { return nil }))
+	types := map[any]int{}
+	for _, s := range r.statements() {
+		require.Equal(t, "postgres.query", s.OperationName())
+		for name, want := range map[string]string{
+			ext.ServiceName: "the-sql", ext.Component: "database/sql", ext.SpanKind: ext.SpanKindClient, ext.DBSystem: "postgresql",
+			ext.DBName: strings.TrimPrefix(u.Path, "/"), ext.TargetHost: u.Hostname(), ext.TargetPort: u.Port(),
+		} {
+			require.Equal(t, want, s.Tag(name), name)
+		}
+		require.Contains(t, statementNames, s.Tag(ext.ResourceName))
+		types[s.Tag("sql.query_type")]++
+	}
+	require.Equal(t, map[any]int{"Exec": 1, "Query": len(r.statements()) - 1}, types, "adding the key's row returns nothing")
+}
+
+// A tracer next to Datadog is told of the same.
+func TestAPMNextToTracer(t *testing.T) {
+	uri, password := apmDatabase(t)
+	r := record(t, password)
+	var log traceLog
+	factory, err := NewPostgresPreemptiveLockerFactory(uri, "both", nil, WithTracer(log.tracer))
+	require.NoError(t, err)
+	l := factory("a/b", 1, "opened")
+	t.Cleanup(func() { require.NoError(t, l.provider.(*PostgresLockProvider).Close()) })
+	require.NoError(t, l.Do(t.Context(), func(context.Context) error { return nil }))
+	r.one("lock")
+	r.one("release")
+	require.NotEmpty(t, r.statements())
+	require.Len(t, log.all, r.count())
+	require.Len(t, log.of(OperationStatement), len(r.statements()))
 }
 
 // Without a service name nothing is recorded, also below a caller's span.

@@ -443,7 +443,10 @@ func TestInputNilContext(t *testing.T) {
 		require.Nil(t, ch)
 		requireRefused(t, l.Unlock(noCtx), "context is nil")
 
-		factory, err := NewPreemptiveLockerFactory(p, WithAPMServiceName("service"))
+		factory, err := NewPreemptiveLockerFactory(p, WithTracer(func(ctx context.Context, _ Operation) (context.Context, func(OperationEnd)) {
+			require.NotNil(t, ctx)
+			return nil, nil
+		}))
 		require.NoError(t, err)
 		pl := factory("a/b", 1, "opened")
 		ch, err = pl.Lock(noCtx)
@@ -711,7 +714,7 @@ func TestInputZeroValues(t *testing.T) {
 		WithSessionTimeout(-1), WithOriginalReplicas(), WithPostgresBackend("", ""), WithLogger(nil), WithObserver(nil)} {
 		option(&LockProviderConfig{})
 	}
-	for _, option := range []PreemptiveLockerOption{WithLockDelay(-1), WithAPMServiceName("")} {
+	for _, option := range []PreemptiveLockerOption{WithLockDelay(-1), WithAPMServiceName(""), WithTracer(nil)} {
 		option(&PreemptiveLockerConfig{})
 	}
 

@@ -4,13 +4,10 @@ import (
 	"context"
 	stderrors "errors"
 	"reflect"
-	"strconv"
 	"sync"
 	"time"
 
 	"github.com/pkg/errors"
-	"gopkg.in/DataDog/dd-trace-go.v1/ddtrace"
-	"gopkg.in/DataDog/dd-trace-go.v1/ddtrace/tracer"
 )
 
 // ErrLockPreempted says that a newer claim was announced for the key. It is
@@ -272,8 +269,8 @@ func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayl
 	if err := p.usable(ctx); err != nil {
 		return nil, err
 	}
-	span, ctx := p.startSpan(ctx, "lock")
-	defer func() { p.finishSpan(span, err) }()
+	ctx, end := p.traceCall(ctx, OperationLock)
+	defer func() { p.traceEnd(end, err) }()
 
 	if err := p.begin(); err != nil {
 		return nil, err
@@ -301,8 +298,8 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 	if err := p.usable(ctx); err != nil {
 		return err
 	}
-	span, ctx := p.startSpan(ctx, "release")
-	defer func() { p.finishSpan(span, err) }()
+	ctx, end := p.traceCall(ctx, OperationRelease)
+	defer func() { p.traceEnd(end, err) }()
 
 	p.mu.Lock()
 	stage := p.stage
@@ -707,28 +704,6 @@ func unlockDetached(ctx context.Context, lock PreemptableLock) error {
 	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseTimeout)
 	defer cancel()
 	return lock.Unlock(bounded)
-}
-
-// startSpan starts an APM span if the locker has a service name.
-func (p *PreemptiveLocker) startSpan(ctx context.Context, name string) (ddtrace.Span, context.Context) {
-	if p.conf.apmServiceName == "" {
-		return nil, ctx
-	}
-	return tracer.StartSpanFromContext(ctx, name,
-		tracer.ServiceName(p.conf.apmServiceName),
-		tracer.Tag("repo", p.repo), tracer.Tag("pr", p.pr), tracer.Tag("event", cleanEvent(p.event)))
-}
-
-func (p *PreemptiveLocker) finishSpan(span ddtrace.Span, err error) {
-	if span == nil {
-		return
-	}
-	p.mu.Lock()
-	span.SetTag("lock_key", strconv.FormatInt(p.key, 10)) // a number would be rounded
-
-	span.SetTag("token", p.token)
-	p.mu.Unlock()
-	span.Finish(tracer.WithError(err))
 }
 
 // isNil also sees a nil pointer or function in an interface.

@@ -147,6 +147,7 @@ var contract = []contractCase{
 	{"C26 a claim waits no longer than its bound", claimsWaitNoLonger},
 	{"C26 claims keep the order in which they were asked for", orderOfAsking},
 	{"C36 sessions are observed", sessionsObserved},
+	{"C40 a tracer is told of every Lock and Release", tracedCalls},
 
 	{"C29 bad options are refused", badOptions},
 	{"C30 any event is accepted", anyEvent},

@@ -959,7 +959,7 @@ func migrationUntouched(m *migration) {
 	p := m.provider()
 	l, _ := m.hold(p, key, "makes the row")
 	m.unlock(l)
-	link, err := openLink(context.Background(), p.session.dsn, "", defaultSessionTimeout)
+	link, err := openLink(context.Background(), p.session.dsn, nil, defaultSessionTimeout)
 	require.NoError(m, err)
 	defer link.close()
 	ref, connected := p.session.trust.current()

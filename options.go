@@ -40,6 +40,7 @@ type LockProviderConfig struct {
 	idleTimeout       time.Duration
 	originalReplicas  bool
 	postgres          *postgresTarget
+	tracer            Tracer // of all statements, see apmTracer
 	logger            *slog.Logger
 	observer          func(Observation)
 }
@@ -119,7 +120,8 @@ func WithOriginalReplicas() LockProviderOption {
 // that github.com/lib/pq takes. Several hosts may be named, their ports apart
 // from them (postgres://a,b/db?port=5432,6543); the one that takes writes is used,
 // also after a failover. With a non-empty apmServiceName the SQL statements that serve a
-// traced Lock or Release are recorded as Datadog APM spans of that service.
+// traced Lock or Release are recorded as Datadog APM spans of that service. In a program
+// that was built with the tag nodatadog such a name is an error.
 func WithPostgresBackend(postgresURI string, apmServiceName string) LockProviderOption {
 	return func(c *LockProviderConfig) {
 		c.postgres = &postgresTarget{uri: postgresURI, serviceName: apmServiceName}
@@ -229,6 +231,12 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 	if c.logger == nil {
 		c.logger = slog.New(slog.DiscardHandler)
 	}
+	if c.postgres != nil {
+		var err error
+		if c.tracer, err = apmTracer(c.postgres.serviceName); err != nil {
+			return c, err
+		}
+	}
 	return c, nil
 }
 
@@ -237,6 +245,8 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 type PreemptiveLockerConfig struct {
 	lockDelay      time.Duration
 	apmServiceName string
+	tracer         Tracer // of WithTracer; also of the statements that serve a call
+	calls          Tracer // of Lock and Release: Datadog's and tracer
 }
 
 // PreemptiveLockerOption configures the PreemptiveLockers that a factory makes.
@@ -253,9 +263,18 @@ func WithLockDelay(lockDelay time.Duration) PreemptiveLockerOption {
 
 // WithAPMServiceName records every Lock and Release as a Datadog APM span,
 // named "lock" and "release", of the service with that name. Without it, or
-// with an empty name, nothing is recorded.
+// with an empty name, nothing is recorded. In a program that was built with the tag
+// nodatadog a name is an error.
 func WithAPMServiceName(name string) PreemptiveLockerOption {
 	return func(c *PreemptiveLockerConfig) { c.apmServiceName = name }
+}
+
+// WithTracer has tracer called at the start of every Lock and Release, and of every SQL
+// statement that serves them. With another provider than [PostgresLockProvider] there
+// are no statements. Without it, or with nil, nothing is called and nothing is spent.
+// It is independent of WithAPMServiceName.
+func WithTracer(tracer Tracer) PreemptiveLockerOption {
+	return func(c *PreemptiveLockerConfig) { c.tracer = tracer }
 }
 
 func newPreemptiveLockerConfig(options []PreemptiveLockerOption) (PreemptiveLockerConfig, error) {
@@ -269,6 +288,11 @@ func newPreemptiveLockerConfig(options []PreemptiveLockerOption) (PreemptiveLock
 	if c.lockDelay < 0 {
 		return c, errors.Errorf("locker: lock delay is negative: %v", c.lockDelay)
 	}
+	apm, err := apmTracer(c.apmServiceName)
+	if err != nil {
+		return c, err
+	}
+	c.calls = bothTracers(apm, c.tracer)
 	return c, nil
 }
 

@@ -12,8 +12,6 @@ import (
 
 	"github.com/lib/pq"
 	"github.com/pkg/errors"
-	sqltrace "gopkg.in/DataDog/dd-trace-go.v1/contrib/database/sql"
-	"gopkg.in/DataDog/dd-trace-go.v1/ddtrace/ext"
 )
 
 // A statement is canceled after statementTimeout: the server's own timeouts bound
@@ -85,26 +83,24 @@ type link struct {
 	statements map[string]*sql.Stmt // what was prepared, by text
 	clock      float64              // the server's clock at clockAt, see serverTime
 	clockAt    time.Time
+	tracer     Tracer    // of all statements, or nil
+	server     Operation // where the connection leads to, for traces
 
 	mu      sync.Mutex // guards everything below
 	sockets []net.Conn // the connection, and those that only cancel a statement of it
+	dialed  [2]string  // network and address of the last of them
 	killed  bool
 }
 
 // openLink connects and sets the connection up.
-func openLink(ctx context.Context, dsn, serviceName string, timeout time.Duration) (_ *link, err error) {
-	l := &link{statements: map[string]*sql.Stmt{}}
+func openLink(ctx context.Context, dsn string, tracer Tracer, timeout time.Duration) (_ *link, err error) {
+	l := &link{statements: map[string]*sql.Stmt{}, tracer: tracer}
 	connector, err := pq.NewConnector(dsn)
 	if err != nil {
 		return nil, errURI
 	}
 	connector.Dialer(l)
-	if serviceName == "" {
-		l.db = sql.OpenDB(connector)
-	} else {
-		l.db = sqltrace.OpenDB(connector, sqltrace.WithServiceName(serviceName), sqltrace.WithChildSpansOnly(),
-			sqltrace.WithCustomTag(ext.DBSystem, ext.DBSystemPostgreSQL))
-	}
+	l.db = sql.OpenDB(connector)
 	defer func() {
 		if err != nil {
 			l.close()
@@ -116,6 +112,7 @@ func openLink(ctx context.Context, dsn, serviceName string, timeout time.Duratio
 	if l.conn, err = l.db.Conn(ctx); err != nil {
 		return nil, connectError(err)
 	}
+	l.server = l.leadsTo(dsn)
 	_, err = l.conn.ExecContext(context.WithoutCancel(ctx), settings(timeout))
 	return l, errors.Wrap(err, "locker: set up connection")
 }
@@ -186,7 +183,9 @@ func (l *link) prepared(ctx context.Context, text string) (*sql.Stmt, error) {
 }
 
 // exec runs a statement that returns nothing of interest.
-func (l *link) exec(ctx context.Context, text string, args ...any) error {
+func (l *link) exec(ctx context.Context, text string, args ...any) (err error) {
+	ctx, end := l.trace(ctx, text, false)
+	defer func() { finishTrace(end, OperationEnd{Err: err}) }()
 	s, err := l.prepared(ctx, text)
 	if err == nil {
 		_, err = s.ExecContext(ctx, args...)
@@ -195,7 +194,9 @@ func (l *link) exec(ctx context.Context, text string, args ...any) error {
 }
 
 // each runs a query, scans every row into row, and then calls f.
-func (l *link) each(ctx context.Context, text string, args, row []any, f func()) error {
+func (l *link) each(ctx context.Context, text string, args, row []any, f func()) (err error) {
+	ctx, end := l.trace(ctx, text, true)
+	defer func() { finishTrace(end, OperationEnd{Err: err}) }()
 	s, err := l.prepared(ctx, text)
 	if err != nil {
 		return err
@@ -246,6 +247,7 @@ func (l *link) DialContext(ctx context.Context, network, address string) (net.Co
 	}
 	conn = answeringConn{conn}
 	l.sockets = append(l.sockets, conn)
+	l.dialed = [2]string{network, address}
 	return conn, nil
 }
 

@@ -138,7 +138,7 @@ func (s *session) roundTrip(ctx context.Context, stop <-chan struct{}, send func
 // proveNotify proves that notifications that the workers' connections send arrive
 // at the listener.
 func (s *session) proveNotify() error {
-	l, err := openLink(s.ctx, s.dsn, "", s.conf.sessionTimeout)
+	l, err := openLink(s.ctx, s.dsn, nil, s.conf.sessionTimeout)
 	if err != nil {
 		return err
 	}

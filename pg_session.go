@@ -36,14 +36,13 @@ const (
 // waits or holds. If one of them is lost, it connects again. All goroutines start
 // with the first operation and end with close.
 type session struct {
-	dsn         string
-	serviceName string
-	conf        LockProviderConfig
-	log         *slog.Logger
-	hub         *hub
-	trust       *trust
-	watches     watches
-	keys        keyLocks // with WithOriginalReplicas
+	dsn     string
+	conf    LockProviderConfig
+	log     *slog.Logger
+	hub     *hub
+	trust   *trust
+	watches watches
+	keys    keyLocks // with WithOriginalReplicas
 
 	mu       sync.Mutex                  // guards everything below, and what the workers say it guards; never held across I/O
 	disk     *worker                     // claims: announcements and acquires
@@ -92,9 +91,6 @@ func newSession(dsn string, conf LockProviderConfig) *session {
 	s.trust.lost = func() { s.dropOwn(errors.New("the session is lost")) }
 	s.disk, s.swift = newWorker(s), newWorker(s)
 	s.ctx, s.stop = context.WithCancel(context.Background())
-	if conf.postgres != nil {
-		s.serviceName = conf.postgres.serviceName
-	}
 	return s
 }
 
@@ -402,7 +398,7 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 
 // prepare checks the server and creates the schema, on a connection of its own.
 func (s *session) prepare() error {
-	l, err := openLink(s.ctx, s.dsn, "", s.conf.sessionTimeout)
+	l, err := openLink(s.ctx, s.dsn, nil, s.conf.sessionTimeout)
 	if err != nil {
 		return err
 	}

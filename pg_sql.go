@@ -371,3 +371,27 @@ func sessionUpsert(s sessionRef, connection int64, t time.Duration, reconnect bo
 	}
 	return text
 }
+
+// statementNames are what a [Tracer] calls the statements of the links.
+var statementNames = map[string]string{
+	sqlLookup:          "look up keys",
+	sqlAddKeys:         "add keys",
+	sqlAnnounceAny:     "announce",
+	sqlAnnounceOrdered: "announce in order",
+	sqlFlush:           "flush",
+	sqlWhyNot:          "say why not announced",
+	sqlWithdraw:        "withdraw",
+	sqlAcquire:         "acquire",
+	sqlTakeable:        "look for takeable keys",
+	sqlEnsure:          "add rows",
+	sqlWait:            "wait",
+	sqlRelease:         "release",
+	sqlTime:            "ask for the time",
+	sqlNotify:          "notify",
+	sqlHolders:         "list holders",
+	sqlHolderOf:        "find holder",
+	sqlCheck:           "check rows",
+	sqlHolds:           "list holds",
+	sqlDeadSessions:    "list dead sessions",
+	sqlSweep:           "sweep",
+}

@@ -426,7 +426,7 @@ func (w *worker) open(batch []*op) *link {
 	if l != nil {
 		return l
 	}
-	l, err := openLink(w.ctx, s.dsn, s.serviceName, s.conf.sessionTimeout)
+	l, err := openLink(w.ctx, s.dsn, s.conf.tracer, s.conf.sessionTimeout)
 	s.mu.Lock()
 	if err == nil && w.ctx.Err() != nil {
 		l.kill()

@@ -1,0 +1,58 @@
+//go:build !nodatadog
+
+package locker
+
+import (
+	"context"
+	"strconv"
+
+	"github.com/DataDog/dd-trace-go/v2/ddtrace/ext"
+	"github.com/DataDog/dd-trace-go/v2/ddtrace/tracer"
+)
+
+// The spans of version 2 of Datadog's tracer are those of version 1 from 1.74 on, which
+// go.mod requires: a program that uses either version has them in its traces. Only
+// version 2 is imported, because version 1 links the packages of its tests.
+
+// apmTracer returns the tracer that records operations as spans of a Datadog service,
+// or nil without a name. A statement is recorded only under another span.
+func apmTracer(service string) (Tracer, error) {
+	if service == "" {
+		return nil, nil
+	}
+	return func(ctx context.Context, op Operation) (context.Context, func(OperationEnd)) {
+		if op.Kind == OperationStatement {
+			if _, ok := tracer.SpanFromContext(ctx); !ok {
+				return ctx, nil
+			}
+			span, ctx := tracer.StartSpanFromContext(ctx, "postgres.query", statementTags(service, op)...)
+			return ctx, func(e OperationEnd) { span.Finish(tracer.WithError(e.Err)) }
+		}
+		span, ctx := tracer.StartSpanFromContext(ctx, op.Kind.String(),
+			tracer.ServiceName(service),
+			tracer.Tag("repo", op.Repo), tracer.Tag("pr", op.PullRequest), tracer.Tag("event", op.Event))
+		return ctx, func(e OperationEnd) {
+			span.SetTag("lock_key", strconv.FormatInt(e.Key, 10)) // a number would be rounded
+			span.SetTag("token", e.Token)
+			span.Finish(tracer.WithError(e.Err))
+		}
+	}, nil
+}
+
+// statementTags are the tags that Datadog's own tracing of database/sql sets.
+func statementTags(service string, op Operation) []tracer.StartSpanOption {
+	queryType := "Exec"
+	if op.returnsRows {
+		queryType = "Query"
+	}
+	tags := []tracer.StartSpanOption{
+		tracer.ServiceName(service), tracer.SpanType(ext.SpanTypeSQL), tracer.ResourceName(op.Query),
+		tracer.Tag(ext.Component, "database/sql"), tracer.Tag(ext.SpanKind, ext.SpanKindClient),
+		tracer.Tag(ext.DBSystem, ext.DBSystemPostgreSQL), tracer.Tag("sql.query_type", queryType),
+		tracer.Tag(ext.DBName, op.Database), tracer.Tag(ext.TargetHost, op.Host),
+	}
+	if op.Port != 0 {
+		tags = append(tags, tracer.Tag(ext.TargetPort, strconv.Itoa(op.Port)))
+	}
+	return tags
+}
