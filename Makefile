@@ -4,7 +4,7 @@ SHELL := /bin/sh
 GO ?= go
 WITH_POSTGRES := scripts/with-postgres
 
-.PHONY: help test test-matrix demo demo-postgres lint fuzz bench model chaos compose-check ci clean
+.PHONY: help test test-matrix demo demo-postgres lint fuzz bench size model chaos compose-check ci clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ fuzz: ## every fuzz target for a few seconds (FUZZTIME=1m for longer)
 
 bench: ## the benchmark against PostgreSQL
 	$(WITH_POSTGRES) $(GO) run ./internal/bench
+
+size: ## what a ten-line program costs with Datadog and without it
+	$(WITH_POSTGRES) $(GO) run ./internal/size
 
 model: ## check the model of the protocol
 	scripts/model
