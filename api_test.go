@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/exec"
 	"reflect"
 	"slices"
 	"strings"
@@ -551,5 +552,24 @@ func TestAPISchemaSQL(t *testing.T) {
 	require.Equal(t, string(file), locker.SchemaSQL)
 	for _, name := range []string{"env_locks", "env_lock_state", "env_lock_sessions"} {
 		require.Contains(t, locker.SchemaSQL, "IF NOT EXISTS "+name)
+	}
+}
+
+// What a program that uses the library links: no package for tests, and with the tag
+// nodatadog nothing of Datadog's.
+func TestAPIClosure(t *testing.T) {
+	for _, tag := range []string{"", "nodatadog"} {
+		out, err := exec.CommandContext(t.Context(), "go", "list", "-deps", "-tags", tag, ".").Output()
+		require.NoError(t, err)
+		packages := strings.Fields(string(out))
+		require.Contains(t, packages, "github.com/lib/pq")
+		datadog := 0
+		for _, p := range packages {
+			require.NotContains(t, p, "testify")
+			if strings.Contains(strings.ToLower(p), "datadog") {
+				datadog++
+			}
+		}
+		require.Equal(t, tag == "", datadog > 0, "tag %q: %d packages of Datadog's", tag, datadog)
 	}
 }
