@@ -82,7 +82,8 @@
 // hold survive a longer outage, and lets a successor wait longer after a crash.
 //
 // [WithLogger], [WithObserver] and [PostgresLockProvider.Stats] report sessions that are
-// suspended, reconnected and lost.
+// suspended, reconnected and lost. [WithTracer] reports each Lock, each Release and the
+// statements that serve them, for spans.
 //
 // # Limits
 //

@@ -385,7 +385,7 @@ var statementNames = map[string]string{
 	sqlTakeable:        "look for takeable keys",
 	sqlEnsure:          "add rows",
 	sqlWait:            "wait",
-	sqlRelease:         "release",
+	sqlRelease:         "release keys",
 	sqlTime:            "ask for the time",
 	sqlNotify:          "notify",
 	sqlHolders:         "list holders",

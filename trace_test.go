@@ -99,6 +99,11 @@ func tracedCalls(e *env) {
 	}
 	e.ErrorContains(releases[2].end.Err, "Release before Lock")
 
+	own := e.locker(&scratch{turn: make(chan struct{}, 1)}, "own provider", WithTracer(log.tracer))
+	e.NoError(own.Do(e.ctx, func(context.Context) error { return nil }))
+	e.Len(log.of(OperationLock), 4)
+	e.Len(log.of(OperationRelease), 4)
+
 	statements := log.of(OperationStatement)
 	e.Equal(e.fake(), len(statements) == 0)
 	for _, s := range statements {
@@ -199,7 +204,7 @@ func TestTracerStatements(t *testing.T) {
 	}
 	require.Equal(t, map[OperationKind][]string{
 		OperationLock:    {"look up keys", "add keys", "look up keys", "ask for the time", "announce"},
-		OperationRelease: {"release"},
+		OperationRelease: {"release keys"},
 	}, names)
 }
 
