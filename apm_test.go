@@ -391,6 +391,14 @@ func TestAPMStatementTags(t *testing.T) {
 	require.Equal(t, map[any]int{"Exec": 1, "Query": len(r.statements()) - 1}, types, "adding the key's row returns nothing")
 }
 
+// A program that has not started Datadog's tracer may give service names.
+func TestAPMNotStarted(t *testing.T) {
+	uri, _ := apmDatabase(t)
+	l := apmLockers(t, uri, "the-sql", "the-lock")("a/b", 1, "opened")
+	require.NoError(t, l.Do(t.Context(), func(context.Context) error { return nil }))
+	require.Error(t, l.Do(t.Context(), func(context.Context) error { return nil }), "a second Lock")
+}
+
 // A tracer next to Datadog is told of the same.
 func TestAPMNextToTracer(t *testing.T) {
 	uri, password := apmDatabase(t)

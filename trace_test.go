@@ -14,7 +14,6 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/lib/pq"
 	"github.com/stretchr/testify/require"
 )
 
@@ -232,7 +231,7 @@ func TestTracerStatementFails(t *testing.T) {
 	require.NoError(t, tx.Rollback())
 	require.NoError(t, pgReceive(t, "the lock", locked))
 	for _, s := range failed() {
-		require.Equal(t, pq.ErrorCode("55P03"), pq.As(s.end.Err).Code, "%v", s.end.Err)
+		require.Equal(t, "55P03", sqlState(s.end.Err), "%v", s.end.Err)
 		require.Equal(t, "announce", s.Statement)
 		require.Equal(t, OperationLock, s.parent.Kind)
 	}
