@@ -3,6 +3,7 @@
 package locker
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"fmt"
@@ -381,7 +382,7 @@ func TestAPMStatementTags(t *testing.T) {
 		require.Equal(t, "postgres.query", s.OperationName())
 		for name, want := range map[string]string{
 			ext.ServiceName: "the-sql", ext.Component: "database/sql", ext.SpanKind: ext.SpanKindClient, ext.DBSystem: "postgresql",
-			ext.DBName: strings.TrimPrefix(u.Path, "/"), ext.TargetHost: u.Hostname(), ext.TargetPort: u.Port(),
+			ext.DBName: strings.TrimPrefix(u.Path, "/"), ext.TargetHost: u.Hostname(), ext.TargetPort: cmp.Or(u.Port(), "5432"),
 		} {
 			require.Equal(t, want, s.Tag(name), name)
 		}
