@@ -249,6 +249,7 @@ func TestTracerServer(t *testing.T) {
 		{"tcp", "db.example:5433", "host=a,b dbname=d user=u password=" + secret, Operation{Host: "db.example", Port: 5433, Database: "d"}},
 		{"tcp", "[::1]:5432", "postgres://u:" + secret + "@[::1]/", Operation{Host: "::1", Port: 5432, Database: "u"}},
 		{"unix", "/run/postgresql/.s.PGSQL.5432", "host=/run/postgresql user=u dbname=d", Operation{Host: "/run/postgresql/.s.PGSQL.5432", Database: "d"}},
+		{"unix", "/run/a:b/.s.PGSQL.5432", "host=/run/a:b user=u dbname=d", Operation{Host: "/run/a:b/.s.PGSQL.5432", Database: "d"}},
 	} {
 		l := &link{dialed: [2]string{test.network, test.address}}
 		require.Equal(t, test.want, l.leadsTo(test.dsn))
