@@ -6,13 +6,9 @@ import (
 	"context"
 	"strconv"
 
-	"github.com/DataDog/dd-trace-go/v2/ddtrace/ext"
-	"github.com/DataDog/dd-trace-go/v2/ddtrace/tracer"
+	"gopkg.in/DataDog/dd-trace-go.v1/ddtrace/ext"
+	"gopkg.in/DataDog/dd-trace-go.v1/ddtrace/tracer"
 )
-
-// The spans of version 2 of Datadog's tracer are those of version 1 from 1.74 on, which
-// go.mod requires: a program that uses either version has them in its traces. Only
-// version 2 is imported, because version 1 links the packages of its tests.
 
 // apmTracer returns the tracer that records operations as spans of a Datadog service,
 // or nil without a name. A statement is recorded only under another span.

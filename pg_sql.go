@@ -387,6 +387,8 @@ var statementNames = map[string]string{
 	sqlWait:            "wait",
 	sqlRelease:         "release keys",
 	sqlTime:            "ask for the time",
+	sqlPing:            "ping",
+	sqlResetOrder:      "reset order",
 	sqlNotify:          "notify",
 	sqlHolders:         "list holders",
 	sqlHolderOf:        "find holder",
