@@ -41,7 +41,10 @@ func newCord(t testing.TB, uri string) *cord {
 // uri is a server's URI, through the cord.
 func (c *cord) uri(t testing.TB, uri string) string {
 	t.Helper()
-	return throughAddress(t, uri, c.listener.Addr().String())
+	u, err := url.Parse(uri)
+	require.NoError(t, err)
+	u.Host = c.listener.Addr().String()
+	return u.String()
 }
 
 func (c *cord) cut() {

@@ -41,7 +41,7 @@ func TestContract(t *testing.T) {
 				t.Parallel()
 				slots <- struct{}{}
 				defer func() { <-slots }()
-				newPostgresEnv(t).run(c.run)
+				newPostgresEnv(t, newDatabase(t)).run(c.run)
 			})
 		}
 	})
@@ -194,10 +194,10 @@ func newFakeEnv(t *testing.T) *env {
 	}
 }
 
-func newPostgresEnv(t *testing.T) *env {
+func newPostgresEnv(t *testing.T, uri string) *env {
 	e := &env{
 		Assertions: require.New(t), t: t, ctx: context.Background(), limit: soon,
-		uri: newDatabase(t), cords: map[LockProvider]*cord{},
+		uri: uri, cords: map[LockProvider]*cord{},
 	}
 	var err error
 	e.admin, err = sql.Open("postgres", e.uri)

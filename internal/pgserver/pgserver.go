@@ -59,6 +59,7 @@ type Options struct {
 	Port     int               // 0: a free one
 	Host     string            // address to listen at; empty: 127.0.0.1
 	Password string            // empty: trust; otherwise asked for by scram-sha-256
+	Files    map[string]string // files of the data folder by name, such as pg_hba.conf or server.key, over those of initdb
 	Log      io.Writer         // gets the server's log, piecewise: after each start and stop
 }
 
@@ -90,6 +91,9 @@ func Start(ctx context.Context, opts Options) (*Server, error) {
 		return nil, errors.Join(err, s.Close())
 	}
 	if err := s.configure(opts.Config); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	if err := s.put(opts.Files); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	if err := s.Start(ctx); err != nil {
@@ -204,6 +208,20 @@ func (s *Server) configure(settings map[string]string) error {
 		write(name, settings[name])
 	}
 	return appendFile(filepath.Join(s.DataDir(), "postgresql.conf"), b.String())
+}
+
+// put writes files into the data folder, for the account that runs the server alone.
+func (s *Server) put(files map[string]string) error {
+	for name, text := range files {
+		path := filepath.Join(s.DataDir(), name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			return err
+		}
+		if err := s.runAs.own(path); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Start starts a stopped server again, on the same port and data. It does nothing when the server runs.
