@@ -85,6 +85,8 @@ func _() {
 		_ func(postgresURI, apmServiceName string) providerOpt = locker.WithPostgresBackend
 		_ func(logger *slog.Logger) providerOpt                = locker.WithLogger
 
+		_ func(f func(c ctx) (string, error)) providerOpt = locker.WithPostgresURI
+
 		_ func(c ctx, order int64) ctx       = locker.ContextWithOrder
 		_ func(c ctx) (order int64, ok bool) = locker.OrderFromContext
 
@@ -233,6 +235,7 @@ var exported = []string{
 	"func WithObserver",
 	"func WithOriginalReplicas",
 	"func WithPostgresBackend",
+	"func WithPostgresURI",
 	"func WithPreemptionTimeout",
 	"func WithSessionTimeout",
 	"func WithTracer",

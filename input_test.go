@@ -199,6 +199,9 @@ func TestInputURIMeaning(t *testing.T) {
 		if want.ConnectTimeout == 0 {
 			want.ConnectTimeout = got.ConnectTimeout
 		}
+		if want.SSLMode == "" {
+			want.SSLMode = pq.SSLModeRequire
+		}
 		if want.ApplicationName == "" { // lib/pq puts the fallback into both
 			want.ApplicationName, want.FallbackApplicationName = got.ApplicationName, got.FallbackApplicationName
 		}
@@ -711,7 +714,7 @@ func TestInputZeroValues(t *testing.T) {
 	require.NotEmpty(t, PostgresEnvLock{}.Columns())
 	require.Len(t, PostgresEnvLock{}.ScanValues(), 3)
 	for _, option := range []LockProviderOption{WithLockTimeout(-1), WithMaxLockDuration(-1), WithPreemptionTimeout(-1),
-		WithSessionTimeout(-1), WithOriginalReplicas(), WithPostgresBackend("", ""), WithLogger(nil), WithObserver(nil)} {
+		WithSessionTimeout(-1), WithOriginalReplicas(), WithPostgresBackend("", ""), WithPostgresURI(nil), WithLogger(nil), WithObserver(nil)} {
 		option(&LockProviderConfig{})
 	}
 	for _, option := range []PreemptiveLockerOption{WithLockDelay(-1), WithAPMServiceName(""), WithTracer(nil)} {

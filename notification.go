@@ -109,6 +109,21 @@ func cleanEvent(event string) string {
 	return event
 }
 
+// storable replaces the characters of a text that a database with the given encoding
+// may be unable to hold (C30): with most encodings all that are not ASCII.
+func storable(text, encoding string) string {
+	if encoding == "UTF8" || encoding == "SQL_ASCII" { // the latter takes any bytes
+		return text
+	}
+	western := encoding == "LATIN1" || encoding == "WIN1252"
+	return strings.Map(func(r rune) rune {
+		if r < 0x80 || western && r >= 0xA0 && r <= 0xFF {
+			return r
+		}
+		return '?'
+	}, text)
+}
+
 // quotedSize is the most bytes that a rune takes in a JSON string.
 func quotedSize(r rune) int {
 	switch {

@@ -105,7 +105,7 @@ func (plp *PostgresLockProvider) Stop(ctx context.Context, repo string, pr uint,
 		var payload strings.Builder
 		encoder := json.NewEncoder(&payload)
 		encoder.SetEscapeHTML(false) // cleanEvent counts < as one byte
-		if err := encoder.Encode(message{LockKey: key, Event: cleanEvent(reason)}); err != nil {
+		if err := encoder.Encode(message{LockKey: key, Event: storable(cleanEvent(reason), l.encoding)}); err != nil {
 			return err
 		}
 		found = true

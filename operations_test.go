@@ -187,7 +187,8 @@ func TestPostgresResetOrder(t *testing.T) {
 // free a successor of the same process (C19).
 func TestPostgresLateRelease(t *testing.T) {
 	t.Parallel()
-	p := pgProvider(t, newDatabase(t))
+	uri := newDatabase(t)
+	p := pgProvider(t, uri)
 	const key = 7
 	l, ch := pgHold(t, p, key, "successor")
 	late := claim{key: key, id: uuid.New(), event: "predecessor"}
@@ -195,7 +196,7 @@ func TestPostgresLateRelease(t *testing.T) {
 	pgReceive(t, "the answer", released.done)
 	require.ErrorIs(t, released.err, ErrLockLost)
 	pgQuiet(t, ch)
-	require.Contains(t, pgHolders(t, pgDB(t, p.session.dsn)), int64(key), "the successor's key was freed")
+	require.Contains(t, pgHolders(t, pgDB(t, uri)), int64(key), "the successor's key was freed")
 	require.NoError(t, l.Unlock(pgBackground))
 }
 

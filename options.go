@@ -1,13 +1,12 @@
 package locker
 
 import (
+	"context"
 	"log/slog"
-	"net/url"
 	"strings"
 	"time"
 	"unicode/utf8"
 
-	"github.com/lib/pq"
 	"github.com/pkg/errors"
 )
 
@@ -41,6 +40,7 @@ type LockProviderConfig struct {
 	originalReplicas  bool
 	postgres          *postgresTarget
 	tracer            Tracer // of all statements, see apmTracer
+	postgresURI       *uriSource
 	logger            *slog.Logger
 	observer          func(Observation)
 }
@@ -117,14 +117,32 @@ func WithOriginalReplicas() LockProviderOption {
 
 // WithPostgresBackend names the PostgreSQL server of a postgres provider, as a
 // URL (postgres://user:password@host/db) or as key=value pairs, in the form
-// that github.com/lib/pq takes. Several hosts may be named, their ports apart
-// from them (postgres://a,b/db?port=5432,6543); the one that takes writes is used,
-// also after a failover. With a non-empty apmServiceName the SQL statements that serve a
-// traced Lock or Release are recorded as Datadog APM spans of that service. In a program
-// that was built with the tag nodatadog such a name is an error.
+// that github.com/lib/pq takes. Several hosts may be named (postgres://a:5432,b:5433/db);
+// the one that takes writes is used, also after a failover. Connections use TLS unless the
+// URI or the environment says otherwise (sslmode). docs/connect.md has all forms. With a
+// non-empty apmServiceName the SQL statements that serve a traced Lock or Release are
+// recorded as Datadog APM spans of that service; in a program that was built with the tag
+// nodatadog such a name is an error. With [WithPostgresURI] the postgresURI is empty.
 func WithPostgresBackend(postgresURI string, apmServiceName string) LockProviderOption {
 	return func(c *LockProviderConfig) {
 		c.postgres = &postgresTarget{uri: postgresURI, serviceName: apmServiceName}
+	}
+}
+
+// WithPostgresURI has a postgres provider ask f for the connection string before each of
+// its connections, for passwords, tokens and addresses that change. f returns what
+// [WithPostgresBackend] takes. It is called concurrently, and has to return when its
+// context is done, 8 s after the call at the latest.
+//
+// An error of f is treated like a server that cannot be reached: claims wait for the end of
+// it, within the lock timeout, and their error has its text. A string that is not valid is
+// an error at first use. When the server has refused a login, f is asked every second. If
+// it returns another string, that is tried immediately, five times in a row at most;
+// otherwise the pause between two attempts grows up to a minute. f is not asked when the
+// provider is made.
+func WithPostgresURI(f func(ctx context.Context) (string, error)) LockProviderOption {
+	return func(c *LockProviderConfig) {
+		c.postgresURI = &uriSource{ask: f, slots: make(chan struct{}, maxAsks)}
 	}
 }
 
@@ -307,58 +325,4 @@ func checkRepo(repo string, pr uint) error {
 		return errors.Errorf("locker: pull request %d is beyond the column's range (%d): put a larger number into the repo, with pull request 0", pr, maxPullRequest)
 	}
 	return nil
-}
-
-// sessionDSN answers the connection string that sessions use: the caller's,
-// with a name for pg_stat_activity, a bound for connecting, arguments in binary and,
-// when several hosts are named, the demand for the one that takes writes. Its errors
-// never quote the string, which may hold a password (C31).
-func sessionDSN(uri string) (string, error) {
-	if strings.TrimSpace(uri) == "" {
-		return "", errors.New("locker: postgres URI is empty")
-	}
-	invalid := errors.New("locker: postgres URI is invalid: want postgres://user:password@host:port/database?sslmode=… or key=value pairs (the value is not shown because it may hold a password)")
-	cfg, err := pq.NewConfig(uri)
-	if err != nil {
-		return "", invalid
-	}
-	for name := range cfg.Runtime { // a URL with another scheme passes for a pair; the server would quote its name
-		if strings.ContainsAny(name, ":/@") {
-			return "", invalid
-		}
-	}
-	extra := url.Values{"binary_parameters": {"yes"}} // see array
-	if cfg.ApplicationName == "" && cfg.FallbackApplicationName == "" {
-		extra.Set("fallback_application_name", applicationName())
-	}
-	if cfg.ConnectTimeout <= 0 {
-		extra.Set("connect_timeout", "5")
-	}
-	if len(cfg.Multi) > 0 && (cfg.TargetSessionAttrs == "" || cfg.TargetSessionAttrs == pq.TargetSessionAttrsAny) {
-		extra.Set("target_session_attrs", string(pq.TargetSessionAttrsReadWrite))
-	}
-	dsn := uri
-	if strings.HasPrefix(uri, "postgres://") || strings.HasPrefix(uri, "postgresql://") {
-		u, err := url.Parse(uri)
-		if err != nil {
-			return "", invalid
-		}
-		q := u.Query()
-		for k, v := range extra {
-			q[k] = v
-		}
-		u.RawQuery = q.Encode()
-		if u.Path == "" {
-			u.Path = "/" // or, without a host, String drops the slashes
-		}
-		dsn = u.String()
-	} else {
-		for k := range extra {
-			dsn += " " + k + "='" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(extra.Get(k)) + "'"
-		}
-	}
-	if _, err := pq.NewConfig(dsn); err != nil {
-		return "", invalid
-	}
-	return dsn, nil
 }

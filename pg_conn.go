@@ -2,8 +2,11 @@ package locker
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"database/sql"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"strings"
@@ -34,8 +37,6 @@ func refused(format string, args ...any) error {
 	return refusedError{errors.Errorf("locker: "+format, args...)}
 }
 
-var errURI = refused("postgres URI is invalid")
-
 // connectError marks the errors of a server that lets the provider in at no time.
 func connectError(err error) error {
 	err = errors.Wrap(err, "locker: connect to postgres")
@@ -45,10 +46,21 @@ func connectError(err error) error {
 			e.Code == "3D000",      // no such database
 			e.Code == "42501",      // no privilege to connect
 			e.Code == "08P01",      // a proxy that refuses the startup packet
-			e.Code == "42704",      // a parameter in the URI that the server does not know
-			e.Code.Class() == "22": // or whose value it does not accept
+			e.Code.Class() == "22": // a value in the URI that the server does not accept
 			return refusedError{err}
+		case e.Code == "42704", e.Code == "55P02": // a parameter that the server does not know, or that a session cannot set
+			return refusedError{errors.WithMessage(err, "locker: a parameter of the postgres URI is no setting of a session")}
 		}
+		return err
+	}
+	var certificate *tls.CertificateVerificationError
+	var authority x509.UnknownAuthorityError
+	var file *fs.PathError
+	switch {
+	case errors.Is(err, pq.ErrSSLNotSupported):
+		return refusedError{errors.WithMessage(err, "locker: TLS is required unless the postgres URI or PGSSLMODE says something else, such as sslmode=disable")}
+	case errors.As(err, &certificate), errors.As(err, &authority), errors.As(err, &file):
+		return refusedError{err}
 	}
 	return err
 }
@@ -81,6 +93,7 @@ type link struct {
 	db         *sql.DB
 	conn       *sql.Conn
 	statements map[string]*sql.Stmt // what was prepared, by text
+	encoding   string               // of the database, see storable
 	clock      float64              // the server's clock at clockAt, see serverTime
 	clockAt    time.Time
 	tracer     Tracer    // of all statements, or nil
@@ -93,11 +106,17 @@ type link struct {
 }
 
 // openLink connects and sets the connection up.
-func openLink(ctx context.Context, dsn string, tracer Tracer, timeout time.Duration) (_ *link, err error) {
-	l := &link{statements: map[string]*sql.Stmt{}, tracer: tracer}
-	connector, err := pq.NewConnector(dsn)
+func openLink(ctx context.Context, dsn dsnFunc, tracer Tracer, timeout time.Duration) (_ *link, err error) {
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	uri, err := dsn(ctx)
 	if err != nil {
-		return nil, errURI
+		return nil, err
+	}
+	l := &link{statements: map[string]*sql.Stmt{}, tracer: tracer}
+	connector, err := pq.NewConnector(uri)
+	if err != nil { // the environment or the service file has changed
+		return nil, refusedError{invalidURI(err)}
 	}
 	connector.Dialer(l)
 	l.db = sql.OpenDB(connector)
@@ -106,15 +125,27 @@ func openLink(ctx context.Context, dsn string, tracer Tracer, timeout time.Durat
 			l.close()
 		}
 	}()
-	ctx, cancel := context.WithTimeout(ctx, openTimeout)
-	defer cancel()
 	defer context.AfterFunc(ctx, l.kill)()
 	if l.conn, err = l.db.Conn(ctx); err != nil {
 		return nil, connectError(err)
 	}
-	l.server = l.leadsTo(dsn)
-	_, err = l.conn.ExecContext(context.WithoutCancel(ctx), settings(timeout))
-	return l, errors.Wrap(err, "locker: set up connection")
+	l.server = l.leadsTo(uri)
+	if _, err = l.conn.ExecContext(context.WithoutCancel(ctx), settings(timeout)); err == nil {
+		err = l.conn.QueryRowContext(context.WithoutCancel(ctx), sqlEncoding).Scan(&l.encoding)
+	}
+	if err != nil {
+		return nil, setUpError(err)
+	}
+	return l, nil
+}
+
+// setUpError explains the error of a connection's first statement. A pool lets clients in
+// before it has a server session for them.
+func setUpError(err error) error {
+	if late := noAnswerError(0); errors.As(err, &late) || errors.Is(err, os.ErrDeadlineExceeded) {
+		return errors.New("locker: no answer to the first statement of a connection: is a pool in between used up? A provider needs up to four connections")
+	}
+	return errors.Wrap(err, "locker: set up connection")
 }
 
 // check proves that the server can carry a session, except for NOTIFY, and creates
@@ -292,9 +323,15 @@ type line struct {
 // openLine connects, sets the connection up, and takes the advisory lock if it is not
 // zero. heard is called with the payload of each notification, by one goroutine that
 // ends with the connection.
-func openLine(ctx context.Context, dsn string, timeout time.Duration, lock int64, heard func(payload string)) (*line, error) {
+func openLine(ctx context.Context, dsn dsnFunc, timeout time.Duration, lock int64, heard func(payload string)) (*line, error) {
+	bound, cancel := context.WithTimeout(ctx, openTimeout)
+	uri, err := dsn(bound)
+	cancel()
+	if err != nil {
+		return nil, err
+	}
 	notifications := make(chan *pq.Notification, 64)
-	conn, err := pq.NewListenerConn(dsn, notifications)
+	conn, err := pq.NewListenerConn(uri, notifications)
 	if err != nil {
 		return nil, connectError(err)
 	}
@@ -312,7 +349,7 @@ func openLine(ctx context.Context, dsn string, timeout time.Duration, lock int64
 	}
 	if err := l.exec(openTimeout, query); err != nil {
 		l.close()
-		return nil, errors.Wrap(err, "locker: set up connection")
+		return nil, setUpError(err)
 	}
 	return l, nil
 }
@@ -322,10 +359,15 @@ func (l *line) exec(d time.Duration, query string) error {
 	limit := time.AfterFunc(d, l.end)
 	executed, err := l.conn.ExecSimpleQuery(query)
 	if !limit.Stop() && !executed {
-		return errors.Errorf("no answer within %v", d)
+		return noAnswerError(d)
 	}
 	return err
 }
+
+// noAnswerError is how long a statement was not answered.
+type noAnswerError time.Duration
+
+func (e noAnswerError) Error() string { return fmt.Sprintf("no answer within %v", time.Duration(e)) }
 
 // await waits for the next tick, and meanwhile calls what do has passed to it. It
 // reports whether there is no tick to wait for, because ctx has ended, or the
@@ -375,6 +417,12 @@ func applicationName() string {
 }
 
 var (
-	hostName, _ = os.Hostname() // "" where the system has none
-	processID   = os.Getpid()
+	hostName  = asciiHostName()
+	processID = os.Getpid()
 )
+
+// asciiHostName returns the machine's name, in characters that every database can hold.
+func asciiHostName() string {
+	name, _ := os.Hostname() // "" where the system has none
+	return storable(name, "")
+}

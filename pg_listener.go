@@ -13,12 +13,14 @@ import (
 // depends on it.
 func (s *session) keepListener() {
 	first, down := true, false
+	way := &way{ask: s.dsn}
 	s.keep(kept{
 		name:    "listener",
 		wake:    s.listen,
+		way:     way,
 		allowed: s.isAdmitted,
 		open: func() (*line, error) {
-			l, err := openLine(s.ctx, s.dsn, s.conf.sessionTimeout, 0, s.heard)
+			l, err := openLine(s.ctx, way.dsn, s.conf.sessionTimeout, 0, s.heard)
 			if err != nil {
 				return nil, err
 			}
@@ -137,8 +139,8 @@ func (s *session) roundTrip(ctx context.Context, stop <-chan struct{}, send func
 
 // proveNotify proves that notifications that the workers' connections send arrive
 // at the listener.
-func (s *session) proveNotify() error {
-	l, err := openLink(s.ctx, s.dsn, nil, s.conf.sessionTimeout)
+func (s *session) proveNotify(way *way) error {
+	l, err := openLink(s.ctx, way.dsn, nil, s.conf.sessionTimeout)
 	if err != nil {
 		return err
 	}

@@ -36,7 +36,7 @@ const (
 // waits or holds. If one of them is lost, it connects again. All goroutines start
 // with the first operation and end with close.
 type session struct {
-	dsn     string
+	dsn     dsnFunc
 	conf    LockProviderConfig
 	log     *slog.Logger
 	hub     *hub
@@ -77,7 +77,7 @@ type session struct {
 	stop    context.CancelFunc
 }
 
-func newSession(dsn string, conf LockProviderConfig) *session {
+func newSession(dsn dsnFunc, conf LockProviderConfig) *session {
 	s := &session{
 		dsn:    dsn,
 		conf:   conf,
@@ -168,6 +168,7 @@ func (s *session) close() {
 type kept struct {
 	name    string
 	wake    <-chan struct{}
+	way     *way
 	allowed func() bool // to be opened; when that changes, wake is signaled
 	open    func() (*line, error)
 	serve   func(*line) error                    // until it fails, or s.ctx ends
@@ -195,6 +196,7 @@ func (s *session) keep(k kept) {
 			err = k.serve(l)
 			l.close()
 			wait = backoff{}
+			k.way.connected()
 			if time.Since(opened) < reopenMax { // it does not last
 				pause = wait.next(err, s.urgent())
 			}
@@ -217,9 +219,12 @@ func (s *session) keep(k kept) {
 			failing = true
 			k.failed(err, pause)
 		}
-		select {
-		case <-time.After(pause):
-		case <-s.ctx.Done():
+		if k.way.rest(s.ctx, pause, err) {
+			s.mu.Lock()
+			s.retryAt = time.Time{}
+			s.mu.Unlock()
+		}
+		if s.ctx.Err() != nil {
 			return
 		}
 	}
@@ -279,12 +284,14 @@ func isRefusal(err error) bool {
 // keepSession keeps the session's own connection.
 func (s *session) keepSession() {
 	var ref sessionRef
+	way := &way{ask: s.dsn}
 	s.keep(kept{
 		name:    "session",
 		wake:    s.work,
+		way:     way,
 		allowed: func() bool { return true },
 		open: func() (l *line, err error) {
-			l, ref, err = s.openOwn()
+			l, ref, err = s.openOwn(way)
 			return l, err
 		},
 		serve: func(l *line) error {
@@ -329,20 +336,20 @@ func (s *session) refuse(err error, pause time.Duration) {
 
 // openOwn opens the session's connection and makes the session known with a new
 // advisory lock: from the commit of its row on, others see it live.
-func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
+func (s *session) openOwn(way *way) (_ *line, ref sessionRef, err error) {
 	s.mu.Lock()
 	proven, prepared := s.proven, s.prepared
 	s.connections++
 	connection := s.connections
 	s.mu.Unlock()
 	if !prepared {
-		if err := s.prepare(); err != nil {
+		if err := s.prepare(way); err != nil {
 			return nil, ref, err
 		}
 	}
 	ref, _ = s.trust.current()
 	ref.lock = randomKey()
-	l, err := openLine(s.ctx, s.dsn, s.conf.sessionTimeout, ref.lock, func(string) {})
+	l, err := openLine(s.ctx, way.dsn, s.conf.sessionTimeout, ref.lock, func(string) {})
 	if err != nil {
 		return nil, ref, err
 	}
@@ -376,7 +383,7 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 		return nil, ref, errors.Wrap(err, "locker: write the session's row")
 	}
 	if !proven {
-		if err := s.proveNotify(); err != nil {
+		if err := s.proveNotify(way); err != nil {
 			return nil, ref, err
 		}
 	}
@@ -397,8 +404,8 @@ func (s *session) openOwn() (_ *line, ref sessionRef, err error) {
 }
 
 // prepare checks the server and creates the schema, on a connection of its own.
-func (s *session) prepare() error {
-	l, err := openLink(s.ctx, s.dsn, nil, s.conf.sessionTimeout)
+func (s *session) prepare(way *way) error {
+	l, err := openLink(s.ctx, way.dsn, nil, s.conf.sessionTimeout)
 	if err != nil {
 		return err
 	}
@@ -406,7 +413,15 @@ func (s *session) prepare() error {
 	ctx, cancel := context.WithTimeout(context.Background(), openTimeout)
 	defer cancel()
 	defer context.AfterFunc(s.ctx, l.kill)()
-	return l.check(ctx)
+	if err := l.check(ctx); err != nil {
+		return err
+	}
+	var repo string
+	var pull int64
+	_ = l.each(ctx, sqlTwins, nil, []any{&repo, &pull}, func() { // a table that is too large to look through is fine
+		s.log.Error("locker: two rows for one pull request", slog.String("repo", repo), slog.Int64("pull_request", pull))
+	})
+	return nil
 }
 
 // unprepare has the schema looked after before the session is opened again.

@@ -208,6 +208,16 @@ WHERE x.lock = ANY ($1::bigint[]) AND pg_try_advisory_xact_lock_shared(x.lock)
 SELECT pg_notify('` + notifyChannel + `', $3) FROM env_lock_sessions x
 WHERE x.id = $1::bigint AND x.lock = $2::bigint AND NOT pg_try_advisory_xact_lock_shared(x.lock)
 FOR UPDATE`
+	// A pull request with two rows, if there is one: an index whose order is not that of
+	// the collation any longer does not find a row. It reads the table, not that index, and
+	// nothing at all if the order cannot change.
+	sqlTwins = `
+SELECT e.repo COLLATE "C", e.pull_request FROM env_locks e
+WHERE (SELECT a.attcollation FROM pg_attribute a WHERE a.attrelid = to_regclass('env_locks') AND a.attname = 'repo')
+    NOT IN (SELECT c.oid FROM pg_collation c WHERE c.collname IN ('C', 'POSIX'))
+GROUP BY e.repo COLLATE "C", e.pull_request HAVING min(e.lock_key) <> max(e.lock_key) LIMIT 1`
+
+	sqlEncoding = `SHOW server_encoding`
 
 	sqlNotify = `SELECT pg_notify('` + notifyChannel + `', $1)`
 

@@ -99,6 +99,9 @@ func lookupKeys(ctx context.Context, l *link, batch []*op) error {
 		var key int64
 		err := l.each(ctx, sqlLookup, []any{repos, prs}, []any{&ord, &key}, func() {
 			o := todo[ord-1]
+			if o.found {
+				o.err = errors.Errorf("locker: env_locks has two rows for the pull request, with the keys %d and %d: see \"Two rows for one pull request\" in docs/operations.md", o.key, key)
+			}
 			o.key, o.found = key, true
 		})
 		if err != nil {
@@ -122,7 +125,7 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 		if err != nil {
 			return err
 		}
-		text, args := announceArgs(ref, batch, quiet, func(t time.Time) float64 { return clock - now.Sub(t).Seconds() })
+		text, args := announceArgs(ref, batch, quiet, l.encoding, func(t time.Time) float64 { return clock - now.Sub(t).Seconds() })
 		var taken, unflushed bool
 		var key, number int64
 		var token sql.NullInt64
@@ -159,7 +162,7 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 // announceArgs are the statement by which the claims of a batch that are not found
 // yet are announced, and its arguments. An array that is too short goes on with NULLs,
 // and hardly any claim needs the orders and the repeats.
-func announceArgs(ref sessionRef, batch []*op, quiet bool, serverTime func(time.Time) float64) (string, []any) {
+func announceArgs(ref sessionRef, batch []*op, quiet bool, encoding string, serverTime func(time.Time) float64) (string, []any) {
 	n := len(batch)
 	keys, ids := newArray(oid.T_int8, n, 8), newArray(oid.T_uuid, n, len(uuid.UUID{}))
 	events, repos := newArray(oid.T_text, n, 32), newArray(oid.T_text, n, 32)
@@ -174,7 +177,7 @@ func announceArgs(ref sessionRef, batch []*op, quiet bool, serverTime func(time.
 		keys.addInt64(o.req.key)
 		ids.addUUID(o.req.id)
 		repo, pr := o.pull.columns()
-		events.addText(o.req.event)
+		events.addText(storable(o.req.event, encoding))
 		repos.addText(repo)
 		pulls.addInt32(pr)
 		takes.addBool(o.take)
@@ -283,7 +286,7 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 		claims.addInt64(o.req.standing.number)
 		claimIDs.addUUID(o.req.standing.id)
 		firsts.addBool(o.req.first)
-		events.addText(o.req.event)
+		events.addText(storable(o.req.event, l.encoding))
 		if s.watches.over(o.req.blocker) {
 			dead.addAt(i, oid.T_int8).addInt64(o.req.blocker)
 		}

@@ -239,10 +239,11 @@ type worker struct {
 	batch []*op  // in flight; the next one is made in the same place
 	keys  map[int64]bool
 	wait  backoff
+	way   way
 }
 
 func newWorker(s *session) *worker {
-	w := &worker{session: s, wake: make(chan struct{}, 1), done: make(chan struct{}), keys: map[int64]bool{}}
+	w := &worker{session: s, wake: make(chan struct{}, 1), done: make(chan struct{}), keys: map[int64]bool{}, way: way{ask: s.dsn}}
 	w.ctx, w.cancel = context.WithCancel(context.Background())
 	return w
 }
@@ -426,7 +427,7 @@ func (w *worker) open(batch []*op) *link {
 	if l != nil {
 		return l
 	}
-	l, err := openLink(w.ctx, s.dsn, s.conf.tracer, s.conf.sessionTimeout)
+	l, err := openLink(w.ctx, w.way.dsn, s.conf.tracer, s.conf.sessionTimeout)
 	s.mu.Lock()
 	if err == nil && w.ctx.Err() != nil {
 		l.kill()
@@ -450,12 +451,7 @@ func (w *worker) open(batch []*op) *link {
 
 // pause waits before the next attempt to connect.
 func (w *worker) pause(err error) {
-	end := time.NewTimer(w.wait.next(err, w.session.urgent()))
-	defer end.Stop()
-	select {
-	case <-end.C:
-	case <-w.ctx.Done():
-	}
+	w.way.rest(w.ctx, w.wait.next(err, w.session.urgent()), err)
 }
 
 // hangUp closes the worker's connection.
@@ -488,6 +484,7 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 	switch {
 	case err == nil && !late:
 		w.wait = backoff{}
+		w.way.connected()
 		w.finish(batch)
 	case late || broken(err):
 		// A commit that was canceled is not known to have reached a standby, so even an

@@ -81,10 +81,7 @@ func (el PostgresEnvLock) ScanValues() []interface{} {
 var errProviderZero = errors.New("locker: PostgresLockProvider was not made by NewLockProvider")
 
 func newPostgresLockProvider(conf LockProviderConfig) (*PostgresLockProvider, error) {
-	if conf.postgres == nil {
-		return nil, errors.New("locker: the postgres provider needs WithPostgresBackend")
-	}
-	dsn, err := sessionDSN(conf.postgres.uri)
+	dsn, err := dsnOf(&conf)
 	if err != nil {
 		return nil, err
 	}
@@ -150,7 +147,8 @@ func (plp *PostgresLockProvider) Close() error {
 //	var c LockProviderConfig
 //	WithLockTimeout(time.Minute)(&c)
 //
-// A WithPostgresBackend in it names only the APM service; connInfo is what counts.
+// A WithPostgresBackend in it names only the APM service; connInfo is what counts. A
+// WithPostgresURI in it is an error.
 func NewPostgresLock(ctx context.Context, db *sqlx.DB, key int64, connInfo, message string, conf LockProviderConfig) (pl *PostgresLock, err error) {
 	if ctx == nil {
 		return nil, errContextNil
@@ -162,7 +160,10 @@ func NewPostgresLock(ctx context.Context, db *sqlx.DB, key int64, connInfo, mess
 	if err != nil {
 		return nil, err
 	}
-	dsn, err := sessionDSN(connInfo)
+	if conf.postgresURI != nil {
+		return nil, errors.New("locker: NewPostgresLock takes no WithPostgresURI: use a provider")
+	}
+	dsn, err := staticDSN(connInfo)
 	if err != nil {
 		return nil, errors.WithMessage(err, "locker: connInfo")
 	}

@@ -1135,7 +1135,7 @@ func TestPostgresRefused(t *testing.T) {
 		}
 		uri, err := server.CreateDatabase(pgBackground, "pgbouncer")
 		require.NoError(t, err)
-		refusal(t, throughAddress(t, uri, pgBouncer(t, program, uri)), "a proxy", "connect to PostgreSQL directly", "session mode")
+		refusal(t, throughAddress(t, uri, pgBouncer(t, program, uri, "transaction", "")), "a proxy", "connect to PostgreSQL directly", "session mode")
 	})
 
 	t.Run("C27 foreign tables", func(t *testing.T) {
@@ -1147,8 +1147,8 @@ func TestPostgresRefused(t *testing.T) {
 	})
 }
 
-// pgBouncer starts PgBouncer in transaction mode and returns its address.
-func pgBouncer(t testing.TB, program, uri string) string {
+// pgBouncer starts PgBouncer in a pool mode, with further settings, and returns its address.
+func pgBouncer(t testing.TB, program, uri, mode, settings string) string {
 	t.Helper()
 	free, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
@@ -1167,9 +1167,10 @@ listen_port = %d
 unix_socket_dir =
 auth_type = trust
 auth_file = %s
-pool_mode = transaction
+pool_mode = %s
 ignore_startup_parameters = extra_float_digits
-`, target.Hostname(), target.Port(), address.Port, users), 0o644))
+%s
+`, target.Hostname(), target.Port(), address.Port, users, mode, settings), 0o644))
 	args := []string{config}
 	if os.Geteuid() == 0 { // it refuses to be root
 		args = append([]string{"-u", "nobody"}, args...)
