@@ -397,6 +397,8 @@ var statementNames = map[string]string{
 	sqlWait:            "wait",
 	sqlRelease:         "release keys",
 	sqlTime:            "ask for the time",
+	sqlTwins:           "look for twins",
+	sqlEncoding:        "ask for the encoding",
 	sqlPing:            "ping",
 	sqlResetOrder:      "reset order",
 	sqlNotify:          "notify",
