@@ -398,7 +398,6 @@ var statementNames = map[string]string{
 	sqlRelease:         "release keys",
 	sqlTime:            "ask for the time",
 	sqlTwins:           "look for twins",
-	sqlEncoding:        "ask for the encoding",
 	sqlPing:            "ping",
 	sqlResetOrder:      "reset order",
 	sqlNotify:          "notify",

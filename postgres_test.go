@@ -1622,7 +1622,7 @@ func TestPostgresNotifyByHand(t *testing.T) {
 	_, waiting := pgWait(t, p, 8, "waiter")
 
 	for _, payload := range []string{
-		``, `garbage`, `null`, `[]`, `8`, `"8"`, `{}`, `{"event":"no key"}`, `{"lockKey":null,"event":"x"}`, `{"lockKey":"8","event":"x"}`,
+		``, `garbage`, `null`, `[]`, `8`, `"8"`, `{}`, `{"event":"no key"}`, `{"lockKey":null,"event":"x"}`, `{"lockKey":"eight","event":"x"}`, `{"lockKey":"","event":"x"}`,
 		`{"lockKey":8.5}`, `{"lockKey":99999999999999999999}`, `{"kind":"foreign","lockKey":8,"event":"x"}`, `{"kind":5,"lockKey":8}`,
 		`{"kind":"check","id":"00000000-0000-0000-0000-000000000000"}`, `{"kind":"released","lockKey":8}`, `{"kind":"released","lockKey":-7}`,
 		`{"kind":"claim","lockKey":8,"id":"nonsense","claim":99999}`, `{"lockKey":9,"event":"no one has this key"}`,
