@@ -471,7 +471,7 @@ func (s *session) rest(ref sessionRef) bool {
 	inUse := s.wanted()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if now := time.Now(); inUse || s.queuedLocked() > 0 || s.disk.busy || s.swift.busy {
+	if now := time.Now(); inUse || s.queuedLocked() > 0 || !s.disk.begun.IsZero() || !s.swift.begun.IsZero() {
 		s.used = now
 		return false
 	} else if now.Sub(s.used) < s.conf.idleTimeout {

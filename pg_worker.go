@@ -15,7 +15,9 @@ import (
 )
 
 const (
-	maxBatch = 512 // operations in one statement
+	maxBatch    = 512                   // operations in one statement
+	fewOps      = 16                    // see together
+	maxTogether = 20 * time.Millisecond // see together
 
 	repeatMin = 100 * time.Millisecond // before an operation that the server rejected is repeated, doubled with each
 	repeatMax = 2 * time.Second
@@ -229,14 +231,16 @@ type worker struct {
 
 	// Guarded by the session's mu.
 	queues  [opKinds][]*op
-	busy    bool  // a batch is in flight
-	link    *link // nil: none is open
-	trouble error // why the connection could not be opened the last time
-	ended   bool  // run has ended
+	begun   time.Time // when the batch in flight was taken; zero: there is none
+	link    *link     // nil: none is open
+	trouble error     // why the connection could not be opened the last time
+	ended   bool      // run has ended
 
 	// The goroutine's own.
-	next  opKind // whose turn it is
-	batch []*op  // in flight; the next one is made in the same place
+	next  opKind    // whose turn it is
+	waits time.Time // see together: the batch that is waited for, and for how long
+	until time.Time
+	batch []*op // in flight; the next one is made in the same place
 	keys  map[int64]bool
 	wait  backoff
 	way   way
@@ -363,9 +367,14 @@ func (w *worker) take() (batch []*op, ref sessionRef, wait time.Duration, over b
 	batch = w.batch[:0]
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	defer func() { w.busy = len(batch) > 0 }()
+	w.begun = time.Time{}
 	if w.ctx.Err() != nil {
 		return nil, ref, 0, true
+	}
+	if w == s.disk {
+		signal(s.swift.wake) // it may have waited
+	} else if pause := w.together(now); pause > 0 {
+		return nil, ref, pause, false
 	}
 	ref, connected := s.trust.current()
 	ready := s.proven && (connected || w == s.swift && s.admitted)
@@ -399,6 +408,9 @@ func (w *worker) take() (batch []*op, ref sessionRef, wait time.Duration, over b
 		}
 	}
 	w.batch = batch
+	if len(batch) > 0 {
+		w.begun = now
+	}
 	slices.SortFunc(batch, func(a, b *op) int {
 		if a.kind == opLookup && b.kind == opLookup { // no keys yet
 			return cmp.Or(cmp.Compare(a.pull.repo, b.pull.repo), cmp.Compare(a.pull.pr, b.pull.pr))
@@ -407,6 +419,21 @@ func (w *worker) take() (batch []*op, ref sessionRef, wait time.Duration, over b
 	})
 	over = s.closing && (w.queuedLocked() == 0 && (w == s.disk || s.disk.ended) || !s.proven)
 	return batch, ref, wait, len(batch) == 0 && over
+}
+
+// together returns how long the swift worker waits for the statement of the disk's, if it
+// has only little to do: the callers that get their results then come with their
+// releases, and go on in step, so that a statement serves all of them. Many providers
+// with few callers each would otherwise spend their time on small statements.
+func (w *worker) together(now time.Time) time.Duration {
+	begun := w.session.disk.begun
+	if begun.IsZero() || w.queuedLocked() == 0 || w.queuedLocked() >= fewOps {
+		return 0
+	}
+	if w.waits != begun {
+		w.waits, w.until = begun, now.Add(maxTogether)
+	}
+	return max(0, w.until.Sub(now))
 }
 
 // hangUpAfter is how long a worker keeps its connection without work.

@@ -26,15 +26,24 @@ func (b *bench) cycle() {
 		alternating.round(b.count(400), 1, ours, floor)
 		blocks.round(b.count(400), b.count(400), ours, floor)
 	}
-	add := func(name string, c *comparison, t *target) {
+	makeRows(uri, 1)
+	rows := newRowPair(uri)
+	defer rows.close()
+	durable := newComparison()
+	for range 15 {
+		durable.round(b.count(400), 1, ours, func() { check(rows.run(0)) })
+	}
+	add := func(name, what string, c *comparison, t *target) {
 		b.result.add(row{
 			Group: "One lock, uncontended", Name: name, Unit: "ms", Ours: c.ours.figure(), Floor: c.floor.figure(),
-			What: "pg_advisory_lock + unlock", Ratio: c.ratio(), Target: t,
+			What: what, Ratio: c.ratio(), Target: t,
 		})
 	}
-	add("Lock + Release, alternating with the floor", alternating, ratioAtMost(4.2))
+	const raw2 = "pg_advisory_lock + unlock"
+	add("Lock + Release, alternating with the floor", raw2, alternating, ratioAtMost(4.2))
+	add("the same to a raw lock in a row, which is durable", "two one-row UPDATEs, one flush", durable, nil)
 	// A backend that does nothing else stays in the processor's caches and answers faster.
-	add("Lock + Release, each many times in a row", blocks, nil)
+	add("Lock + Release, each many times in a row", raw2, blocks, nil)
 }
 
 // pause lets everything come to rest before a sample, ours or the floor's.

@@ -64,7 +64,8 @@ func newUpdate(uri, synchronousCommit string) *statement {
 	return s
 }
 
-// rawPair is one connection that locks and unlocks an advisory lock.
+// rawPair is one connection that runs two statements in turns: it locks and unlocks an
+// advisory lock, or takes and gives back a row.
 type rawPair struct {
 	db           *sql.DB
 	conn         *sql.Conn
@@ -72,13 +73,34 @@ type rawPair struct {
 }
 
 func newRawPair(uri string) *rawPair {
+	return newPair(uri, "SELECT pg_advisory_lock($1)", "SELECT pg_advisory_unlock($1)")
+}
+
+// newRowPair is a pair that takes and gives back a row: the commit of the first waits
+// for the disk, as that of every lock has to whose token must not be given out twice.
+// The rows are there once makeRows has been called.
+func newRowPair(uri string) *rawPair {
+	return newPair(uri, "UPDATE bench_rows SET n = n + 1 WHERE id = $1",
+		"UPDATE bench_rows SET n = n + 1 WHERE id = $1 RETURNING set_config('synchronous_commit', 'off', true)")
+}
+
+// makeRows makes the rows of newRowPair, from 0 on.
+func makeRows(uri string, n int) {
+	db := openDB(uri, 1)
+	defer func() { _ = db.Close() }()
+	_, err := db.Exec(fmt.Sprintf("CREATE TABLE bench_rows (id bigint PRIMARY KEY, n bigint) WITH (fillfactor = 50); "+
+		"INSERT INTO bench_rows SELECT i, 0 FROM generate_series(0, %d) AS i", n-1))
+	check(err)
+}
+
+func newPair(uri, lock, unlock string) *rawPair {
 	ctx := context.Background()
 	r := &rawPair{db: openDB(uri, 1)}
 	var err1, err2, err3 error
 	r.conn, err1 = r.db.Conn(ctx)
 	check(err1)
-	r.lock, err2 = r.conn.PrepareContext(ctx, "SELECT pg_advisory_lock($1)")
-	r.unlock, err3 = r.conn.PrepareContext(ctx, "SELECT pg_advisory_unlock($1)")
+	r.lock, err2 = r.conn.PrepareContext(ctx, lock)
+	r.unlock, err3 = r.conn.PrepareContext(ctx, unlock)
 	check(errors.Join(err2, err3))
 	return r
 }
@@ -102,10 +124,10 @@ type rawPool struct {
 	free chan *rawPair
 }
 
-func newRawPool(uri string, n int) *rawPool {
+func newRawPool(uri string, n int, pair func(uri string) *rawPair) *rawPool {
 	p := &rawPool{free: make(chan *rawPair, n)}
 	for range n {
-		r := newRawPair(uri)
+		r := pair(uri)
 		p.all = append(p.all, r)
 		p.free <- r
 	}

@@ -18,7 +18,7 @@ func (b *bench) throughput() {
 	defer func() { _ = p.Close() }()
 	f := newFactory(p)
 	check(each(1024, func(i int) error { return cycle(b.ctx, f, uint(i)) })) // makes the rows
-	pool := newRawPool(uri, pooled)
+	pool := newRawPool(uri, pooled, newRawPair)
 	floor := func(workers int, d time.Duration) float64 {
 		return perSecond(workers, d, func(i int) error { return pool.run(int64(i)) })
 	}
@@ -48,10 +48,11 @@ func (b *bench) throughput() {
 	}
 
 	pool.close()
+	makeRows(uri, 256)
 	for _, n := range []int{4, 16} {
-		var r rates
+		var r, durable rates
 		for range 3 {
-			b.severalProviders(uri, n, d, &r)
+			b.severalProviders(uri, n, d, &r, &durable)
 		}
 		var t *target
 		if n == 16 {
@@ -59,13 +60,15 @@ func (b *bench) throughput() {
 		}
 		add("Cycles a second, several providers", fmt.Sprintf("256 workers on %d providers", n), n, r,
 			fmt.Sprintf("pairs on %d connections", pooled), t)
+		add("Cycles a second, several providers", "the same to raw locks in rows, which are durable", n, durable,
+			fmt.Sprintf("two one-row UPDATEs, one flush, on %d connections", pooled), nil)
 	}
 	b.fights(d)
 }
 
-// severalProviders is one round of n providers and then of raw pairs. Both together need more connections than a stock server
-// has, so each side connects anew.
-func (b *bench) severalProviders(uri string, n int, d time.Duration, r *rates) {
+// severalProviders is one round of n providers, then of raw pairs, and then of raw pairs that are durable. Together they need more
+// connections than a stock server has, so each side connects anew.
+func (b *bench) severalProviders(uri string, n int, d time.Duration, r, durable *rates) {
 	const workers = 256
 	var many []*locker.PostgresLockProvider
 	var factories []locker.PreemptiveLockerFactory
@@ -77,15 +80,21 @@ func (b *bench) severalProviders(uri string, n int, d time.Duration, r *rates) {
 	work := func(w int) error { return cycle(b.ctx, factories[w%n], uint(w+1)) }
 	check(parallel(workers, work)) // connects, however long that takes
 	perSecond(workers, d/4, work)  // warms up
-	r.ours = append(r.ours, perSecond(workers, d, work))
+	ours := perSecond(workers, d, work)
 	for _, p := range many {
 		check(p.Close())
 	}
-	pool := newRawPool(uri, pooled)
-	defer pool.close()
-	pair := func(w int) error { return pool.run(int64(w)) }
-	perSecond(workers, d/4, pair)
-	r.floor = append(r.floor, perSecond(workers, d, pair))
+	for _, f := range []struct {
+		pair func(string) *rawPair
+		to   *rates
+	}{{newRawPair, r}, {newRowPair, durable}} {
+		pool := newRawPool(uri, pooled, f.pair)
+		pair := func(w int) error { return pool.run(int64(w)) }
+		perSecond(workers, d/4, pair)
+		f.to.ours = append(f.to.ours, ours)
+		f.to.floor = append(f.to.floor, perSecond(workers, d, pair))
+		pool.close()
+	}
 }
 
 // fights: on each key two workers at two providers take the key from each other for ever.
