@@ -372,7 +372,9 @@ func (w *worker) take() (batch []*op, ref sessionRef, wait time.Duration, over b
 		return nil, ref, 0, true
 	}
 	if w == s.disk {
-		signal(s.swift.wake) // it may have waited
+		if s.swift.queuedLocked() > 0 { // it may have waited
+			signal(s.swift.wake)
+		}
 	} else if pause := w.together(now); pause > 0 {
 		return nil, ref, pause, false
 	}
