@@ -313,6 +313,18 @@ func pgCluster(t testing.TB, options pgserver.Options) *pgserver.Server {
 	return s
 }
 
+// pgStandby makes a standby of a server of the test's own.
+func pgStandby(t testing.TB, primary *pgserver.Server, options pgserver.StandbyOptions) *pgserver.Server {
+	t.Helper()
+	s, err := primary.Standby(pgBackground, options)
+	if errors.Is(err, pgserver.ErrNoBinaries) {
+		t.Skip(err)
+	}
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	return s
+}
+
 // pgLog collects what a provider logs.
 type pgLog struct {
 	mu   sync.Mutex // guards text
@@ -1080,12 +1092,7 @@ func TestPostgresRefused(t *testing.T) {
 	t.Run("C27 standby, and the primary beside it", func(t *testing.T) {
 		t.Parallel()
 		primary := pgCluster(t, pgserver.Options{})
-		if _, err := os.Stat(filepath.Join(primary.BinDir(), "pg_basebackup")); err != nil {
-			t.Skip("these server programs came without pg_basebackup:", err)
-		}
-		standby, err := primary.Standby(pgBackground, pgserver.StandbyOptions{})
-		require.NoError(t, err)
-		t.Cleanup(func() { assert.NoError(t, standby.Close()) })
+		standby := pgStandby(t, primary, pgserver.StandbyOptions{})
 		refusal(t, standby.URI("postgres"), "read-only", "primary")
 
 		for _, both := range []string{

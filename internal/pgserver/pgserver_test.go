@@ -90,6 +90,14 @@ func mustNot(t *testing.T, err error) {
 	}
 }
 
+// skipWithout skips a test whose server programs came without pg_basebackup.
+func skipWithout(t *testing.T, err error) {
+	t.Helper()
+	if errors.Is(err, ErrNoBinaries) {
+		t.Skip(err)
+	}
+}
+
 func exists(pid int) bool { return syscall.Kill(pid, 0) == nil }
 
 func TestStockServer(t *testing.T) {
@@ -217,6 +225,7 @@ func TestPassword(t *testing.T) {
 		t.Error("the password file is still there")
 	}
 	standby, err := s.Standby(t.Context(), StandbyOptions{})
+	skipWithout(t, err)
 	mustNot(t, err)
 	mustNot(t, standby.Close())
 }
@@ -228,6 +237,7 @@ func TestStandbyAndPromote(t *testing.T) {
 		standby, err := primary.Standby(t.Context(), StandbyOptions{
 			Synchronous: synchronous, Config: map[string]string{"max_connections": "120"},
 		})
+		skipWithout(t, err)
 		mustNot(t, err)
 		t.Cleanup(func() { mustNot(t, standby.Close()) })
 		if standby.Port() == primary.Port() || ask(t, standby.URI("postgres"), "SHOW max_connections") != "120" {

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"os"
+	"path/filepath"
 	"time"
 )
 
@@ -18,10 +20,14 @@ type StandbyOptions struct {
 }
 
 // Standby makes a read-only streaming copy of the running server and starts it. It returns when the standby follows, for a
-// synchronous one when commits wait for it. To end that, Set the primary's synchronous_standby_names to "".
+// synchronous one when commits wait for it. To end that, Set the primary's synchronous_standby_names to "". Without pg_basebackup it
+// returns an error that matches ErrNoBinaries.
 func (s *Server) Standby(ctx context.Context, opts StandbyOptions) (*Server, error) {
 	if s.PID() == 0 {
 		return nil, ErrNotRunning
+	}
+	if _, err := os.Stat(filepath.Join(s.binDir, "pg_basebackup")); err != nil { // the npm packages have only what a server needs
+		return nil, fmt.Errorf("%w: no pg_basebackup in %s", ErrNoBinaries, s.binDir)
 	}
 	inherited := s.opts
 	inherited.BinDir, inherited.Port = s.binDir, opts.Port
