@@ -769,7 +769,7 @@ func migrationOverview(m *migration) {
 // without (C2).
 func migrationByHand(m *migration) {
 	for pr, provider := range []func(...LockProviderOption) *PostgresLockProvider{m.provider, m.plain} {
-		p := provider(WithLockTimeout(3*time.Second))
+		p := provider(WithLockTimeout(3 * time.Second))
 		key, err := p.LockKey(context.Background(), "hand", uint(pr))
 		require.NoError(m, err)
 		hand, err := m.db.Conn(context.Background())
