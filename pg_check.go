@@ -13,17 +13,19 @@ import (
 func (s *session) lookAfterRows(ref sessionRef, beats int) {
 	holds, _ := s.hub.counts()
 	s.mu.Lock()
-	mute, checking := s.mute, s.checking
+	mute, queued := s.mute, s.checking == ref
 	unsure := time.Since(s.unsure) < unsureFor
-	wanted := holds > 0 || mute || unsure
-	s.checking = s.checking || wanted
+	wanted := !queued && (holds > 0 || mute || unsure)
+	if wanted {
+		s.checking = ref
+	}
 	s.mu.Unlock()
-	if checking || !wanted {
+	if !wanted {
 		return
 	}
 	s.enqueueCheck(ref, func(ctx context.Context, l *link) error {
 		s.mu.Lock()
-		s.checking = false
+		s.checking = sessionRef{}
 		s.mu.Unlock()
 		if mute && l.exec(ctx, sqlNotify, `{"kind":"`+kindCheck+`"}`) == nil {
 			s.mu.Lock()

@@ -56,7 +56,7 @@ type session struct {
 	prepared bool                        // the schema was there when the session was opened the last time
 	admitted bool                        // the server lets the session's connection in
 	mute     bool                        // NOTIFY fails: statements go without, and holders learn from their rows
-	checking bool                        // a check of rows is queued or running
+	checking sessionRef                  // the session for which a check of rows is queued
 	proofs   map[uuid.UUID]chan struct{} // of notifications that are expected; closed when they arrive
 	listens  bool
 	deaf     error     // why the listener does not listen, the last time

@@ -902,7 +902,8 @@ func TestTablesVanish(t *testing.T) {
 			done := make(chan error, 1)
 			go func() { done <- goRound(f("org/repo", 1, "meanwhile")) }()
 			if !privileged {
-				pgTerminate(t, db, pgOwn(t, db, p.session))
+				// The claim may have ended the session's connection already.
+				pgExec(t, db, `SELECT pg_terminate_backend($1)`, pgOwn(t, db, p.session))
 				pgUntil(t, "it has been tried to connect the session again", func() bool {
 					p.session.mu.Lock()
 					defer p.session.mu.Unlock()
@@ -918,6 +919,45 @@ func TestTablesVanish(t *testing.T) {
 			pgUntil(t, "the session has its row again", func() bool { return pgSessions(t, db, pgSession(p).id) == 1 })
 		})
 	}
+}
+
+// C8: a check of rows that was queued when the session lost its connection is not
+// carried out. The next heartbeats check again.
+func TestChecksGoOnAfterReconnect(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	var seen seenSessions
+	p := pgProvider(t, uri, WithSessionTimeout(2*time.Second), WithObserver(seen.observe))
+	_, ch := pgHold(t, p, 1, "holder")
+	s, ref := p.session, pgSession(p)
+
+	blocked, unblock := make(chan struct{}), make(chan struct{})
+	o := newOp(pgBackground, opCall, claim{})
+	o.call = func(context.Context, *link) error {
+		close(blocked)
+		<-unblock
+		return nil
+	}
+	s.mu.Lock()
+	s.enqueueLocked(o)
+	s.mu.Unlock()
+	<-blocked
+	pgUntil(t, "a check is queued", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.checking == ref && len(s.swift.queues[opCall]) > 0
+	})
+	pgTerminate(t, db, pgOwn(t, db, s))
+	pgUntil(t, "the session has another connection", func() bool {
+		now, connected := s.trust.current()
+		return connected && now != ref
+	})
+	close(unblock)
+	pgUntil(t, "the session is reconnected", func() bool { return len(seen.of(ObservedReconnected)) == 1 })
+
+	pgExec(t, db, `UPDATE env_lock_state SET claim = claim + 1, claim_id = gen_random_uuid(), claim_event = 'without a notification'`)
+	require.Equal(t, "without a notification", pgReceive(t, "the holder is notified by its row", ch).Message)
 }
 
 // A provider with an idle timeout ends its session when it is idle, and only then.
