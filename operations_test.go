@@ -327,3 +327,20 @@ func TestPing(t *testing.T) {
 		require.NoError(t, f.p.Ping(pgBackground), "it waits until the listener is back")
 	})
 }
+
+// A Ping that NOTIFY fails for waits between two attempts, and goes on when it works.
+func TestPingWhileNotifyFails(t *testing.T) {
+	t.Parallel()
+	uri, failures, works := fieldShadow(t)
+	p := pgProvider(t, uri)
+	require.NoError(t, p.Ping(pgBackground))
+	works(false)
+	ctx, cancel := context.WithTimeout(pgBackground, 2*time.Second)
+	defer cancel()
+	err := p.Ping(ctx)
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	require.ErrorContains(t, err, "too many notifications")
+	require.Less(t, failures(), 15)
+	works(true)
+	require.NoError(t, p.Ping(pgBackground))
+}

@@ -539,6 +539,9 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 		}
 	case sqlState(err) == "54000":
 		s.muted(err)
+		if o := batch[0]; o.kind == opCall { // it cannot go without
+			o.notBefore = time.Now().Add(min(repeatMin<<min(o.attempts, 10), repeatMax))
+		}
 		w.requeue(batch, err)
 	case len(batch) > 1:
 		for _, o := range batch {
