@@ -344,3 +344,14 @@ func TestPingWhileNotifyFails(t *testing.T) {
 	works(true)
 	require.NoError(t, p.Ping(pgBackground))
 }
+
+func TestStatsAfterClose(t *testing.T) {
+	t.Parallel()
+	p := pgProvider(t, newDatabase(t))
+	require.NoError(t, p.Ping(pgBackground))
+	require.True(t, p.Stats().Listening)
+	require.NoError(t, p.Close())
+	st := p.Stats()
+	require.False(t, st.Connected)
+	require.False(t, st.Listening)
+}

@@ -162,6 +162,9 @@ func (s *session) close() {
 	}
 	s.stop()
 	s.running.Wait()
+	s.mu.Lock()
+	s.listens = false
+	s.mu.Unlock()
 }
 
 // kept is one of the two connections that are open as long as the provider is in use.
