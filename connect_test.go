@@ -879,3 +879,11 @@ func TestConnectSchemaComments(t *testing.T) {
 	}
 	fieldWorks(t, pgProvider(t, uri), 1)
 }
+
+func TestWithoutSecret(t *testing.T) {
+	t.Parallel()
+	for _, text := range []string{"parse postgres://u:secret@h/db", "parse host=h password=secret", "parse host=h password = secret", "parse Password=secret", "PGPASSWORD=secret"} {
+		require.NotContains(t, withoutSecret(errors.New(text)).Error(), "secret")
+	}
+	require.EqualError(t, withoutSecret(errors.New("no password for https://vault")), "no password for https://vault")
+}

@@ -89,11 +89,14 @@ func (u *uriSource) dsn(ctx context.Context) (string, error) {
 // others do (C31).
 func withoutSecret(err error) error {
 	text := err.Error()
-	if strings.Contains(text, "password=") || strings.Contains(text, "://") && strings.Contains(text, "@") {
+	if quotedPassword.MatchString(text) || strings.Contains(text, "://") && strings.Contains(text, "@") {
 		return errors.New("failed (why is not shown because it may hold a password)")
 	}
 	return err
 }
+
+// quotedPassword allows for the spaces that key=value pairs may have.
+var quotedPassword = regexp.MustCompile(`(?i)password\s*=`)
 
 // way is how one goroutine gets its connections to the server.
 type way struct {
