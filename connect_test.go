@@ -887,3 +887,14 @@ func TestWithoutSecret(t *testing.T) {
 	}
 	require.EqualError(t, withoutSecret(errors.New("no password for https://vault")), "no password for https://vault")
 }
+
+// The function may ask a database of its own, whose errors are the driver's, too.
+func TestURIFunctionWithAnErrorOfTheDriver(t *testing.T) {
+	t.Parallel()
+	u := &uriSource{slots: make(chan struct{}, maxAsks), ask: func(context.Context) (string, error) {
+		return "", &pq.Error{Code: "28P01", Message: "vault"}
+	}}
+	_, err := u.dsn(pgBackground)
+	require.ErrorContains(t, err, "vault")
+	require.False(t, isLogin(err), "this server has refused no login")
+}

@@ -73,7 +73,8 @@ func (u *uriSource) dsn(ctx context.Context) (string, error) {
 	select {
 	case a := <-answered:
 		if a.err != nil {
-			return "", errors.Wrap(withoutSecret(a.err), "locker: the function of WithPostgresURI")
+			// Its text alone: an error of another server must not pass for one of this server.
+			return "", errors.New("locker: the function of WithPostgresURI: " + withoutSecret(a.err).Error())
 		}
 		dsn, err := sessionDSN(a.uri)
 		if err != nil {
