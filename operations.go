@@ -205,7 +205,8 @@ type Stats struct {
 	// lost, and while the provider is idle, see [WithIdleTimeout].
 	Connected bool
 	Suspended time.Time
-	// LastHeartbeat is when the last heartbeat began that succeeded.
+	// LastHeartbeat is when the last heartbeat of the session began that succeeded: zero
+	// before first use, once the session is lost, and while the provider is idle.
 	LastHeartbeat time.Time
 	// Listening reports whether notifications arrive. Without them everything works, but
 	// later.
