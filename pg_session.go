@@ -130,10 +130,10 @@ func (s *session) startLocked() {
 // wanted reports whether the provider is in use.
 func (s *session) wanted() bool {
 	s.mu.Lock()
-	queued := s.queuedLocked()
+	busy := s.queuedLocked() + len(s.proofs) // a Ping is in no queue most of the time
 	s.mu.Unlock()
 	holds, waits := s.hub.counts()
-	return queued+holds+waits > 0
+	return busy+holds+waits > 0
 }
 
 func (s *session) queuedLocked() int { return s.disk.queuedLocked() + s.swift.queuedLocked() }
