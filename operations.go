@@ -143,9 +143,12 @@ func (plp *PostgresLockProvider) ResetOrder(ctx context.Context, repo string, pr
 
 // Ping proves that the provider works: its session is connected, the server accepts a
 // write, and a notification travels from a statement's connection to the listener. It
-// waits for what passes, but no longer than ctx and the lock timeout: give a probe a
-// context with a short timeout. The error says which step failed. A call of Ping counts
-// as use, see [WithIdleTimeout].
+// waits for a session that is suspended, for a listener that is on its way back, and for
+// a server that cannot be reached or is read-only, but no longer than ctx and the lock
+// timeout: give a probe a context with a short timeout. If the server rejects the
+// statement for another reason, such as a locked or missing table, Ping returns that
+// error immediately. The error says which step failed. A call of Ping counts as use, see
+// [WithIdleTimeout].
 func (plp *PostgresLockProvider) Ping(ctx context.Context) error {
 	err := plp.ping(ctx)
 	return errors.Wrap(err, "locker: ping")

@@ -139,7 +139,8 @@ func WithPostgresBackend(postgresURI string, apmServiceName string) LockProvider
 // an error at first use. When the server has refused a login, f is asked every second. If
 // it returns another string, that is tried immediately, five times in a row at most;
 // otherwise the pause between two attempts grows up to a minute. f is not asked when the
-// provider is made.
+// provider is made. It runs on goroutines of the provider, so a panic in it ends the
+// process.
 func WithPostgresURI(f func(ctx context.Context) (string, error)) LockProviderOption {
 	return func(c *LockProviderConfig) {
 		c.postgresURI = &uriSource{ask: f, slots: make(chan struct{}, maxAsks)}
