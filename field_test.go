@@ -1434,7 +1434,8 @@ func TestFieldRestart(t *testing.T) {
 			require.NoError(t, err)
 			var suspended, reconnected, kept, lost atomic.Int64
 			log := &pgLog{}
-			p := pgProvider(t, uri, log.option(), WithLockTimeout(2*soon), WithObserver(func(o Observation) {
+			// A busy machine may need longer than 9 s for the restart.
+			p := pgProvider(t, uri, log.option(), WithLockTimeout(2*soon), WithSessionTimeout(time.Minute), WithObserver(func(o Observation) {
 				s, r, k, l := o.Kind == ObservedSuspended, o.Kind == ObservedReconnected, o.Kept, o.Lost
 				if s {
 					suspended.Add(1)

@@ -411,7 +411,7 @@ func (w *worker) take() (batch []*op, ref sessionRef, wait time.Duration, over b
 	}
 	w.batch = batch
 	if len(batch) > 0 {
-		w.begun = now
+		w.begun, w.waits = now, time.Time{}
 	}
 	slices.SortFunc(batch, func(a, b *op) int {
 		if a.kind == opLookup && b.kind == opLookup { // no keys yet
@@ -429,11 +429,13 @@ func (w *worker) take() (batch []*op, ref sessionRef, wait time.Duration, over b
 // with few callers each would otherwise spend their time on small statements.
 func (w *worker) together(now time.Time) time.Duration {
 	begun := w.session.disk.begun
-	if begun.IsZero() || w.queuedLocked() == 0 || w.queuedLocked() >= fewOps {
+	switch {
+	case begun.IsZero(), w.queuedLocked() == 0, w.queuedLocked() >= fewOps:
 		return 0
-	}
-	if w.waits != begun {
+	case w.waits.IsZero():
 		w.waits, w.until = begun, now.Add(maxTogether)
+	case w.waits != begun: // that statement has ended, and another one follows
+		return 0
 	}
 	return max(0, w.until.Sub(now))
 }

@@ -489,6 +489,10 @@ func (j *judge) superseded(claims []*Claim) {
 		if !slices.ContainsFunc(claims, func(n *Claim) bool {
 			return n != c && n.How != HowSilent && n.Attempt <= at && n.lastAnnounced() >= from
 		}) {
+			if j.forgot(c.Attempt, at) == ExcuseRows { // the row that it waited for was made anew, by an older claim
+				j.excuse(ExcuseRows, c, at)
+				continue
+			}
 			j.violate(Violation{RuleSuperseded, at, c.Key, c.ID, "there is no newer claim"})
 		}
 	}
