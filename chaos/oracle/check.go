@@ -489,7 +489,9 @@ func (j *judge) superseded(claims []*Claim) {
 		if !slices.ContainsFunc(claims, func(n *Claim) bool {
 			return n != c && n.How != HowSilent && n.Attempt <= at && n.lastAnnounced() >= from
 		}) {
-			if j.forgot(c.Attempt, at) == ExcuseRows { // the row that it waited for was made anew, by an older claim
+			// A row that was deleted is made anew without its newest claim, which may still
+			// wait, and is then found to be newer by a claim that came after the deletion.
+			if j.forgot(c.Attempt-int64(j.LockTimeout), at) == ExcuseRows {
 				j.excuse(ExcuseRows, c, at)
 				continue
 			}
