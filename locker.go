@@ -237,7 +237,7 @@ func NewFakePreemptiveLockerFactory(providerOpts []LockProviderOption, lockerOpt
 // once, without disturbing anybody, if a claim with a higher order has been
 // announced, or one with the same that still waits or holds: a redelivery (C33).
 // The error matches ErrClaimOutdated and ErrLockPreempted, and says how far the order
-// is below the highest. The highest is kept for ever: after a wrong one, or after a
+// is below the highest. The highest is never forgotten: after a wrong one, or after a
 // change to a smaller unit, use [PostgresLockProvider.ResetOrder]. Without Order the
 // newest arrival wins. It answers the PreemptiveLocker itself and has no effect
 // after Lock.

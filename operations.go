@@ -89,14 +89,8 @@ func (plp *PostgresLockProvider) Holders(ctx context.Context) ([]Holder, error) 
 // after the preemption timeout. Stop reports whether a connected session held the
 // lock. A new claim may follow immediately: Stop keeps no claim out.
 func (plp *PostgresLockProvider) Stop(ctx context.Context, repo string, pr uint, reason string) (asked bool, err error) {
-	if plp.session == nil {
-		return false, errProviderZero
-	}
-	if err := checkRepo(repo, pr); err != nil {
-		return false, err
-	}
 	var found bool
-	err = plp.operate(ctx, func(ctx context.Context, l *link) error {
+	err = plp.operateOn(ctx, "stop the holder of", repo, pr, func(ctx context.Context, l *link) error {
 		var key int64
 		var held bool
 		if err := l.each(ctx, sqlHolderOf, []any{repo, int64(pr)}, []any{&key}, func() { held = true }); err != nil || !held {
@@ -111,8 +105,8 @@ func (plp *PostgresLockProvider) Stop(ctx context.Context, repo string, pr uint,
 		found = true
 		return l.exec(ctx, sqlNotify, payload.String())
 	})
-	if err != nil {
-		return false, errors.Wrapf(err, "locker: stop the holder of %q#%d", repo, pr)
+	if err != nil { // the call may still be under way, so its result is not read
+		return false, err
 	}
 	return found, nil
 }
@@ -124,19 +118,13 @@ func (plp *PostgresLockProvider) Stop(ctx context.Context, repo string, pr uint,
 // waiter, but the next claim does, whatever its order. It reports whether the pull
 // request is known.
 func (plp *PostgresLockProvider) ResetOrder(ctx context.Context, repo string, pr uint) (known bool, err error) {
-	if plp.session == nil {
-		return false, errProviderZero
-	}
-	if err := checkRepo(repo, pr); err != nil {
-		return false, err
-	}
 	var found bool
-	err = plp.operate(ctx, func(ctx context.Context, l *link) error {
+	err = plp.operateOn(ctx, "reset the order of", repo, pr, func(ctx context.Context, l *link) error {
 		var key int64
 		return l.each(ctx, sqlResetOrder, []any{repo, int64(pr)}, []any{&key}, func() { found = true })
 	})
-	if err != nil {
-		return false, errors.Wrapf(err, "locker: reset the order of %q#%d", repo, pr)
+	if err != nil { // the call may still be under way, so its result is not read
+		return false, err
 	}
 	return found, nil
 }
@@ -150,51 +138,57 @@ func (plp *PostgresLockProvider) ResetOrder(ctx context.Context, repo string, pr
 // error immediately. The error says which step failed. A call of Ping counts as use, see
 // [WithIdleTimeout].
 func (plp *PostgresLockProvider) Ping(ctx context.Context) error {
-	err := plp.ping(ctx)
-	return errors.Wrap(err, "locker: ping")
-}
-
-func (plp *PostgresLockProvider) ping(ctx context.Context) error {
-	s := plp.session
-	if s == nil {
-		return errProviderZero
-	}
-	if err := checkUse(ctx, s.hub); err != nil {
-		return err
-	}
-	return within(ctx, plp.conf.lockTimeout, func(stop <-chan struct{}) error {
+	err := plp.bounded(ctx, func(stop <-chan struct{}) error {
+		s := plp.session
 		trouble := errors.New("the session is not connected")
 		arrived, err := s.roundTrip(ctx, stop, func(payload string) error {
 			ref, _ := s.trust.current()
-			o := newOp(ctx, opCall, claim{})
-			o.once = true
-			o.call = func(ctx context.Context, l *link) error {
+			return s.call(ctx, stop, func(ctx context.Context, l *link) error {
 				return l.each(ctx, sqlPing, []any{ref.id, ref.lock, payload}, []any{discard}, func() {
 					trouble = errors.New("a notification was sent and has not arrived")
 				})
-			}
-			return s.do(stop, o).err
+			})
 		})
 		if err != nil || arrived {
 			return err
 		}
 		return stopped{trouble}
 	})
+	return errors.Wrap(err, "locker: ping")
+}
+
+// operateOn is operate for a pull request: doing says what for, in its error.
+func (plp *PostgresLockProvider) operateOn(ctx context.Context, doing, repo string, pr uint, call func(ctx context.Context, l *link) error) error {
+	if plp.session == nil {
+		return errProviderZero
+	}
+	if err := checkRepo(repo, pr); err != nil {
+		return err
+	}
+	return errors.Wrapf(plp.operate(ctx, call), "locker: %s %q#%d", doing, repo, pr)
 }
 
 // operate has an operator's call carried out by the provider's worker.
 func (plp *PostgresLockProvider) operate(ctx context.Context, call func(ctx context.Context, l *link) error) error {
+	return plp.bounded(ctx, func(stop <-chan struct{}) error { return plp.session.call(ctx, stop, call) })
+}
+
+// bounded calls f, which waits no longer than ctx and the lock timeout.
+func (plp *PostgresLockProvider) bounded(ctx context.Context, f func(stop <-chan struct{}) error) error {
 	if plp.session == nil {
 		return errProviderZero
 	}
 	if err := checkUse(ctx, plp.session.hub); err != nil {
 		return err
 	}
-	return within(ctx, plp.conf.lockTimeout, func(stop <-chan struct{}) error {
-		o := newOp(ctx, opCall, claim{})
-		o.call, o.once = call, true
-		return plp.session.do(stop, o).err
-	})
+	return within(ctx, plp.conf.lockTimeout, f)
+}
+
+// call has f carried out by a worker, for a caller that gets the server's errors.
+func (s *session) call(ctx context.Context, stop <-chan struct{}, f func(ctx context.Context, l *link) error) error {
+	o := newOp(ctx, opCall, claim{})
+	o.call, o.once = f, true
+	return s.do(stop, o).err
 }
 
 // Stats is a provider's state at one moment.
