@@ -87,8 +87,22 @@ func _() {
 
 		_ func(f func(c ctx) (string, error)) providerOpt = locker.WithPostgresURI
 
-		_ func(c ctx, order int64) ctx       = locker.ContextWithOrder
-		_ func(c ctx) (order int64, ok bool) = locker.OrderFromContext
+		_ func(c ctx, order int64) ctx       = locker.ContextWithSequence
+		_ func(c ctx) (order int64, ok bool) = locker.SequenceFromContext
+
+		_ func(c ctx, mode locker.ClaimMode) ctx    = locker.ContextWithMode
+		_ func(c ctx) locker.ClaimMode              = locker.ModeFromContext
+		_ func(c ctx, labels map[string]string) ctx = locker.ContextWithLabels
+		_ func(c ctx) map[string]string             = locker.LabelsFromContext
+		_ func(c ctx) int64                         = locker.TokenFromContext
+
+		_ func(err error) (outcome locker.Outcome, finished bool) = locker.OutcomeOf
+
+		_ func(uri string, opts ...providerOpt) (postgresProvider, error) = locker.NewPostgresProvider
+		_ func(opts ...providerOpt) (fakeProvider, error)                 = locker.NewFakeProvider
+
+		_ func(n int, max time.Duration) providerOpt = locker.WithProgress
+		_ func(mode locker.ClaimMode) lockerOpt      = locker.WithClaimMode
 
 		_ func(f func(locker.Observation)) providerOpt = locker.WithObserver
 
@@ -101,17 +115,20 @@ func _() {
 		_ func(preemptiveLocker, ctx) (payloads, error)                                     = (*locker.PreemptiveLocker).Lock
 		_ func(preemptiveLocker, ctx) error                                                 = (*locker.PreemptiveLocker).Release
 		_ func(preemptiveLocker, ctx, func(ctx context.Context) error) error                = (*locker.PreemptiveLocker).Do
-		_ func(preemptiveLocker, int64) preemptiveLocker                                    = (*locker.PreemptiveLocker).Order
+		_ func(preemptiveLocker, int64) preemptiveLocker                                    = (*locker.PreemptiveLocker).Sequence
+		_ func(preemptiveLocker, locker.ClaimMode) preemptiveLocker                         = (*locker.PreemptiveLocker).Mode
+		_ func(preemptiveLocker, map[string]string) preemptiveLocker                        = (*locker.PreemptiveLocker).Labels
+		_ func(preemptiveLocker, time.Duration) preemptiveLocker                            = (*locker.PreemptiveLocker).Wait
 		_ func(preemptiveLocker, ctx, time.Duration, func(ctx context.Context) error) error = (*locker.PreemptiveLocker).Shield
 		_ func(preemptiveLocker) int64                                                      = (*locker.PreemptiveLocker).Token
 
 		_ func(postgresProvider, ctx, int64, string) (lock, error)                                     = (*locker.PostgresLockProvider).New
 		_ func(postgresProvider, ctx, string, uint) (int64, error)                                     = (*locker.PostgresLockProvider).LockKey
 		_ func(postgresProvider) error                                                                 = (*locker.PostgresLockProvider).Close
-		_ func(postgresProvider, ctx) ([]locker.Holder, error)                                         = (*locker.PostgresLockProvider).Holders
-		_ func(p postgresProvider, c ctx, repo string, pr uint, reason string) (asked bool, err error) = (*locker.PostgresLockProvider).Stop
+		_ func(postgresProvider, ctx) ([]locker.LockStatus, error)                                     = (*locker.PostgresLockProvider).ListLocks
+		_ func(p postgresProvider, c ctx, repo string, pr uint, reason string) (asked bool, err error) = (*locker.PostgresLockProvider).RequestStop
 		_ func(postgresProvider, ctx) error                                                            = (*locker.PostgresLockProvider).Ping
-		_ func(p postgresProvider, c ctx, repo string, pr uint) (known bool, err error)                = (*locker.PostgresLockProvider).ResetOrder
+		_ func(p postgresProvider, c ctx, repo string, pr uint) (known bool, err error)                = (*locker.PostgresLockProvider).ResetSequence
 		_ func(postgresProvider) locker.Stats                                                          = (*locker.PostgresLockProvider).Stats
 
 		_ func(fakeProvider, ctx, int64, string) (lock, error) = (*locker.FakeLockProvider).New
@@ -189,7 +206,7 @@ var (
 		Kept: int(0), Lost: int(0), Err: error(nil)}
 	_ = locker.Stats{Queued: int(0), Held: int(0), Waiting: int(0), Connected: false, Suspended: time.Time{},
 		LastHeartbeat: time.Time{}, Listening: false}
-	_ = locker.Holder{Key: int64(0), Repo: "", PullRequest: uint(0), Event: "", Host: "", PID: int(0), Application: "",
+	_ = locker.LockStatus{Key: int64(0), Repo: "", PullRequest: uint(0), Event: "", Host: "", PID: int(0), Application: "",
 		Since: time.Time{}, Token: int64(0), Alive: false, NewestEvent: "", NewestHost: "", NewestPID: int(0),
 		NewestApplication: "", NewestAt: time.Time{}, Waiting: false}
 
@@ -205,6 +222,7 @@ var (
 // added here, and above, knowingly: it stays forever.
 var exported = []string{
 	"const FakeLockProviderKind",
+	"const LetFinish",
 	"const ObservedAcquired",
 	"const ObservedDisplaced",
 	"const ObservedFailed",
@@ -213,20 +231,42 @@ var exported = []string{
 	"const ObservedReconnected",
 	"const ObservedReleased",
 	"const ObservedRevoked",
+	"const ObservedSkipped",
 	"const ObservedSuspended",
 	"const OperationLock",
 	"const OperationRelease",
 	"const OperationStatement",
+	"const OutcomeBusy",
+	"const OutcomeCanceled",
+	"const OutcomeClosed",
+	"const OutcomeCompleted",
+	"const OutcomeExpired",
+	"const OutcomeFailed",
+	"const OutcomeLost",
+	"const OutcomeStopped",
+	"const OutcomeSuperseded",
+	"const OutcomeTimeout",
 	"const PostgresLockProviderKind",
+	"const Preempt",
+	"const SkipIfBusy",
 	"const UnknownLockProviderKind",
-	"func ContextWithOrder",
+	"func ContextWithLabels",
+	"func ContextWithMode",
+	"func ContextWithSequence",
+	"func LabelsFromContext",
+	"func ModeFromContext",
 	"func NewFakePreemptiveLockerFactory",
+	"func NewFakeProvider",
 	"func NewLockProvider",
 	"func NewPostgresLock",
 	"func NewPostgresPreemptiveLockerFactory",
+	"func NewPostgresProvider",
 	"func NewPreemptiveLockerFactory",
-	"func OrderFromContext",
+	"func OutcomeOf",
+	"func SequenceFromContext",
+	"func TokenFromContext",
 	"func WithAPMServiceName",
+	"func WithClaimMode",
 	"func WithIdleTimeout",
 	"func WithLockDelay",
 	"func WithLockTimeout",
@@ -237,8 +277,30 @@ var exported = []string{
 	"func WithPostgresBackend",
 	"func WithPostgresURI",
 	"func WithPreemptionTimeout",
+	"func WithProgress",
 	"func WithSessionTimeout",
 	"func WithTracer",
+	"type ClaimInfo",
+	"type ClaimInfo, field Event",
+	"type ClaimInfo, field Host",
+	"type ClaimInfo, field ID",
+	"type ClaimInfo, field Labels",
+	"type ClaimInfo, field PID",
+	"type ClaimInfo, field Since",
+	"type ClaimInfo, field Token",
+	"type ClaimInfo, method String",
+	"type ClaimMode",
+	"type ClaimMode, method String",
+	"type ConflictError",
+	"type ConflictError, field Foreign",
+	"type ConflictError, field Holder",
+	"type ConflictError, field Key",
+	"type ConflictError, field PullRequest",
+	"type ConflictError, field Repo",
+	"type ConflictError, field Winner",
+	"type ConflictError, method Cause",
+	"type ConflictError, method Error",
+	"type ConflictError, method Unwrap",
 	"type FakeLockProvider",
 	"type FakeLockProvider, method Close",
 	"type FakeLockProvider, method LockKey",
@@ -252,29 +314,33 @@ var exported = []string{
 	"type FakePreemptableLock, method Token",
 	"type FakePreemptableLock, method Unlock",
 	"type FakePreemptableLock, method Unshield",
-	"type Holder",
-	"type Holder, field Alive",
-	"type Holder, field Application",
-	"type Holder, field Event",
-	"type Holder, field Host",
-	"type Holder, field Key",
-	"type Holder, field NewestApplication",
-	"type Holder, field NewestAt",
-	"type Holder, field NewestEvent",
-	"type Holder, field NewestHost",
-	"type Holder, field NewestPID",
-	"type Holder, field PID",
-	"type Holder, field PullRequest",
-	"type Holder, field Repo",
-	"type Holder, field Since",
-	"type Holder, field Token",
-	"type Holder, field Waiting",
+	"type ForeignLock",
+	"type ForeignLock, field Application",
+	"type ForeignLock, field PID",
+	"type ForeignLock, field User",
 	"type LockProvider",
 	"type LockProvider, method LockKey",
 	"type LockProvider, method New",
 	"type LockProviderConfig",
 	"type LockProviderKind",
 	"type LockProviderOption",
+	"type LockStatus",
+	"type LockStatus, field Alive",
+	"type LockStatus, field Application",
+	"type LockStatus, field Event",
+	"type LockStatus, field Host",
+	"type LockStatus, field Key",
+	"type LockStatus, field NewestApplication",
+	"type LockStatus, field NewestAt",
+	"type LockStatus, field NewestEvent",
+	"type LockStatus, field NewestHost",
+	"type LockStatus, field NewestPID",
+	"type LockStatus, field PID",
+	"type LockStatus, field PullRequest",
+	"type LockStatus, field Repo",
+	"type LockStatus, field Since",
+	"type LockStatus, field Token",
+	"type LockStatus, field Waiting",
 	"type NotificationPayload",
 	"type NotificationPayload, field ID",
 	"type NotificationPayload, field LockKey",
@@ -286,6 +352,7 @@ var exported = []string{
 	"type Observation, field Kept",
 	"type Observation, field Key",
 	"type Observation, field Kind",
+	"type Observation, field Labels",
 	"type Observation, field Lost",
 	"type ObservationKind",
 	"type ObservationKind, method String",
@@ -305,6 +372,8 @@ var exported = []string{
 	"type OperationEnd, field Token",
 	"type OperationKind",
 	"type OperationKind, method String",
+	"type Outcome",
+	"type Outcome, method String",
 	"type PostgresEnvLock",
 	"type PostgresEnvLock, field LockKey",
 	"type PostgresEnvLock, field PullRequest",
@@ -321,24 +390,27 @@ var exported = []string{
 	"type PostgresLock, method Unshield",
 	"type PostgresLockProvider",
 	"type PostgresLockProvider, method Close",
-	"type PostgresLockProvider, method Holders",
+	"type PostgresLockProvider, method ListLocks",
 	"type PostgresLockProvider, method LockKey",
 	"type PostgresLockProvider, method New",
 	"type PostgresLockProvider, method Ping",
-	"type PostgresLockProvider, method ResetOrder",
+	"type PostgresLockProvider, method RequestStop",
+	"type PostgresLockProvider, method ResetSequence",
 	"type PostgresLockProvider, method Stats",
-	"type PostgresLockProvider, method Stop",
 	"type PreemptableLock",
 	"type PreemptableLock, method Lock",
 	"type PreemptableLock, method Notify",
 	"type PreemptableLock, method Unlock",
 	"type PreemptiveLocker",
 	"type PreemptiveLocker, method Do",
+	"type PreemptiveLocker, method Labels",
 	"type PreemptiveLocker, method Lock",
-	"type PreemptiveLocker, method Order",
+	"type PreemptiveLocker, method Mode",
 	"type PreemptiveLocker, method Release",
+	"type PreemptiveLocker, method Sequence",
 	"type PreemptiveLocker, method Shield",
 	"type PreemptiveLocker, method Token",
+	"type PreemptiveLocker, method Wait",
 	"type PreemptiveLockerConfig",
 	"type PreemptiveLockerFactory",
 	"type PreemptiveLockerOption",
@@ -352,6 +424,7 @@ var exported = []string{
 	"type Stats, field Waiting",
 	"type Tracer",
 	"var ErrClaimOutdated",
+	"var ErrLockBusy",
 	"var ErrLockLost",
 	"var ErrLockNested",
 	"var ErrLockPreempted",
@@ -474,13 +547,13 @@ func TestAPIKinds(t *testing.T) {
 
 func TestAPIObservationKinds(t *testing.T) {
 	for i, want := range []string{"unknown", "acquired", "displaced", "failed", "notified", "released", "revoked", "lost",
-		"suspended", "reconnected", "unknown"} {
+		"suspended", "reconnected", "skipped", "unknown"} {
 		require.Equal(t, want, locker.ObservationKind(i).String())
 	}
 	require.Equal(t, "unknown", locker.ObservationKind(-1).String())
-	require.Equal(t, []locker.ObservationKind{1, 2, 3, 4, 5, 6, 7, 8, 9}, []locker.ObservationKind{locker.ObservedAcquired,
+	require.Equal(t, []locker.ObservationKind{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, []locker.ObservationKind{locker.ObservedAcquired,
 		locker.ObservedDisplaced, locker.ObservedFailed, locker.ObservedNotified, locker.ObservedReleased,
-		locker.ObservedRevoked, locker.ObservedLost, locker.ObservedSuspended, locker.ObservedReconnected})
+		locker.ObservedRevoked, locker.ObservedLost, locker.ObservedSuspended, locker.ObservedReconnected, locker.ObservedSkipped})
 }
 
 func TestAPIOperationKinds(t *testing.T) {

@@ -72,11 +72,11 @@ func TestPostgresLateClaimTakesNothing(t *testing.T) {
 	db := pgDB(t, uri)
 	p := pgProvider(t, uri)
 	f := pgLocker(t, p)
-	require.NoError(t, goRound(f("org/repo", 1, "new").Order(5)))
-	_, err := f("org/repo", 1, "old").Order(3).Lock(pgBackground)
+	require.NoError(t, goRound(f("org/repo", 1, "new").Sequence(5)))
+	_, err := f("org/repo", 1, "old").Sequence(3).Lock(pgBackground)
 	require.ErrorIs(t, err, ErrClaimOutdated)
 	require.Empty(t, pgHolders(t, db))
-	require.NoError(t, goRound(f("org/repo", 1, "newer").Order(6)))
+	require.NoError(t, goRound(f("org/repo", 1, "newer").Sequence(6)))
 }
 
 // C21, C22: while the server is away a claim on a key that is remembered ends for the same
@@ -232,11 +232,11 @@ func TestPostgresHalfAnswered(t *testing.T) {
 	}
 	// Two claims are granted, and then it fails; for one claim it returns nothing.
 	w := p.session.disk
-	instead(t, w, sqlAnnounceAny, `
-		SELECT k, 1::bigint, 2::bigint, NULL::text, NULL::text
+	instead(t, w, sqlAnnouncePlain, `
+		SELECT k, 1::bigint, 2::bigint, false, NULL::text, NULL::text
 		FROM unnest($1::bigint[]) k WHERE cardinality($1::bigint[]) = 2
 		UNION ALL
-		SELECT 1 / (cardinality($1::bigint[]) - 2), 0, 0, NULL::text, NULL WHERE cardinality($1::bigint[]) = 2
+		SELECT 1 / (cardinality($1::bigint[]) - 2), 0, 0, false, NULL::text, NULL WHERE cardinality($1::bigint[]) = 2
 			AND num_nulls($2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::float8[], $8::bigint, $9::bigint, $10::boolean, $11::interval, $12::boolean[]) >= 0`)
 	goOn := occupy(t, w)
 	errs := make(chan error, 2)

@@ -741,7 +741,7 @@ func TestConnectEncoding(t *testing.T) {
 
 			holder, ch, err := fieldLock(t, p, 1, event)
 			require.NoError(t, err)
-			all, err := p.Holders(pgBackground)
+			all, err := p.ListLocks(pgBackground)
 			require.NoError(t, err)
 			require.Equal(t, want, all[0].Event)
 
@@ -760,7 +760,7 @@ func TestConnectEncoding(t *testing.T) {
 
 			_, ch, err = fieldLock(t, p, 3, "is asked to stop")
 			require.NoError(t, err)
-			asked, err := other.Stop(pgBackground, "field", 3, event)
+			asked, err := other.RequestStop(pgBackground, "field", 3, event)
 			require.NoError(t, err)
 			require.True(t, asked)
 			require.Equal(t, want, pgReceive(t, "the holder is asked", ch).Message)

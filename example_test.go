@@ -146,7 +146,7 @@ work:
 // Webhooks may arrive late, or twice. With an order that comes from the event
 // itself, here a counter of pushes, they are turned away, whatever their arrival.
 // (GitHub's updated_at alone is too coarse: docs/webhook.md.)
-func ExamplePreemptiveLocker_Order() {
+func ExamplePreemptiveLocker_Sequence() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
 		log.Fatal(err)
@@ -158,7 +158,7 @@ func ExamplePreemptiveLocker_Order() {
 		{"synchronize", 2},
 		{"opened", 1}, // late
 	} {
-		l := newLocker("octo/cat", 42, delivery.event).Order(delivery.push)
+		l := newLocker("octo/cat", 42, delivery.event).Sequence(delivery.push)
 		err := l.Do(context.Background(), func(context.Context) error { return nil })
 		fmt.Println(delivery.event, "came too late:", errors.Is(err, locker.ErrClaimOutdated))
 	}

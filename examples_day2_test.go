@@ -24,13 +24,13 @@ import (
 // A redelivery has the same order as its original. While that one is at work it
 // is turned away; after that it runs, which is how a failed deployment is tried
 // again.
-func ExamplePreemptiveLocker_Order_redelivery() {
+func ExamplePreemptiveLocker_Sequence_redelivery() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
 		log.Fatal(err)
 	}
 	deliver := func(order int64, work func()) {
-		err := newLocker("octo/cat", 42, fmt.Sprintf("push %d", order)).Order(order).
+		err := newLocker("octo/cat", 42, fmt.Sprintf("push %d", order)).Sequence(order).
 			Do(context.Background(), func(context.Context) error {
 				work()
 				return nil
@@ -154,7 +154,7 @@ func ExampleWithObserver() {
 }
 
 // Who holds which lock, in any process: for a page or a command for operators.
-func ExamplePostgresLockProvider_Holders() {
+func ExamplePostgresLockProvider_ListLocks() {
 	provider, err := locker.NewLockProvider(locker.PostgresLockProviderKind,
 		locker.WithPostgresBackend("postgres://app:password@db.example.com/app?sslmode=verify-full", ""))
 	if err != nil {
@@ -162,7 +162,7 @@ func ExamplePostgresLockProvider_Holders() {
 	}
 	defer func() { _ = provider.(io.Closer).Close() }()
 
-	holders, err := provider.(*locker.PostgresLockProvider).Holders(context.Background())
+	holders, err := provider.(*locker.PostgresLockProvider).ListLocks(context.Background())
 	if err != nil {
 		log.Print(err)
 		return
@@ -186,7 +186,7 @@ func ExamplePostgresLockProvider_Holders() {
 
 // Asking a holder to stop, wherever it runs: its context is canceled with a
 // cause that matches ErrStopRequested and quotes the reason.
-func ExamplePostgresLockProvider_Stop() {
+func ExamplePostgresLockProvider_RequestStop() {
 	provider, err := locker.NewLockProvider(locker.PostgresLockProviderKind,
 		locker.WithPostgresBackend("postgres://app:password@db.example.com/app?sslmode=verify-full", ""))
 	if err != nil {
@@ -194,7 +194,7 @@ func ExamplePostgresLockProvider_Stop() {
 	}
 	defer func() { _ = provider.(io.Closer).Close() }()
 
-	asked, err := provider.(*locker.PostgresLockProvider).Stop(context.Background(), "octo/cat", 42, "database maintenance")
+	asked, err := provider.(*locker.PostgresLockProvider).RequestStop(context.Background(), "octo/cat", 42, "database maintenance")
 	switch {
 	case err != nil:
 		log.Print(err)

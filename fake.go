@@ -3,6 +3,7 @@ package locker
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -10,7 +11,6 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"github.com/pkg/errors"
 )
 
 // FakeLockProvider can serve as a lock provider with no external dependencies:
@@ -68,7 +68,7 @@ func (flp *FakeLockProvider) LockKey(ctx context.Context, repo string, pr uint) 
 // Ping returns ctx's error if ctx is done, and [ErrProviderClosed] after Close.
 func (flp *FakeLockProvider) Ping(ctx context.Context) error {
 	flp.init()
-	return errors.Wrap(checkUse(ctx, flp.session.hub), "locker: ping")
+	return annotate(checkUse(ctx, flp.session.hub), "locker: ping")
 }
 
 // Close notifies every holder with ErrProviderClosed, ends every wait and
@@ -97,16 +97,31 @@ type memory struct {
 
 // memoryRow is a row of env_lock_state.
 type memoryRow struct {
-	newest  standing
-	event   string
-	asked   time.Time // when the newest claim's caller asked for it
-	order   *int64    // of the newest claim, if it was given one
-	top     *int64    // the highest order of all claims
-	open    bool      // the newest claim's lock still waits or holds
-	claimer int64     // the newest claim's session
-	token   int64
-	holder  uuid.UUID // zero while the key is free
-	session int64     // the holder's
+	newest   standing
+	claim    ClaimInfo // the newest claim, as others see it
+	sequence *int64    // of the newest claim, if it was given one
+	top      *int64    // the highest sequence number of all claims
+	open     bool      // the newest claim's lock still waits or holds
+	claimer  int64     // the newest claim's session
+	token    int64
+	streak   int // holds in a row that were ended by a newer claim
+
+	// The hold. All are zero while the key is free.
+	holder  uuid.UUID
+	session int64
+	hold    ClaimInfo
+	stop    bool      // a claim asks the holder to stop
+	spared  time.Time // no claim notifies the holder before; zero if WithProgress does not let it finish
+}
+
+// end frees the key.
+func (row *memoryRow) end() {
+	if row.stop && !time.Now().Before(row.spared) {
+		row.streak++
+	} else {
+		row.streak = 0
+	}
+	row.holder, row.session, row.hold, row.stop, row.spared = uuid.Nil, 0, ClaimInfo{}, false, time.Time{}
 }
 
 // memorySessionRow is a row of env_lock_sessions.
@@ -248,8 +263,8 @@ func (s *memorySession) restore() {
 		case row.holder != c.id || row.session != ref.id:
 			lost++
 			s.hub.dispatch(c.key, event{kind: evGone, from: standing{id: c.id}, cause: errors.New("the row of the key does not name the hold any longer")})
-		case row.newest.id != c.id:
-			s.hub.dispatch(c.key, event{kind: evNewest, from: row.newest, message: row.event})
+		case row.stop:
+			s.hub.dispatch(c.key, event{kind: evNewest, from: row.newest, claim: row.claim.clone()})
 		}
 	}
 	s.hub.broadcast(event{kind: evReleased})
@@ -291,7 +306,7 @@ func (s *memorySession) connected(ctx context.Context, stop <-chan struct{}) (se
 	}
 }
 
-var errSuspended = errors.New("locker: the session is suspended")
+var errSuspended = errors.New("the session is suspended")
 
 func (s *memorySession) events() *hub { return s.hub }
 
@@ -308,47 +323,71 @@ func (s *memorySession) announce(ctx context.Context, stop <-chan struct{}, n an
 	if err != nil {
 		return answer{}, err
 	}
-	c, order := n.claim, n.order
+	c, sequence := n.claim, n.terms.sequence
 	m := s.db
 	m.mu.Lock()
 	row := m.rowLocked(c.key)
-	if late := time.Since(n.asked) > lateAfter; late && order == nil && row.newest.id != c.id && row.asked.After(n.asked) {
-		a := answer{outcome: superseded, newest: standing{id: c.id}, event: row.event}
+	if late := time.Since(n.asked) > lateAfter; late && sequence == nil && row.newest.id != c.id && row.claim.Since.After(n.asked) {
+		a := answer{outcome: superseded, newest: standing{id: c.id}, winner: row.claim.clone()}
 		m.mu.Unlock()
 		return a, nil
 	}
-	if order != nil && row.top != nil && (*order < *row.top ||
-		*order == *row.top && row.newest.id != c.id && row.open && m.live[m.lockOfLocked(row.claimer)] && row.order != nil && *row.order == *order) {
+	if sequence != nil && row.top != nil && (*sequence < *row.top ||
+		*sequence == *row.top && row.newest.id != c.id && m.waitsLocked(row) && row.sequence != nil && *row.sequence == *sequence) {
 		var since time.Time
-		if row.order != nil && *row.order == *row.top {
-			since = row.asked
+		if row.sequence != nil && *row.sequence == *row.top {
+			since = row.claim.Since
 		}
-		err := outdated(*order, *row.top, since, row.event)
+		err := outdated(c.key, *sequence, *row.top, since, row.claim.clone())
 		m.mu.Unlock()
 		return answer{}, err
 	}
-	if order != nil {
-		row.top = order
+	if sequence != nil {
+		row.top = sequence
 	}
 	m.counter++
-	row.newest, row.event, row.asked = standing{m.counter, c.id}, c.event, n.asked
-	row.order, row.open, row.claimer = order, true, ref.id
+	row.newest, row.claim = standing{m.counter, c.id}, c.info(n.asked)
+	row.sequence, row.open, row.claimer = sequence, true, ref.id
 	a := answer{outcome: again, newest: row.newest}
-	if n.take && row.holder == uuid.Nil {
-		m.grantLocked(row, c, ref, &a)
+	switch {
+	case n.take && row.holder == uuid.Nil:
+		m.grantLocked(row, c, ref, s.conf.progress, &a)
+	case row.holder != uuid.Nil && row.holder != c.id && n.terms.mode == Preempt:
+		row.stop = true
 	}
+	news := event{kind: evClaimed, from: a.newest, claim: row.claim.clone(), finish: n.terms.mode == LetFinish}
 	m.mu.Unlock()
-	m.notify(c.key, event{kind: evClaimed, from: a.newest, message: c.event})
+	m.notify(c.key, news)
 	return a, nil
 }
 
-func (m *memory) grantLocked(row *memoryRow, c claim, ref sessionRef, a *answer) {
-	m.counter++
-	row.holder, row.session, row.token = c.id, ref.id, m.counter
+// info returns the claim as others see it: since is when it was made, or granted.
+func (c claim) info(since time.Time) ClaimInfo {
+	return ClaimInfo{ID: c.id, Event: c.event, Labels: decodeLabels(c.labels), Host: hostName, PID: processID, Since: since}
+}
+
+// waitsLocked reports whether the newest claim waits or holds.
+func (m *memory) waitsLocked(row *memoryRow) bool {
+	return row.open && m.live[m.lockOfLocked(row.claimer)]
+}
+
+func (m *memory) grantLocked(row *memoryRow, c claim, ref sessionRef, p progress, a *answer) {
+	if row.holder != c.id {
+		if row.holder != uuid.Nil { // its session is dead
+			row.end()
+		}
+		m.counter++
+		row.holder, row.token, row.hold = c.id, m.counter, c.info(time.Now())
+		row.hold.Token = row.token
+		if p.n > 0 && row.streak >= p.n {
+			row.spared = time.Now().Add(p.max)
+		}
+	}
+	row.session = ref.id
 	if row.newest.id == c.id {
 		row.open, row.claimer = true, ref.id
 	}
-	a.grant(row.token, ref)
+	a.grant(row.token, ref, !row.spared.IsZero())
 }
 
 func (s *memorySession) acquire(ctx context.Context, stop <-chan struct{}, r request) (answer, error) {
@@ -362,15 +401,15 @@ func (s *memorySession) acquire(ctx context.Context, stop <-chan struct{}, r req
 	row := m.rowLocked(r.key)
 	a := answer{newest: row.newest}
 	lock := m.lockOfLocked(row.session)
+	free := row.holder == uuid.Nil || row.holder == r.id || lock == r.blocker && s.watches.over(lock) && !m.live[lock]
 	switch {
 	case !r.first && row.newest != r.standing && row.newest.number >= r.standing.number && row.newest.id != r.id:
-		a.outcome, a.event = superseded, row.event
-	case row.holder == uuid.Nil, row.holder == r.id,
-		lock == r.blocker && s.watches.over(lock) && !m.live[lock]:
-		m.grantLocked(row, r.claim, ref, &a)
+		a.outcome, a.winner = superseded, row.claim.clone()
+	case free && !(r.skip && row.holder != r.id && row.newest.id != r.id && m.waitsLocked(row)):
+		m.grantLocked(row, r.claim, ref, s.conf.progress, &a)
 	default:
 		a.outcome = busy
-		if !m.live[lock] {
+		if row.holder != uuid.Nil && !m.live[lock] {
 			timeout := unknownTimeout(s.conf.sessionTimeout)
 			if holder, ok := m.sessions[row.session]; ok {
 				timeout = holder.timeout
@@ -379,6 +418,23 @@ func (s *memorySession) acquire(ctx context.Context, stop <-chan struct{}, r req
 		}
 	}
 	return a, nil
+}
+
+func (s *memorySession) explain(ctx context.Context, stop <-chan struct{}, key int64) (k keyState, err error) {
+	if _, err := s.connected(ctx, stop); err != nil {
+		return k, err
+	}
+	m := s.db
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	row := m.rowLocked(key)
+	if m.waitsLocked(row) {
+		k.newest = row.claim.clone()
+	}
+	if row.holder != uuid.Nil {
+		k.holder, k.heldFor = row.hold.clone(), time.Since(row.hold.Since)
+	}
+	return k, nil
 }
 
 func (s *memorySession) release(_ context.Context, c claim) *op {
@@ -393,7 +449,7 @@ func (s *memorySession) release(_ context.Context, c claim) *op {
 	row := m.rowLocked(c.key)
 	freed := row.holder == c.id
 	if freed {
-		row.holder, row.session = uuid.Nil, 0
+		row.end()
 		row.open = row.open && row.newest.id != c.id
 	}
 	m.mu.Unlock()

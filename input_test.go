@@ -466,11 +466,11 @@ func TestInputNilContext(t *testing.T) {
 		requireRefused(t, pl.Shield(t.Context(), 1, func(context.Context) error { return nil }), "outside of Do")
 		requireRefused(t, pl.Release(t.Context()), "Release before Lock") // none of this was a Lock
 	}
-	_, err = postgres.(*PostgresLockProvider).Holders(noCtx)
+	_, err = postgres.(*PostgresLockProvider).ListLocks(noCtx)
 	requireRefused(t, err, "context is nil")
-	_, err = postgres.(*PostgresLockProvider).Stop(noCtx, "a/b", 1, "")
+	_, err = postgres.(*PostgresLockProvider).RequestStop(noCtx, "a/b", 1, "")
 	requireRefused(t, err, "context is nil")
-	_, err = postgres.(*PostgresLockProvider).ResetOrder(noCtx, "a/b", 1)
+	_, err = postgres.(*PostgresLockProvider).ResetSequence(noCtx, "a/b", 1)
 	requireRefused(t, err, "context is nil")
 	l, err := NewPostgresLock(noCtx, openDB(t, tr.uri), 1, tr.uri, "opened", LockProviderConfig{})
 	requireRefused(t, err, "context is nil")
@@ -563,10 +563,10 @@ func TestInputRepo(t *testing.T) {
 				require.Zero(t, key)
 			}
 			if p, ok := p.(*PostgresLockProvider); ok {
-				asked, err := p.Stop(t.Context(), test.repo, test.pr, "")
+				asked, err := p.RequestStop(t.Context(), test.repo, test.pr, "")
 				requireRefused(t, err, test.want)
 				require.False(t, asked)
-				known, err := p.ResetOrder(t.Context(), test.repo, test.pr)
+				known, err := p.ResetSequence(t.Context(), test.repo, test.pr)
 				requireRefused(t, err, test.want)
 				require.False(t, known)
 			}
@@ -623,7 +623,7 @@ func TestInputStopReason(t *testing.T) {
 	for _, unit := range []string{"x", "<", "&", "\"", "\x00", "\xff", "\x01", "\u2028", "\U0001f512"} {
 		reason := strings.Repeat(unit, 9000)
 		err := factory("a/b", 1, "opened").Do(ctx, func(hold context.Context) error {
-			asked, err := postgres.Stop(ctx, "a/b", 1, reason)
+			asked, err := postgres.RequestStop(ctx, "a/b", 1, reason)
 			assert.NoError(t, err, "%q", unit)
 			assert.True(t, asked, "%q", unit)
 			if err == nil {
@@ -675,9 +675,9 @@ func TestInputZeroValues(t *testing.T) {
 			second((&PostgresLockProvider{}).New(ctx, 1, "")),
 			second((&PostgresLockProvider{}).LockKey(ctx, "", 0)),
 			(&PostgresLockProvider{}).Close(),
-			second((&PostgresLockProvider{}).Holders(ctx)),
-			second((&PostgresLockProvider{}).Stop(ctx, "", 0, "")),
-			second((&PostgresLockProvider{}).ResetOrder(ctx, "", 0)),
+			second((&PostgresLockProvider{}).ListLocks(ctx)),
+			second((&PostgresLockProvider{}).RequestStop(ctx, "", 0, "")),
+			second((&PostgresLockProvider{}).ResetSequence(ctx, "", 0)),
 			(&PreemptiveLocker{}).Shield(ctx, time.Second, f),
 			(&PreemptiveLocker{}).Shield(ctx, 0, nil),
 			(&PostgresLock{}).Shield(time.Second),
@@ -699,7 +699,7 @@ func TestInputZeroValues(t *testing.T) {
 		}
 	}
 	require.Zero(t, (&PreemptiveLocker{}).Token())
-	require.NotNil(t, (&PreemptiveLocker{}).Order(1))
+	require.NotNil(t, (&PreemptiveLocker{}).Sequence(1))
 	for _, l := range []interface {
 		Token() int64
 		Cause() error
@@ -806,9 +806,9 @@ func TestInputPassword(t *testing.T) {
 		}
 		calls := []func() error{
 			func() error { return second(p.LockKey(t.Context(), "a/b", 1)) },
-			func() error { return second(p.(*PostgresLockProvider).Holders(t.Context())) },
-			func() error { return second(p.(*PostgresLockProvider).Stop(t.Context(), "a/b", 1, "")) },
-			func() error { return second(p.(*PostgresLockProvider).ResetOrder(t.Context(), "a/b", 1)) },
+			func() error { return second(p.(*PostgresLockProvider).ListLocks(t.Context())) },
+			func() error { return second(p.(*PostgresLockProvider).RequestStop(t.Context(), "a/b", 1, "")) },
+			func() error { return second(p.(*PostgresLockProvider).ResetSequence(t.Context(), "a/b", 1)) },
 			func() error { return l.Notify(t.Context()) },
 			func() error { return second(l.Lock(t.Context())) },
 			func() error { return second(factory("a/b", 1, "opened").Lock(t.Context())) },

@@ -3,13 +3,14 @@ package locker
 import (
 	"container/heap"
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"strconv"
 	"sync"
 	"time"
 
 	"github.com/google/uuid"
-	"github.com/pkg/errors"
 )
 
 // backend is the database as the lock sees it. Timeouts, channels, delays and
@@ -28,6 +29,9 @@ type backend interface {
 	// acquire tries once to take the key for the claim. It returns early, with stopped,
 	// when ctx is done or stop is closed.
 	acquire(ctx context.Context, stop <-chan struct{}, r request) (answer, error)
+	// explain returns who holds the key and what its newest claim is, for an error. It
+	// returns early, with stopped, when ctx is done or stop is closed.
+	explain(ctx context.Context, stop <-chan struct{}, key int64) (keyState, error)
 	// release gives the key back if the claim holds it. It is queued when the call
 	// returns and cannot be canceled. The returned operation is signaled when it is
 	// done; nil means that it is.
@@ -38,16 +42,17 @@ type backend interface {
 
 // claim is a caller's wish to hold a key.
 type claim struct {
-	key   int64
-	id    uuid.UUID
-	event string
+	key    int64
+	id     uuid.UUID
+	event  string
+	labels string // as JSON; "" if there are none
 }
 
 // announcement is a claim that becomes the newest.
 type announcement struct {
 	claim
-	asked time.Time    // when its caller asked for it
-	order *int64       // if it was given one
+	asked time.Time // when its caller asked for it
+	terms terms
 	take  bool         // if the key is free and not waited for, it may be granted immediately, as acquire would do next
 	pull  *pullRequest // if set, the claim is dropped with errKeyMoved if this pull request has another key
 }
@@ -72,26 +77,29 @@ type request struct {
 	claim
 	standing standing
 	first    bool  // no standing yet: any newest claim will do
+	skip     bool  // the key is not taken if another claim waits for it
+	finish   bool  // the claim lets the holder finish
 	blocker  int64 // the advisory lock of the holder's session, if the last attempt found it dead
 }
 
 type outcome int
 
 const (
-	busy       outcome = iota // somebody else holds the key
+	busy       outcome = iota // another claim has the key
 	granted                   // the key is the claim's
 	superseded                // a newer claim exists
-	again                     // undecided: try again at once
+	again                     // undecided: try again immediately
 )
 
 // answer is the database's answer to a request.
 type answer struct {
 	outcome outcome
-	newest  standing // the newest claim of the key
-	event   string   // superseded: the event of the newest claim
+	newest  standing   // the newest claim of the key
+	winner  *ClaimInfo // superseded: the newest claim
 	// granted only:
 	token   int64
 	session uint64 // the generation of the session that holds the key
+	spared  bool   // no claim notifies the holder before WithProgress's max
 	// busy only: the holder's session is dead, and may be taken over at that time
 	blocker int64
 	retryAt time.Time
@@ -99,20 +107,30 @@ type answer struct {
 	doubt bool
 }
 
+// keyState is a key as an error describes it.
+type keyState struct {
+	newest  *ClaimInfo // nil if it does not wait any longer
+	holder  *ClaimInfo // nil if the key is free
+	heldFor time.Duration
+	foreign *ForeignLock
+}
+
 // event is what a backend tells the locks of a key.
 type event struct {
 	kind    eventKind
-	from    standing // claimed, newest: the claim; gone: the claim that held
-	message string   // claimed, newest, manual: its event, or the operator's text
-	session uint64   // lost: generation of the session
-	cause   error    // lost, gone: why
+	from    standing   // claimed, newest: the claim; gone: the claim that held
+	claim   *ClaimInfo // claimed, newest: the same claim
+	finish  bool       // claimed: it lets the holder finish
+	message string     // manual: the operator's text
+	session uint64     // lost: generation of the session
+	cause   error      // lost, gone: why
 }
 
 type eventKind int
 
 const (
 	evClaimed  eventKind = iota + 1 // hint: a claim was announced
-	evNewest                        // from the row: the newest claim is not the holder's
+	evNewest                        // from the row: a claim asks the holder to stop; the newest is told
 	evReleased                      // hint: trying again may succeed
 	evManual                        // an operator asks the holder to stop
 	evLost                          // the session is lost, and what it held
@@ -143,7 +161,8 @@ type lock struct {
 	backend backend
 	conf    *LockProviderConfig // the provider's; it does not change
 	claim   claim
-	onOver  func() // closes what belongs to this lock alone; nil for a provider's locks
+	pull    *pullRequest // of the PreemptiveLocker, for errors; nil otherwise
+	onOver  func()       // closes what belongs to this lock alone; nil for a provider's locks
 
 	next, prev *lock     // the hub's list of the key's locks; guarded by the hub
 	place      int       // the place among the hub's holds, from 1; guarded by the hub
@@ -153,11 +172,14 @@ type lock struct {
 	mu        sync.Mutex // guards everything below; never held across I/O or a call to the backend
 	phase     phase
 	announced bool      // by Notify
+	labels    string    // of the claim, by Notify or Lock
+	finish    bool      // the claim lets the holder finish
 	placed    bool      // standing is set: by Notify, or by the first answer to a claim that was never announced
 	woken     bool      // waiting: there was a reason to try again before wake was made
 	began     time.Time // Lock was called, then: the hold began
 	revokeAt  time.Time // notified: the end of the preemption timeout
 	shielded  time.Time // no revocation before
+	spared    time.Time // held: no notification because of a claim before
 	standing  standing
 	ch        chan NotificationPayload // made when held; capacity 1, one payload at most, closed when over
 	session   uint64                   // the generation of the session that holds the key
@@ -171,7 +193,7 @@ type lock struct {
 	ended     error         // waiting: the wait is over, and why
 	stop      chan struct{} // waiting: closed when ended is set; over: when Unlock has waited for long enough
 	gone      bool          // waiting: a grant since the last request does not count: the key was taken from the claim
-	missed    *event        // waiting: the newest claim that was heard of; it may have come after the grant
+	missed    *event        // a claim that asks the holder to stop. waiting: the newest that was heard of; it may have come after the grant. held: it waits for spared
 	wake      chan struct{} // waiting: capacity 1, a reason to try again; made when Lock sleeps for the first time
 	left      chan struct{} // waiting: closed when Lock has left; made by the Unlock that waits for it
 }
@@ -179,81 +201,116 @@ type lock struct {
 var (
 	errLockZero     = errors.New("locker: lock was not made by a provider")
 	errContextNil   = errors.New("locker: context is nil")
-	errLockTwice    = errors.New("locker: Lock was called before on this lock (locks are single use)")
-	errNotLocked    = errors.New("locker: Unlock before Lock")
+	errLockTwice    = errors.New("Lock was called before on this lock (locks are single use)")
+	errNotLocked    = errors.New("Unlock before Lock")
 	errReleasedWait = errors.New("released while waiting")
 )
 
-// Notify announces the lock's claim: from now on no older claim can acquire the
-// key, waiters with an older claim leave and the holder, if there is one, is
-// told to stop (C3–C5). Another call makes the claim the newest once more. With
-// an order in ctx (ContextWithOrder) a claim that comes too late is turned away
-// with ErrClaimOutdated and disturbs nobody (C33). It may be called concurrently
-// with every other method.
+// Notify announces the lock's claim. From now on no older claim can acquire the key,
+// waiters with an older claim are superseded, and the holder, if there is one, is
+// notified. Another call makes the claim the newest once more.
+//
+// [ContextWithMode], [ContextWithSequence] and [ContextWithLabels] say more about the
+// claim. With [LetFinish] the holder is not notified, with [SkipIfBusy] Notify does
+// nothing, and with a sequence number that is too low it returns [ErrClaimOutdated] and
+// disturbs no other claim. Notify may be called concurrently with every other method.
 func (l *lock) Notify(ctx context.Context) error {
 	if err := l.usable(ctx); err != nil {
 		return err
 	}
-	err := checkUse(ctx, l.backend.events())
+	t := termsFromContext(ctx)
+	err := t.check()
+	if err == nil {
+		err = checkUse(ctx, l.backend.events())
+	}
 	if err == nil && nested(ctx, l.conf, l.claim.key) {
 		err = ErrLockNested
 	}
-	if err == nil {
+	if err == nil && t.mode != SkipIfBusy {
 		err = within(ctx, l.conf.lockTimeout, func(stop <-chan struct{}) error {
-			_, err := l.announce(ctx, stop, announcement{asked: time.Now()})
+			_, err := l.announce(ctx, stop, announcement{asked: time.Now(), terms: t})
 			return err
 		})
 	}
 	if errors.Is(err, ErrClaimOutdated) { // Lock, which observes all else, is not called after this
 		l.observe(ObservedDisplaced, 0, err)
 	}
-	return errors.Wrapf(err, "locker: announce %q on key %d", l.claim.event, l.claim.key)
+	return annotate(err, "locker: announce %q on key %d", l.claim.event, l.claim.key)
 }
 
 func (l *lock) announce(ctx context.Context, stop <-chan struct{}, how announcement) (answer, error) {
-	how.claim, how.order = l.claim, orderFromContext(ctx)
+	how.claim = l.labeled(how.terms)
 	a, err := l.backend.announce(ctx, stop, how)
 	if err != nil {
+		if c := (*ConflictError)(nil); errors.As(err, &c) {
+			l.complete(c)
+		}
 		return a, err
 	}
 	l.mu.Lock()
 	l.placed, l.announced = true, true
-	l.standing = a.newest
+	l.standing, l.finish = a.newest, how.terms.mode == LetFinish
 	l.mu.Unlock()
 	return a, nil
 }
 
-// Lock waits for the key and answers the channel on which the holder is told,
-// at most once, that its undisturbed time is over (C12, C13); nobody has to
-// read it. It fails with an error that matches ErrLockPreempted when a newer
-// claim is announced (C4), ErrLockTimeout after the lock timeout, the context's
-// own error when ctx is done, ErrProviderClosed, or the database's error. A
-// lock is single use: a second Lock is an error.
+// labeled returns the claim with the labels of the terms or, if these have none, of
+// those before.
+func (l *lock) labeled(t terms) claim {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if t.labels != "" {
+		l.labels = t.labels
+	}
+	c := l.claim
+	c.labels = l.labels
+	return c
+}
+
+// Lock waits for the key and returns a channel that carries at most one payload, when
+// the holder is notified. The caller need not read it. Lock fails with an error that
+// matches
+//
+//   - [ErrLockPreempted] when a newer claim is announced,
+//   - [ErrLockTimeout] when it has waited for the lock timeout,
+//   - [ErrLockBusy] with [ContextWithMode] and [SkipIfBusy], when the key is held or
+//     waited for,
+//   - [ErrLockNested] inside a [PreemptiveLocker.Do] that holds the key,
+//   - ctx's own error when ctx is done,
+//   - [ErrProviderClosed] when the provider is closed.
+//
+// Any other error is that of the database. A lock is single use: a second Lock is an
+// error.
 func (l *lock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
-	return l.lockKey(ctx, time.Now(), nil)
-}
-
-// announceAndLock is Notify and Lock in one, for a PreemptiveLocker whose caller asked
-// at the given time: a key that is free costs one statement. With a pull request it
-// returns errKeyMoved if that has another key.
-func (l *lock) announceAndLock(ctx context.Context, asked time.Time, pull *pullRequest) (<-chan NotificationPayload, error) {
-	return l.lockKey(ctx, asked, &announcement{asked: asked, take: true, pull: pull})
-}
-
-func (l *lock) lockKey(ctx context.Context, asked time.Time, announce *announcement) (<-chan NotificationPayload, error) {
 	if err := l.usable(ctx); err != nil {
 		return nil, err
 	}
-	if err := l.begin(asked); err != nil {
+	ch, err := l.lockKey(ctx, lockCall{asked: time.Now(), terms: termsFromContext(ctx)})
+	return ch, annotate(err, "locker: lock key %d", l.claim.key)
+}
+
+// lockCall says how a lock is to be locked.
+type lockCall struct {
+	asked    time.Time     // when the caller called
+	wait     time.Duration // how long to wait; 0 means the lock timeout
+	terms    terms
+	announce bool         // Notify and Lock in one: a key that is free costs one statement
+	pull     *pullRequest // with announce: fail with errKeyMoved if that has another key
+}
+
+func (l *lock) lockKey(ctx context.Context, call lockCall) (<-chan NotificationPayload, error) {
+	if err := call.terms.check(); err != nil {
 		return nil, err
 	}
-	ch, waited, doubt, err := l.acquire(ctx, announce)
+	if err := l.begin(call); err != nil {
+		return nil, err
+	}
+	ch, waited, doubt, err := l.acquire(ctx, call)
 	if err != nil {
 		if doubt { // before the lock leaves: Close waits for what is queued
 			l.backend.release(ctx, l.claim)
 		}
 		l.backend.events().unsubscribe(l)
-		err = errors.Wrapf(err, "locker: lock key %d", l.claim.key)
 		l.leave(err)
 		return nil, err
 	}
@@ -276,7 +333,7 @@ func (l *lock) Unlock(ctx context.Context) error {
 		l.onOver()
 	}
 	if err != nil {
-		return errors.Wrapf(err, "locker: unlock key %d", l.claim.key)
+		return annotate(err, "locker: unlock key %d", l.claim.key)
 	}
 	return nil
 }
@@ -308,7 +365,7 @@ func (l *lock) usable(ctx context.Context) error {
 	return nil
 }
 
-func (l *lock) begin(asked time.Time) error {
+func (l *lock) begin(call lockCall) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.ended != nil {
@@ -318,9 +375,13 @@ func (l *lock) begin(asked time.Time) error {
 		return errLockTwice
 	}
 	l.phase = waiting
-	l.began = asked
+	l.began = call.asked
 	l.stop = make(chan struct{})
-	l.armLocked(l.began.Add(l.conf.lockTimeout))
+	wait := l.conf.lockTimeout
+	if call.wait > 0 {
+		wait = call.wait
+	}
+	l.armLocked(l.began.Add(wait))
 	return nil
 }
 
@@ -356,13 +417,17 @@ func (l *lock) expire() {
 	case waiting:
 		l.endWaitLocked(ErrLockTimeout)
 	case held:
-		news = l.notifyLocked(ErrMaxLockDuration, l.ownPayload(ErrMaxLockDuration))
+		if time.Since(l.began) < l.conf.maxLockDuration { // it was spared until now
+			news = l.preemptLocked(*l.missed)
+		} else {
+			news = l.notifyLocked(ErrMaxLockDuration, l.ownPayload(ErrMaxLockDuration))
+		}
 	case notified:
 		if time.Now().Before(l.shielded) {
 			l.armLocked(l.shielded)
 			break
 		}
-		l.lost = errors.WithMessagef(ErrLockLost, "revoked %v after it was notified (%v)", l.conf.preemptionTimeout, l.cause)
+		l.lost = annotate(ErrLockLost, "revoked %v after it was notified (%v)", l.conf.preemptionTimeout, l.cause)
 		l.endLocked()
 		news = l.revoke
 	case over:
@@ -379,6 +444,10 @@ func (l *lock) expire() {
 // already or is over: then it is too late to begin what must not be cut off. What
 // it cannot put off is the loss of the session.
 func (l *lock) Shield(limit time.Duration) error {
+	return annotate(l.shield(limit), "locker: shield key %d", l.claim.key)
+}
+
+func (l *lock) shield(limit time.Duration) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
@@ -386,7 +455,7 @@ func (l *lock) Shield(limit time.Duration) error {
 		l.shielded = time.Now().Add(limit)
 		return nil
 	case l.phase == held:
-		return errors.New("locker: the lock is shielded already")
+		return errors.New("the lock is shielded already")
 	case l.cause != nil:
 		return l.cause
 	}
@@ -419,6 +488,8 @@ func (l *lock) leave(err error) {
 	case errors.Is(err, errKeyMoved): // it was on the wrong key; another lock is tried
 	case errors.Is(err, ErrLockPreempted):
 		l.observe(ObservedDisplaced, waited, err)
+	case errors.Is(err, ErrLockBusy):
+		l.observe(ObservedSkipped, waited, err)
 	default:
 		l.observe(ObservedFailed, waited, err)
 	}
@@ -433,7 +504,7 @@ func (l *lock) leave(err error) {
 // acquire announces the claim, if asked to, and tries until the key is the claim's
 // or the wait has ended. The hints that wake it are only reasons to ask the database
 // again. It reports whether the database may have granted the key nevertheless.
-func (l *lock) acquire(ctx context.Context, announce *announcement) (_ <-chan NotificationPayload, waited time.Duration, doubt bool, _ error) {
+func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan NotificationPayload, waited time.Duration, doubt bool, _ error) {
 	if nested(ctx, l.conf, l.claim.key) {
 		return nil, 0, false, ErrLockNested
 	}
@@ -442,23 +513,27 @@ func (l *lock) acquire(ctx context.Context, announce *announcement) (_ <-chan No
 	}
 	var trouble error // why the database could not be asked, the last time
 	var blocker int64
+	skip, announce := call.terms.mode == SkipIfBusy, call.announce
 	for inVain := 0; ; {
 		if err := l.waitEnded(ctx, trouble); err != nil {
+			if trouble == nil && errors.Is(err, ErrLockTimeout) {
+				err = l.explained(ctx, ErrLockTimeout)
+			}
 			return nil, 0, doubt, err
 		}
 		var a answer
 		var err error
-		if announce != nil {
-			a, err = l.announce(ctx, l.stop, *announce)
-			announce = nil
+		if announce && !skip {
+			announce = false
+			a, err = l.announce(ctx, l.stop, announcement{asked: call.asked, terms: call.terms, take: true, pull: call.pull})
 			if s := (stopped{}); err != nil && !errors.As(err, &s) {
 				if ended := l.waitEnded(ctx, err); ended != nil { // what ended the wait counts, the error explains it
 					err = ended
 				}
-				return nil, 0, doubt || a.doubt, errors.WithMessagef(err, "announce %q", l.claim.event)
+				return nil, 0, doubt || a.doubt, annotate(err, "announce %q", l.claim.event)
 			}
 		} else {
-			a, err = l.backend.acquire(ctx, l.stop, l.request(blocker))
+			a, err = l.backend.acquire(ctx, l.stop, l.request(call.terms, blocker))
 		}
 		doubt = doubt || a.doubt
 		if s := (stopped{}); errors.As(err, &s) {
@@ -481,16 +556,66 @@ func (l *lock) acquire(ctx context.Context, announce *announcement) (_ <-chan No
 			doubt = true
 			continue // the hold was lost before it began
 		case superseded:
-			return nil, 0, doubt, errors.Wrapf(ErrLockPreempted, "superseded by the newer claim %q", a.event)
+			return nil, 0, doubt, l.conflict(ErrLockPreempted, keyState{newest: a.winner}, "superseded by the newer claim %v", a.winner)
 		case again:
 			if inVain++; inVain < maxInVain {
 				continue
 			}
 		default:
+			if skip && (blocker == 0 || time.Now().Before(a.retryAt)) {
+				return nil, 0, doubt, l.explained(ctx, ErrLockBusy)
+			}
 			l.adopt(a.newest)
 		}
 		inVain = 0
 		l.sleep(ctx, a.retryAt)
+	}
+}
+
+// explainTimeout bounds how much later an error comes because it says who holds the key.
+const explainTimeout = 500 * time.Millisecond
+
+// explained returns the error of a wait that has ended with the sentinel, and says who
+// has the key, if the database can be asked soon.
+func (l *lock) explained(ctx context.Context, sentinel error) error {
+	var k keyState
+	err := within(ctx, explainTimeout, func(stop <-chan struct{}) (err error) {
+		k, err = l.backend.explain(ctx, stop, l.claim.key)
+		return err
+	})
+	switch {
+	case ctx.Err() != nil:
+		return contextError(ctx)
+	case err != nil:
+		return sentinel
+	case k.holder != nil:
+		return l.conflict(sentinel, k, "held for %v by %v, token %d", k.heldFor.Round(time.Millisecond), k.holder, k.holder.Token)
+	case k.foreign != nil:
+		return l.conflict(sentinel, k, "the advisory lock of the key is held by the server process %d (application %q, user %q), which does not use this library",
+			k.foreign.PID, k.foreign.Application, k.foreign.User)
+	case k.newest != nil && k.newest.ID != l.claim.id:
+		return l.conflict(sentinel, k, "waited for by %v", k.newest)
+	}
+	return sentinel
+}
+
+// conflict returns an error that matches the sentinel and describes the other claims.
+func (l *lock) conflict(sentinel error, k keyState, format string, args ...any) error {
+	c := &ConflictError{
+		Key: l.claim.key, Winner: k.newest.clone(), Holder: k.holder.clone(), Foreign: k.foreign,
+		sentinel: sentinel, detail: fmt.Sprintf(format, args...),
+	}
+	if c.Winner != nil && (c.Winner.ID == l.claim.id || c.Holder != nil && c.Winner.ID == c.Holder.ID) {
+		c.Winner = nil
+	}
+	l.complete(c)
+	return c
+}
+
+// complete adds what the lock knows.
+func (l *lock) complete(c *ConflictError) {
+	if l.pull != nil {
+		c.Repo, c.PullRequest = l.pull.repo, l.pull.pr
 	}
 }
 
@@ -531,16 +656,17 @@ func (l *lock) waitEnded(ctx context.Context, trouble error) error {
 		err = contextError(ctx)
 	}
 	if err != nil && trouble != nil {
-		err = errors.WithMessage(err, trouble.Error())
+		err = annotate(err, "%v", trouble)
 	}
 	return err
 }
 
-func (l *lock) request(blocker int64) request {
+func (l *lock) request(t terms, blocker int64) request {
+	c := l.labeled(t)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.gone = false
-	return request{claim: l.claim, standing: l.standing, first: !l.placed, blocker: blocker}
+	return request{claim: c, standing: l.standing, first: !l.placed, skip: t.mode == SkipIfBusy, finish: l.finish, blocker: blocker}
 }
 
 // adopt gives a claim that was never announced the standing of the claim that
@@ -585,12 +711,16 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 	l.token = a.token
 	l.ch = make(chan NotificationPayload, 1)
 	l.backend.events().hold(l)
+	if a.spared {
+		l.spared = now.Add(l.conf.progress.max)
+	}
 	l.armLocked(now.Add(l.conf.maxLockDuration))
 	if ctx.Done() != nil {
 		l.unwatch = context.AfterFunc(ctx, func() { l.tell(contextError(ctx)) })
 	}
-	if l.missed != nil {
-		_, news = l.handleHeldLocked(*l.missed)
+	if missed := l.missed; missed != nil {
+		l.missed = nil
+		_, news = l.handleHeldLocked(*missed)
 	}
 	return l.ch, waited, nil
 }
@@ -628,7 +758,7 @@ func (l *lock) notifyLocked(cause error, payload NotificationPayload) func() {
 
 func (l *lock) observe(kind ObservationKind, after time.Duration, err error) {
 	if f := l.conf.observer; f != nil {
-		f(Observation{Kind: kind, Key: l.claim.key, Event: l.claim.event, After: after, Err: err})
+		f(Observation{Kind: kind, Key: l.claim.key, Event: l.claim.event, Labels: decodeLabels(l.labeled(terms{}).labels), After: after, Err: err})
 	}
 }
 
@@ -775,7 +905,7 @@ func (l *lock) handleWaitingLocked(ev event) {
 		if ev.from.id == l.claim.id {
 			return
 		}
-		if l.missed == nil || ev.from.number > l.missed.from.number {
+		if !ev.finish && (l.missed == nil || ev.from.number > l.missed.from.number) {
 			newest := ev // only this copy is kept
 			l.missed = &newest
 		}
@@ -802,7 +932,7 @@ func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
 		if ev.kind == evLost {
 			what, l.taken = "session lost", true
 		}
-		l.lost = errors.WithMessagef(ErrLockLost, "%s (%v)", what, ev.cause)
+		l.lost = annotate(ErrLockLost, "%s (%v)", what, ev.cause)
 		if l.phase == held {
 			news = l.notifyLocked(l.lost, l.ownPayload(l.lost))
 		}
@@ -812,13 +942,30 @@ func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
 	case ev.kind == evClosed:
 		news = l.notifyLocked(ErrProviderClosed, l.ownPayload(ErrProviderClosed))
 	case ev.kind == evManual:
-		news = l.notifyLocked(errors.WithMessagef(ErrStopRequested, "%q", ev.message),
+		news = l.notifyLocked(annotate(ErrStopRequested, "%q", ev.message),
 			NotificationPayload{ID: l.claim.id, Message: ev.message, LockKey: l.claim.key})
-	case theirs && (ev.kind == evNewest || ev.kind == evClaimed && ev.from.number > l.standing.number):
-		news = l.notifyLocked(errors.WithMessagef(ErrLockPreempted, "preempted by the newer claim %q", ev.message),
-			NotificationPayload{ID: ev.from.id, Message: ev.message, LockKey: l.claim.key})
+	case theirs && (ev.kind == evNewest || ev.kind == evClaimed && !ev.finish && ev.from.number > l.standing.number):
+		news = l.preemptLocked(ev)
 	}
 	return false, news
+}
+
+// preemptLocked notifies the holder of a claim, or sees to it that this happens when
+// it is not spared any longer.
+func (l *lock) preemptLocked(ev event) func() {
+	if time.Now().Before(l.spared) {
+		if l.missed == nil {
+			l.missed = &ev
+			if l.spared.Before(l.deadline) {
+				l.armLocked(l.spared)
+			}
+		}
+		return nil
+	}
+	self := &ClaimInfo{ID: l.claim.id, Event: l.claim.event, Labels: decodeLabels(l.labels),
+		Host: hostName, PID: processID, Since: l.began, Token: l.token}
+	cause := l.conflict(ErrLockPreempted, keyState{newest: ev.claim, holder: self}, "preempted by the newer claim %v", ev.claim)
+	return l.notifyLocked(cause, NotificationPayload{ID: ev.from.id, Message: ev.claim.Event, LockKey: l.claim.key})
 }
 
 // await waits for done, within the bounds of C18.
@@ -857,7 +1004,7 @@ func within(ctx context.Context, bound time.Duration, f func(stop <-chan struct{
 		err = contextError(ctx)
 	}
 	if early.trouble != nil {
-		err = errors.WithMessage(err, early.trouble.Error())
+		err = annotate(err, "%v", early.trouble)
 	}
 	return err
 }
@@ -867,17 +1014,6 @@ func within(ctx context.Context, bound time.Duration, f func(stop <-chan struct{
 type stopped struct{ trouble error }
 
 func (e stopped) Error() string { return "locker: stopped" }
-
-// contextError is the context's own error. Its cause is told, not matched: a
-// context that ended because another lock was preempted did not preempt this one
-// (C21).
-func contextError(ctx context.Context) error {
-	err := ctx.Err()
-	if cause := context.Cause(ctx); cause != err {
-		return errors.WithMessage(err, cause.Error())
-	}
-	return err
-}
 
 // hub knows which locks of a provider wait for or hold which key, and passes
 // events to them.

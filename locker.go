@@ -2,91 +2,12 @@ package locker
 
 import (
 	"context"
-	stderrors "errors"
+	"errors"
+	"fmt"
 	"reflect"
 	"sync"
 	"time"
-
-	"github.com/pkg/errors"
 )
-
-// ErrLockPreempted says that a newer claim was announced for the key. It is
-// matched by the error of a Lock that left for a newer claim (C4), and by the
-// cause of a holder that was told to stop for one (C5, C16), and by
-// ErrClaimOutdated (C33); by nothing else (C21).
-var ErrLockPreempted = stderrors.New("lock was preemptepd while waiting for the lock")
-
-// The sentinels of everything else that ends a wait or a hold. Match them with
-// errors.Is.
-var (
-	// ErrLockTimeout: Lock waited for the lock timeout. It also matches
-	// context.DeadlineExceeded.
-	ErrLockTimeout error = timeoutError{}
-	// ErrLockLost: the hold ended without Release, because the session was lost
-	// or because the lock was revoked after its notification.
-	ErrLockLost = stderrors.New("lock was lost while it was held")
-	// ErrMaxLockDuration: the holder was notified because the max lock duration
-	// was reached.
-	ErrMaxLockDuration = stderrors.New("max lock duration was reached")
-	// ErrProviderClosed: the provider was closed.
-	ErrProviderClosed = stderrors.New("lock provider is closed")
-	// ErrStopRequested: an operator asked the holder to stop, with
-	// PostgresLockProvider.Stop or a NOTIFY by hand (C13).
-	ErrStopRequested = stderrors.New("holder was asked to stop")
-	// ErrLockNested is returned by Lock, Do and Notify if the context comes from the
-	// function of a [PreemptiveLocker.Do] that holds the same key, by the same provider:
-	// the claim would stop the hold that waits for it. Nothing is sent and no holder is
-	// notified. It matches no other sentinel.
-	ErrLockNested = stderrors.New("the key is held by the Do whose function makes this claim")
-)
-
-// ErrClaimOutdated: the claim was given an order (PreemptiveLocker.Order) and a
-// claim with a higher one has been announced for the key already, or one with
-// the same that still waits or holds (C33). It also matches ErrLockPreempted.
-var ErrClaimOutdated error = outdatedError{}
-
-type outdatedError struct{}
-
-func (outdatedError) Error() string   { return "claim came too late" }
-func (outdatedError) Is(e error) bool { return e == ErrLockPreempted }
-
-// outdated says why a claim is turned away: top is the highest order, and since is when
-// it was announced, or zero if the newest claim has another order or none.
-func outdated(order, top int64, since time.Time, newest string) error {
-	if order == top {
-		return errors.WithMessagef(ErrClaimOutdated, "a claim with the same order %d is not over (newest claim: %q)", order, newest)
-	}
-	when := "before the newest claim"
-	if !since.IsZero() {
-		when = "at " + since.UTC().Format(time.RFC3339)
-	}
-	return errors.WithMessagef(ErrClaimOutdated,
-		"order %d is %d below the highest, %d, which was announced %s (newest claim: %q); if that one is wrong, ResetOrder forgets it",
-		order, uint64(top)-uint64(order), top, when, newest)
-}
-
-type orderKey struct{}
-
-// ContextWithOrder gives the order of a claim to a PreemptableLock's Notify,
-// through whatever providers lie in between. With a PreemptiveLocker, use its
-// method Order.
-func ContextWithOrder(ctx context.Context, order int64) context.Context {
-	return context.WithValue(ctx, orderKey{}, &order)
-}
-
-// OrderFromContext answers the order that ContextWithOrder put there. A provider
-// of your own can use it in Notify to turn away what comes too late.
-func OrderFromContext(ctx context.Context) (order int64, ok bool) {
-	if p := orderFromContext(ctx); p != nil {
-		return *p, true
-	}
-	return 0, false
-}
-
-func orderFromContext(ctx context.Context) *int64 {
-	p, _ := ctx.Value(orderKey{}).(*int64)
-	return p
-}
 
 // enclosing says, in the context of a Do's function, which Do that is.
 type enclosing struct {
@@ -126,12 +47,6 @@ func (p *PreemptiveLocker) owner(lock PreemptableLock) any {
 	return p.conf
 }
 
-type timeoutError struct{}
-
-func (timeoutError) Error() string   { return "lock timeout was reached while waiting for the lock" }
-func (timeoutError) Timeout() bool   { return true }
-func (timeoutError) Is(e error) bool { return e == context.DeadlineExceeded }
-
 // PreemptiveLocker represents a distributed lock where callers can be preempted
 // while waiting for the lock to be released or while holding the lock. High
 // level, the algorithm is as follows:
@@ -161,14 +76,16 @@ type PreemptiveLocker struct {
 	event    string
 
 	mu      sync.Mutex // guards everything below; never held across a call to the provider
-	order   *int64
+	terms   terms
+	wait    time.Duration // 0: the provider's lock timeout
+	misuse  error         // what Release has to report: a setting that came too late
 	stage   stage
-	aborted bool               // locking: Release was called
-	calls   context.Context    // see abortable; nil before it is needed
-	cancel  context.CancelFunc // ends calls
-	lock    PreemptableLock    // nil before there is one; locking: it waits
-	left    chan struct{}      // locking: closed when Lock has left; made by the Release that waits for it
-	gone    context.Context    // inside Do: ends when the hold does
+	aborted bool                    // locking: Release was called
+	calls   context.Context         // see abortable; nil before it is needed
+	cancel  context.CancelCauseFunc // ends calls
+	lock    PreemptableLock         // nil before there is one; locking: it waits
+	left    chan struct{}           // locking: closed when Lock has left; made by the Release that waits for it
+	gone    context.Context         // inside Do: ends when the hold does
 	key     int64
 	token   int64
 }
@@ -230,21 +147,54 @@ func NewFakePreemptiveLockerFactory(providerOpts []LockProviderOption, lockerOpt
 	return NewPreemptiveLockerFactory(provider, lockerOpts...)
 }
 
-// Order says which place the claim has among those of its pull request, whenever
-// it arrives: a number that grows with the order of the events and differs between
-// them, such as a counter of pushes (GitHub's updated_at alone has only seconds:
-// see docs/webhook.md). Lock then turns a claim away at
-// once, without disturbing anybody, if a claim with a higher order has been
-// announced, or one with the same that still waits or holds: a redelivery (C33).
-// The error matches ErrClaimOutdated and ErrLockPreempted, and says how far the order
-// is below the highest. The highest is never forgotten: after a wrong one, or after a
-// change to a smaller unit, use [PostgresLockProvider.ResetOrder]. Without Order the
-// newest arrival wins. It answers the PreemptiveLocker itself and has no effect
-// after Lock.
-func (p *PreemptiveLocker) Order(order int64) *PreemptiveLocker {
+// Sequence gives the claim its place among those of its pull request, whenever it
+// arrives: a number that grows with the order of the events and differs between them,
+// such as a counter of pushes. (GitHub's updated_at alone has only seconds: see
+// docs/webhook.md.) Every int64 is allowed, also zero and negative numbers. Lock returns
+// [ErrClaimOutdated] immediately, and disturbs no other claim, if a claim with a higher
+// number was announced, or one with the same number that still waits or holds: a
+// redelivery. The highest is never forgotten: after a wrong one, or after a change to a
+// smaller unit, use [PostgresLockProvider.ResetSequence]. Without Sequence the newest
+// arrival wins.
+//
+// Sequence, Mode, Labels and Wait return the PreemptiveLocker itself. They come before
+// Lock. After it they have no effect, and Release returns an error that says so.
+func (p *PreemptiveLocker) Sequence(sequence int64) *PreemptiveLocker {
+	return p.set("Sequence", func() { p.terms.sequence = &sequence })
+}
+
+// Mode says what the claim does to others, instead of the factory's default
+// ([WithClaimMode]). An unknown mode is an error of Lock.
+func (p *PreemptiveLocker) Mode(mode ClaimMode) *PreemptiveLocker {
+	return p.set("Mode", func() { p.terms.mode, p.terms.moded = mode, true })
+}
+
+// Labels gives the claim labels, such as a commit, a URL and an actor. They come back in
+// the [ConflictError] of a claim that loses to this one, in observations, and in what
+// operators see. As JSON they take 1,024 bytes at most: more are an error of Lock. In
+// keys and values, bytes that are not valid UTF-8 are replaced.
+func (p *PreemptiveLocker) Labels(labels map[string]string) *PreemptiveLocker {
+	text := encodeLabels(labels)
+	return p.set("Labels", func() { p.terms.labels = text })
+}
+
+// Wait bounds how long Lock waits for the key, instead of the provider's lock timeout,
+// and unlike the end of its context it does not end the hold. After it Lock returns
+// [ErrLockTimeout]. Zero means the lock timeout, and a negative duration is an error of
+// Lock.
+func (p *PreemptiveLocker) Wait(d time.Duration) *PreemptiveLocker {
+	return p.set("Wait", func() { p.wait = d })
+}
+
+func (p *PreemptiveLocker) set(method string, f func()) *PreemptiveLocker {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.order = &order
+	switch {
+	case p.stage == unlocked:
+		f()
+	case p.misuse == nil:
+		p.misuse = errors.New(method + " was called after Lock, and had no effect")
+	}
 	return p
 }
 
@@ -253,18 +203,26 @@ func (p *PreemptiveLocker) Order(order int64) *PreemptiveLocker {
 // the lock is released. If the caller is preempted while waiting for the lock to
 // be released, an error is returned.
 //
-// In detail: Lock announces a claim, which displaces every older one, waits for
-// the key and then for the lock delay (C9, C11). The channel carries at most one
-// payload and is closed when the hold is over; nobody has to read it (C12). Once
-// ctx is done the holder is notified, so ctx should live as long as the hold.
+// In detail: Lock announces a claim, waits for the key and then for the lock delay. The
+// channel carries at most one payload and is closed when the hold is over. The caller
+// need not read it. **ctx belongs to the hold, not to the call, like that of BeginTx**:
+// when it is done, the holder is notified. Bound the wait alone with
+// [PreemptiveLocker.Wait].
 //
-// The error matches ErrLockPreempted if a newer claim was announced,
-// ErrClaimOutdated as well if the claim came too late by its order, ErrLockNested
-// inside a [PreemptiveLocker.Do] that holds the same key, ErrLockTimeout after the lock timeout, ctx's own error if ctx is done, and
-// ErrProviderClosed; during the lock delay also whatever a holder can be told
-// (C13): ErrLockLost, ErrMaxLockDuration or ErrStopRequested. Other errors come
-// from the input or from the database. A Lock that failed leaves nothing behind
-// (C20). A second Lock is an error.
+// The error matches
+//
+//   - [ErrLockPreempted] if a newer claim was announced,
+//   - [ErrClaimOutdated], too, if the claim came too late by its sequence number,
+//   - [ErrLockBusy] if the key is held or waited for and the mode is [SkipIfBusy],
+//   - [ErrLockNested] inside a [PreemptiveLocker.Do] that holds the same key,
+//   - [ErrLockTimeout] after the lock timeout, or that of [PreemptiveLocker.Wait],
+//   - ctx's own error if ctx is done, and [ErrProviderClosed],
+//   - during the lock delay also the causes of a holder: [ErrLockLost],
+//     [ErrMaxLockDuration] and [ErrStopRequested].
+//
+// Other errors come from the input or from the database. A [ConflictError] in it says
+// which claim is in the way. A Lock that failed leaves nothing behind. A second Lock is
+// an error.
 func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayload, err error) {
 	if err := p.usable(ctx); err != nil {
 		return nil, err
@@ -278,12 +236,12 @@ func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayl
 	lock, ch, err := p.acquire(ctx, time.Now())
 	err = p.arrive(lock, err)
 	if err != nil {
-		p.abort()
+		p.abort(nil)
 		if lock != nil {
 			_ = unlockDetached(ctx, lock)
 		}
 		p.leave()
-		return nil, errors.WithMessagef(err, "locker: lock %q#%d for %q", p.repo, p.pr, p.event)
+		return nil, annotate(err, "locker: lock %q#%d for %q", p.repo, p.pr, p.event)
 	}
 	return ch, nil
 }
@@ -304,7 +262,10 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 	p.mu.Lock()
 	stage := p.stage
 	var left chan struct{}
-	lock := p.lock
+	lock, misuse := p.lock, p.misuse
+	if stage != unlocked {
+		p.misuse = nil
+	}
 	switch stage {
 	case locking:
 		if p.left == nil {
@@ -322,7 +283,7 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 		err = errors.New("Release before Lock")
 	case locking:
 		start := time.Now()
-		p.abort()
+		p.abort(nil)
 		if lock != nil {
 			if own := ownLock(lock); own != nil {
 				own.abandon()
@@ -332,23 +293,25 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 		err = await(ctx, releaseTimeout-time.Since(start), left)
 	case locked:
 		err = unlockBounded(ctx, lock)
-		p.abort()
+		p.abort(nil)
 	}
-	if err != nil {
-		return errors.WithMessagef(err, "locker: release %q#%d", p.repo, p.pr)
+	if stage != unlocked {
+		err = joinErrors(err, misuse)
 	}
-	return nil
+	return annotate(err, "locker: release %q#%d", p.repo, p.pr)
 }
 
-// Do locks, runs f and releases (C16). The context given to f is derived from
-// ctx and is cancelled when the holder is notified; context.Cause then matches
-// the cause's sentinel: ErrLockPreempted, ErrMaxLockDuration, ErrLockLost,
-// ErrProviderClosed, ErrStopRequested or ctx's own error. f should return soon
-// after that: once the preemption timeout has passed the lock is taken away.
+// Do locks, runs f and releases. The context given to f is derived from ctx. It is
+// canceled when the holder is notified, and context.Cause then matches the sentinel of
+// the cause: [ErrLockPreempted], [ErrMaxLockDuration], [ErrLockLost],
+// [ErrProviderClosed], [ErrStopRequested] or ctx's own error. f should return soon after
+// that, with the error of its context: once the preemption timeout has passed the lock is
+// taken away. [TokenFromContext] returns the fencing token.
 //
-// Do returns when f has returned, and releases whatever ctx is. Its error
-// matches f's error and, if f was disturbed, the cause, also if f returned nil.
-// If f panics, the lock is released and the panic goes on.
+// Do returns when f has returned, and releases whatever ctx is. Its error matches f's
+// error and, if f was disturbed, the cause, also if f returned nil. It can match several
+// sentinels: read it with [OutcomeOf]. If f panics, the lock is released and the panic
+// goes on.
 //
 // A claim of the same key by the same provider inside f is an error that matches
 // [ErrLockNested], if it is made with f's context or one derived from it. With another
@@ -375,10 +338,11 @@ func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) e
 	}()
 	defer func() { // also on a panic and on runtime.Goexit
 		close(returned)
-		err = joinErrors(err, <-watched)
+		parts := doError{work: err, cause: <-watched}
 		cancel(nil)
 		lose(nil)
-		err = joinErrors(err, p.Release(context.WithoutCancel(ctx)))
+		parts.release = p.Release(context.WithoutCancel(ctx))
+		err = parts.error()
 	}()
 	return f(fctx)
 }
@@ -397,7 +361,7 @@ func (p *PreemptiveLocker) watch(ctx context.Context, ch <-chan NotificationPayl
 				return cause
 			}
 		}
-		lose(errors.WithMessage(ErrLockLost, "the hold is over"))
+		lose(annotate(ErrLockLost, "the hold is over"))
 		return cause
 	case <-returned:
 	}
@@ -436,7 +400,7 @@ func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f fu
 		return errors.New("locker: function is nil")
 	}
 	if limit <= 0 {
-		return errors.Errorf("locker: shield limit is not positive: %v", limit)
+		return fmt.Errorf("locker: shield limit is not positive: %v", limit)
 	}
 	p.mu.Lock()
 	gone, lock, stage := p.gone, p.lock, p.stage
@@ -454,8 +418,12 @@ func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f fu
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if err := shield.Shield(limit); err != nil {
-		return errors.WithMessage(err, "locker: shield")
+	begin := shield.Shield
+	if own := ownLock(lock); own != nil { // whose error needs no key
+		begin = own.shield
+	}
+	if err := begin(limit); err != nil {
+		return annotate(err, "locker: shield %q#%d", p.repo, p.pr)
 	}
 	defer shield.Unshield()
 
@@ -497,6 +465,17 @@ func (p *PreemptiveLocker) Token() int64 {
 	return p.token
 }
 
+// TokenFromContext returns the fencing token of the hold whose [PreemptiveLocker.Do]
+// has given ctx, or a context from which ctx is derived, to its function. With Do inside
+// Do it is the token of the innermost. It is 0 outside of Do, and with a provider of
+// your own whose locks have no Token() int64.
+func TokenFromContext(ctx context.Context) int64 {
+	if e, ok := ctx.Value(enclosingKey{}).(*enclosing); ok {
+		return e.locker.Token()
+	}
+	return 0
+}
+
 func (p *PreemptiveLocker) usable(ctx context.Context) error {
 	if p.provider == nil {
 		return errors.New("locker: PreemptiveLocker was not made by a factory")
@@ -511,7 +490,7 @@ func (p *PreemptiveLocker) begin() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.stage != unlocked {
-		return errors.New("locker: Lock was called before on this PreemptiveLocker (it is single use)")
+		return fmt.Errorf("locker: lock %q#%d: Lock was called before on this PreemptiveLocker (it is single use)", p.repo, p.pr)
 	}
 	p.stage = locking
 	return nil
@@ -523,53 +502,90 @@ func (p *PreemptiveLocker) abortable(ctx context.Context) context.Context {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.calls == nil {
-		p.calls, p.cancel = context.WithCancel(ctx)
+		p.calls, p.cancel = context.WithCancelCause(ctx)
 		if p.aborted {
-			p.cancel()
+			p.cancel(nil)
 		}
 	}
 	return p.calls
 }
 
-// abort ends what abortable has answered.
-func (p *PreemptiveLocker) abort() {
+// abort ends what abortable has returned.
+func (p *PreemptiveLocker) abort(cause error) {
 	p.mu.Lock()
 	cancel := p.cancel
 	p.mu.Unlock()
 	if cancel != nil {
-		cancel()
+		cancel(cause)
 	}
 }
 
-// acquire claims the key and waits for it and for the lock delay. It answers the
+// acquire claims the key and waits for it and for the lock delay. It returns the
 // lock, once there is one, also with an error.
 func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (PreemptableLock, <-chan NotificationPayload, error) {
+	p.mu.Lock()
+	call := lockCall{asked: asked, wait: p.wait, announce: true,
+		terms: p.terms.over(termsFromContext(ctx)).over(terms{mode: p.conf.mode})}
+	p.mu.Unlock()
 	if err := checkRepo(p.repo, p.pr); err != nil {
 		return nil, nil, err
 	}
-	calls := ctx
+	if err := call.terms.check(); err != nil {
+		return nil, nil, err
+	}
+	if call.wait < 0 {
+		return nil, nil, fmt.Errorf("the bound of the wait is negative: %v", call.wait)
+	}
+	var key int64
+	var err error
 	switch own := p.provider.(type) {
 	case *PostgresLockProvider:
 		pull := pullRequest{p.repo, p.pr}
-		if key, ok := own.hints.get(pull); ok {
-			lock, ch, err := p.claim(ctx, ctx, asked, key, &pull)
+		if key, ok := own.hints.get(pull); ok && call.terms.mode != SkipIfBusy { // which does not check that the hint is right
+			call.pull = &pull
+			lock, ch, err := p.claim(ctx, ctx, key, call)
 			if !errors.Is(err, errKeyMoved) {
 				return lock, ch, err
 			}
+			call.pull = nil
 		}
-		calls = p.abortable(ctx)
+		key, err = own.lockKey(p.abortable(ctx), p.repo, p.pr, call.wait)
+		if err != nil {
+			return nil, nil, err
+		}
+		return p.claim(ctx, p.abortable(ctx), key, call)
 	case *FakeLockProvider: // does not block
-	default:
-		calls = p.abortable(ctx)
+		if key, err = own.LockKey(ctx, p.repo, p.pr); err != nil {
+			return nil, nil, err
+		}
+		return p.claim(ctx, ctx, key, call)
 	}
-	key, err := p.provider.LockKey(calls, p.repo, p.pr)
-	if err != nil {
-		return nil, nil, err
+
+	calls := p.abortable(ctx)
+	if call.wait > 0 {
+		defer time.AfterFunc(time.Until(asked.Add(call.wait)), func() { p.abort(ErrLockTimeout) }).Stop()
 	}
-	return p.claim(ctx, calls, asked, key, nil)
+	key, err = p.provider.LockKey(calls, p.repo, p.pr)
+	var lock PreemptableLock
+	var ch <-chan NotificationPayload
+	if err == nil {
+		lock, ch, err = p.claim(ctx, calls, key, call)
+	}
+	if context.Cause(calls) == ErrLockTimeout {
+		err = p.timedOut(err)
+	}
+	return lock, ch, err
 }
 
-func (p *PreemptiveLocker) claim(ctx, calls context.Context, asked time.Time, key int64, pull *pullRequest) (PreemptableLock, <-chan NotificationPayload, error) {
+// timedOut returns the error of a wait that Wait has ended.
+func (p *PreemptiveLocker) timedOut(err error) error {
+	if err == nil || errors.Is(err, ErrLockTimeout) {
+		return ErrLockTimeout
+	}
+	return annotate(ErrLockTimeout, "%v", err)
+}
+
+func (p *PreemptiveLocker) claim(ctx, calls context.Context, key int64, call lockCall) (PreemptableLock, <-chan NotificationPayload, error) {
 	p.mu.Lock()
 	p.key = key
 	p.mu.Unlock()
@@ -578,9 +594,9 @@ func (p *PreemptiveLocker) claim(ctx, calls context.Context, asked time.Time, ke
 		return nil, nil, err
 	}
 	if isNil(lock) {
-		return nil, nil, errors.New("lock provider answered no lock")
+		return nil, nil, errors.New("lock provider returned no lock")
 	}
-	ch, err := p.announceAndLock(ctx, lock, asked, pull)
+	ch, err := p.announceAndLock(ctx, lock, call)
 	if err != nil {
 		return lock, nil, err
 	}
@@ -588,17 +604,8 @@ func (p *PreemptiveLocker) claim(ctx, calls context.Context, asked time.Time, ke
 }
 
 // announceAndLock announces the claim and waits for the key. A lock of this package
-// does both at once (C9).
-func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock PreemptableLock, asked time.Time, pull *pullRequest) (<-chan NotificationPayload, error) {
-	p.mu.Lock()
-	order := p.order
-	p.mu.Unlock()
-	withOrder := func(ctx context.Context) context.Context {
-		if order == nil {
-			return ctx
-		}
-		return ContextWithOrder(ctx, *order)
-	}
+// does both in one statement.
+func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock PreemptableLock, call lockCall) (<-chan NotificationPayload, error) {
 	own := ownLock(lock)
 	if own == nil {
 		p.mu.Lock()
@@ -607,9 +614,13 @@ func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock Preemptable
 		if nested(ctx, p.owner(lock), key) {
 			return nil, ErrLockNested
 		}
-		if err := lock.Notify(withOrder(p.abortable(ctx))); err != nil {
-			return nil, err
+		if call.terms.mode != SkipIfBusy {
+			if err := lock.Notify(contextWithTerms(p.abortable(ctx), call.terms)); err != nil {
+				return nil, err
+			}
 		}
+	} else {
+		own.pull = &pullRequest{p.repo, p.pr}
 	}
 	p.mu.Lock()
 	p.lock = lock
@@ -619,9 +630,9 @@ func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock Preemptable
 	case aborted:
 		return nil, errReleasedWait
 	case own != nil:
-		return own.announceAndLock(withOrder(ctx), asked, pull)
+		return own.lockKey(ctx, call)
 	}
-	return lock.Lock(p.abortable(ctx))
+	return lock.Lock(contextWithTerms(p.abortable(ctx), call.terms))
 }
 
 // delay waits for the lock delay (C11).
@@ -637,7 +648,7 @@ func (p *PreemptiveLocker) delay(ctx context.Context, lock PreemptableLock, ch <
 	case <-timer.C:
 		return nil
 	case n, ok := <-ch:
-		return errors.WithMessage(causeOf(lock, n, ok), "during the lock delay")
+		return annotate(causeOf(lock, n, ok), "during the lock delay")
 	case <-ctx.Done():
 		return contextError(ctx)
 	}
@@ -680,9 +691,9 @@ func causeOf(lock PreemptableLock, n NotificationPayload, ok bool) error {
 		}
 	}
 	if !ok {
-		return errors.WithMessage(ErrLockLost, "the lock's channel was closed")
+		return annotate(ErrLockLost, "the lock's channel was closed")
 	}
-	return errors.WithMessagef(ErrLockPreempted, "notified: %q", n.Message)
+	return annotate(ErrLockPreempted, "notified: %q", n.Message)
 }
 
 // unlockBounded unlocks a lock of any provider within the bounds of C18.
@@ -713,21 +724,4 @@ func isNil(v any) bool {
 	}
 	r := reflect.ValueOf(v)
 	return (r.Kind() == reflect.Pointer || r.Kind() == reflect.Func) && r.IsNil()
-}
-
-// joinedError matches two errors; pkg/errors' Cause follows the first.
-type joinedError struct{ first, second error }
-
-func (e *joinedError) Error() string   { return e.first.Error() + "; " + e.second.Error() }
-func (e *joinedError) Cause() error    { return e.first }
-func (e *joinedError) Unwrap() []error { return []error{e.first, e.second} }
-
-func joinErrors(first, second error) error {
-	switch {
-	case first == nil:
-		return second
-	case second == nil || first == second:
-		return first
-	}
-	return &joinedError{first, second}
 }

@@ -1316,7 +1316,7 @@ func lateClaim(e *env) {
 	key := e.lockerKey(p)
 	turnedAway := func(order int64) {
 		e.t.Helper()
-		l := e.locker(q, "late").Order(order)
+		l := e.locker(q, "late").Sequence(order)
 		err := e.failed(e.start(e.ctx, l))
 		e.ErrorIs(err, ErrClaimOutdated)
 		e.matchesOnly(err, ErrLockPreempted)
@@ -1324,7 +1324,7 @@ func lateClaim(e *env) {
 		e.NoError(l.Release(e.ctx))
 	}
 	for _, order := range []int64{-5, 0, 7} { // each is higher than the one before
-		l := e.locker(p, "in time").Order(order)
+		l := e.locker(p, "in time").Sequence(order)
 		ch := e.acquire(l)
 		turnedAway(order - 1)
 		turnedAway(order)
@@ -1332,7 +1332,7 @@ func lateClaim(e *env) {
 		e.NoError(l.Release(e.ctx))
 		turnedAway(order - 1)
 
-		again := e.locker(q, "delivered again").Order(order)
+		again := e.locker(q, "delivered again").Sequence(order)
 		ch = e.acquire(again)
 		next := e.locker(p, "without an order")
 		out := e.start(e.ctx, next)
@@ -1349,7 +1349,7 @@ func howLate(e *env) {
 	p := e.process()
 	claim := func(order int64) error {
 		e.t.Helper()
-		l := e.locker(p, "push").Order(order)
+		l := e.locker(p, "push").Sequence(order)
 		return l.Do(e.ctx, func(context.Context) error { return nil })
 	}
 	late := func(order int64, want string) time.Time {
@@ -1357,7 +1357,7 @@ func howLate(e *env) {
 		err := claim(order)
 		e.ErrorIs(err, ErrClaimOutdated)
 		e.ErrorContains(err, want)
-		e.ErrorContains(err, "ResetOrder")
+		e.ErrorContains(err, "ResetSequence")
 		_, rest, found := strings.Cut(err.Error(), "which was announced at ")
 		if !found {
 			return time.Time{}
@@ -1390,7 +1390,7 @@ func lateClaimAfterLoss(e *env) {
 	key := e.key()
 	blocker, _ := e.hold(q, key, "blocker")
 	waiter := e.lock(p, key, "waiter")
-	e.NoError(waiter.Notify(ContextWithOrder(e.ctx, 5)))
+	e.NoError(waiter.Notify(ContextWithSequence(e.ctx, 5)))
 	out := e.start(e.ctx, waiter)
 	e.inPhase(p, key, waiting)
 	if !e.fake() { // the processes of the fake share one session: the loss frees the key as well
@@ -1398,7 +1398,7 @@ func lateClaimAfterLoss(e *env) {
 	}
 	e.loseSession(p)
 	redelivery := func() error {
-		return e.lock(q, key, "redelivery").Notify(ContextWithOrder(e.ctx, 5))
+		return e.lock(q, key, "redelivery").Notify(ContextWithSequence(e.ctx, 5))
 	}
 	if !e.fake() {
 		e.eventually(func() bool { // its claim belongs to the new session
@@ -1422,7 +1422,7 @@ func claimThatGaveUp(e *env) {
 	redelivered := func(order int64) {
 		e.t.Helper()
 		e.eventually(func() bool {
-			l := e.locker(p, "redelivery").Order(order)
+			l := e.locker(p, "redelivery").Sequence(order)
 			ch, err := l.Lock(e.ctx)
 			if err != nil {
 				e.ErrorIs(err, ErrClaimOutdated)
@@ -1434,19 +1434,19 @@ func claimThatGaveUp(e *env) {
 		})
 	}
 	notLocked := e.lock(p, key, "announced, then unlocked")
-	e.NoError(notLocked.Notify(ContextWithOrder(e.ctx, 1)))
+	e.NoError(notLocked.Notify(ContextWithSequence(e.ctx, 1)))
 	e.Error(notLocked.Unlock(e.ctx))
 	redelivered(1)
 
 	aborted := e.lock(p, key, "aborted between Notify and Lock")
-	e.NoError(aborted.Notify(ContextWithOrder(e.ctx, 2)))
+	e.NoError(aborted.Notify(ContextWithSequence(e.ctx, 2)))
 	lockOf(aborted).abandon()
 	e.failed(e.start(e.ctx, aborted))
 	redelivered(2)
 
 	holder, _ := e.hold(p, key, "holder")
 	ctx, cancel := context.WithCancel(e.ctx)
-	out := e.start(ctx, e.locker(p, "cancelled").Order(3))
+	out := e.start(ctx, e.locker(p, "cancelled").Sequence(3))
 	e.inPhase(p, key, waiting)
 	cancel()
 	e.failed(out)
@@ -2658,7 +2658,7 @@ func claimedWithGrant(e *env) {
 		e.eventually(func() bool { // the lock has heard of it, though it does not know yet that it holds
 			lockOf(l).mu.Lock()
 			defer lockOf(l).mu.Unlock()
-			return lockOf(l).missed != nil && lockOf(l).missed.message == "newer"
+			return lockOf(l).missed != nil && lockOf(l).missed.claim.Event == "newer"
 		})
 	}}
 	ch := e.acquire(l)

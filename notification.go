@@ -2,11 +2,14 @@ package locker
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/google/uuid"
-	"github.com/pkg/errors"
 )
 
 // NotificationPayload represents the content of messages sent to the lock
@@ -29,11 +32,12 @@ type NotificationPayload struct {
 // uses one channel per key, named by the decimal key.)
 const notifyChannel = "env_lock_events"
 
-// NOTIFY takes payloads below 8,000 bytes; the rest of a message, with numbers
-// and IDs at their longest, stays below 300.
+// NOTIFY takes payloads below 8,000 bytes. The rest of a message, with numbers, IDs, the
+// host and labels at their longest, stays below 1,700.
 const (
 	maxPayload = 7999
-	maxEvent   = maxPayload - 300
+	maxLabels  = 1024
+	maxEvent   = maxPayload - 1700
 )
 
 // The kinds of message on the channel. A message without a kind is an
@@ -45,20 +49,41 @@ const (
 	kindManual   = ""
 )
 
-// The payloads that statements send, for SQL's format().
-const (
-	payloadClaim    = `{"kind":"` + kindClaim + `","lockKey":%s,"claim":%s,"id":"%s","event":%s}`
-	payloadReleased = `{"kind":"` + kindReleased + `","lockKey":%s}`
+// The payloads that statements send, for SQL's format(). The host and the process are
+// those of the claim's sender.
+var (
+	payloadClaim = `{"kind":"` + kindClaim + `","lockKey":%s,"claim":%s,"id":"%s","event":%s,"host":` +
+		strings.ReplaceAll(quoteJSON(hostName), "%", "%%") + `,"pid":` + strconv.Itoa(processID)
+	payloadPlain = payloadClaim + `}`
+	payloadFull  = payloadClaim + `,"labels":%s,"finish":%s}`
 )
+
+const payloadReleased = `{"kind":"` + kindReleased + `","lockKey":%s}`
 
 // message is what travels on the channel. It is a hint: nothing but speed
 // depends on its arrival.
 type message struct {
-	Kind    string    `json:"kind,omitempty"`
-	LockKey int64     `json:"lockKey"`
-	ID      uuid.UUID `json:"id"`
-	Event   string    `json:"event"`
-	Claim   int64     `json:"claim,omitempty"`
+	Kind    string            `json:"kind,omitempty"`
+	LockKey int64             `json:"lockKey"`
+	ID      uuid.UUID         `json:"id"`
+	Event   string            `json:"event"`
+	Claim   int64             `json:"claim,omitempty"`
+	Host    string            `json:"host,omitempty"`
+	PID     int               `json:"pid,omitempty"`
+	Labels  map[string]string `json:"labels,omitempty"`
+	Finish  bool              `json:"finish,omitempty"` // the claim lets the holder finish
+}
+
+// claimed returns the event of a message about a claim. Claims are numbered by the
+// server's clock.
+func (m *message) claimed() event {
+	return event{kind: evClaimed, from: standing{m.Claim, m.ID}, finish: m.Finish, claim: &ClaimInfo{
+		ID: m.ID, Event: m.Event, Labels: m.Labels, Host: m.Host, PID: m.PID, Since: time.UnixMicro(m.Claim)}}
+}
+
+func quoteJSON(text string) string {
+	b, _ := json.Marshal(text) // strings can always be encoded
+	return string(b)
 }
 
 // decodeMessage reads one payload of the channel. Anybody may write there, so
@@ -71,7 +96,7 @@ func decodeMessage(payload string) (message, error) {
 		LockKey *json.Number `json:"lockKey"`
 	}
 	if err := json.Unmarshal([]byte(payload), &strict); err != nil {
-		return m, errors.Wrap(err, "locker: decode notification")
+		return m, annotate(err, "locker: decode notification")
 	}
 	m = strict.message
 	switch m.Kind {
@@ -81,21 +106,25 @@ func decodeMessage(payload string) (message, error) {
 		}
 		key, err := strict.LockKey.Int64()
 		if err != nil {
-			return m, errors.Wrap(err, "locker: decode notification")
+			return m, annotate(err, "locker: decode notification")
 		}
 		m.LockKey = key
 	case kindCheck:
 	default:
-		return m, errors.Errorf("locker: decode notification: unknown kind %q", m.Kind)
+		return m, fmt.Errorf("locker: decode notification: unknown kind %q", m.Kind)
 	}
 	return m, nil
 }
 
-// cleanEvent makes any text fit for a text column and for the wire (C30): valid
-// UTF-8, no NUL, short enough once it is quoted, and never cut inside a rune.
+// cleanText makes any text fit for a text column and for the wire: valid UTF-8, no NUL.
+func cleanText(text string) string {
+	return strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
+}
+
+// cleanEvent also makes an event short enough once it is quoted, and never cuts it inside
+// a rune.
 func cleanEvent(event string) string {
-	event = strings.ToValidUTF8(event, "\uFFFD")
-	event = strings.ReplaceAll(event, "\x00", "\uFFFD")
+	event = cleanText(event)
 	if len(event)*6+2 <= maxEvent { // no byte takes more than six when quoted
 		return event
 	}

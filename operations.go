@@ -4,16 +4,15 @@ import (
 	"context"
 	"database/sql"
 	"encoding/json"
+	"errors"
 	"strings"
 	"time"
-
-	"github.com/pkg/errors"
 )
 
-// Holder is one key that is held or waited for, as the database knows it. In JSON the
+// LockStatus is one key that is held or waited for, as the database knows it. In JSON the
 // key is a string, because JavaScript and jq round numbers above 2^53. Tokens are below
 // that.
-type Holder struct {
+type LockStatus struct {
 	Key         int64  `json:",string"`
 	Repo        string // "" if the key was not assigned by LockKey
 	PullRequest uint
@@ -44,7 +43,7 @@ type Holder struct {
 }
 
 const (
-	sqlHolders = `
+	sqlListLocks = `
 SELECT lock_key, coalesce(repo, ''), coalesce(pull_request, 0),
     coalesce(holder_event, ''), coalesce(holder_host, ''), coalesce(holder_pid, 0), coalesce(holder_application, ''),
     held_since, token, alive,
@@ -59,18 +58,18 @@ RETURNING s.lock_key`
 	sqlHolderOf = `SELECT lock_key FROM env_lock_overview WHERE repo = $1 AND pull_request = $2 AND alive`
 )
 
-// Holders returns the keys that are held or waited for in the whole database, by any
+// ListLocks returns the keys that are held or waited for in the whole database, by any
 // process: what the view env_lock_overview shows. It waits no longer than ctx and the
 // lock timeout.
-func (plp *PostgresLockProvider) Holders(ctx context.Context) ([]Holder, error) {
-	var result []Holder
+func (plp *PostgresLockProvider) ListLocks(ctx context.Context) ([]LockStatus, error) {
+	var result []LockStatus
 	err := plp.operate(ctx, func(ctx context.Context, l *link) error {
-		var all []Holder
-		var h Holder
+		var all []LockStatus
+		var h LockStatus
 		var since, newest sql.NullTime
 		row := []any{&h.Key, &h.Repo, &h.PullRequest, &h.Event, &h.Host, &h.PID, &h.Application, &since, &h.Token, &h.Alive,
 			&h.NewestEvent, &h.NewestHost, &h.NewestPID, &h.NewestApplication, &newest, &h.Waiting}
-		err := l.each(ctx, sqlHolders, nil, row, func() {
+		err := l.each(ctx, sqlListLocks, nil, row, func() {
 			h.Since, h.NewestAt = since.Time, newest.Time
 			all = append(all, h)
 		})
@@ -78,17 +77,17 @@ func (plp *PostgresLockProvider) Holders(ctx context.Context) ([]Holder, error) 
 		return err
 	})
 	if err != nil {
-		return nil, errors.Wrap(err, "locker: list holders")
+		return nil, annotate(err, "locker: list locks")
 	}
 	return result, nil
 }
 
-// Stop asks the holder of a repo's pull request to stop, whichever process it is
+// RequestStop asks the holder of a repo's pull request to stop, whichever process it is
 // in. The reason reaches it as NotificationPayload.Message and in the cause, which
 // matches [ErrStopRequested]. Like every notification it is followed by revocation
-// after the preemption timeout. Stop reports whether a connected session held the
-// lock. A new claim may follow immediately: Stop keeps no claim out.
-func (plp *PostgresLockProvider) Stop(ctx context.Context, repo string, pr uint, reason string) (asked bool, err error) {
+// after the preemption timeout. RequestStop reports whether a connected session held the
+// lock. A new claim may follow immediately: RequestStop keeps no claim out.
+func (plp *PostgresLockProvider) RequestStop(ctx context.Context, repo string, pr uint, reason string) (asked bool, err error) {
 	var found bool
 	err = plp.operateOn(ctx, "stop the holder of", repo, pr, func(ctx context.Context, l *link) error {
 		var key int64
@@ -111,13 +110,13 @@ func (plp *PostgresLockProvider) Stop(ctx context.Context, repo string, pr uint,
 	return found, nil
 }
 
-// ResetOrder forgets the highest order of a repo's pull request, so that the next
+// ResetSequence forgets the highest order of a repo's pull request, so that the next
 // claim is accepted whatever its order is, and sets the highest anew. Use it when
 // claims are turned away with [ErrClaimOutdated] for an order that was wrong: one from
 // a clock that was wrong, or one in a smaller unit. It disturbs no holder and no
 // waiter, but the next claim does, whatever its order. It reports whether the pull
 // request is known.
-func (plp *PostgresLockProvider) ResetOrder(ctx context.Context, repo string, pr uint) (known bool, err error) {
+func (plp *PostgresLockProvider) ResetSequence(ctx context.Context, repo string, pr uint) (known bool, err error) {
 	var found bool
 	err = plp.operateOn(ctx, "reset the order of", repo, pr, func(ctx context.Context, l *link) error {
 		var key int64
@@ -154,7 +153,7 @@ func (plp *PostgresLockProvider) Ping(ctx context.Context) error {
 		}
 		return stopped{trouble}
 	})
-	return errors.Wrap(err, "locker: ping")
+	return annotate(err, "locker: ping")
 }
 
 // operateOn is operate for a pull request: doing says what for, in its error.
@@ -165,7 +164,7 @@ func (plp *PostgresLockProvider) operateOn(ctx context.Context, doing, repo stri
 	if err := checkRepo(repo, pr); err != nil {
 		return err
 	}
-	return errors.Wrapf(plp.operate(ctx, call), "locker: %s %q#%d", doing, repo, pr)
+	return annotate(plp.operate(ctx, call), "locker: %s %q#%d", doing, repo, pr)
 }
 
 // operate has an operator's call carried out by the provider's worker.

@@ -25,7 +25,7 @@ func TestPostgresOperators(t *testing.T) {
 	watcher := pgProvider(t, uri)
 	newLocker, newOther := pgLocker(t, p), pgLocker(t, other)
 
-	all, err := watcher.Holders(ctx)
+	all, err := watcher.ListLocks(ctx)
 	require.NoError(t, err, "the first use creates the schema")
 	require.Empty(t, all)
 
@@ -40,14 +40,14 @@ func TestPostgresOperators(t *testing.T) {
 	go func() { _, err := waiter.Lock(ctx); waited <- err }()
 	require.Equal(t, "second", (<-stop).Message)
 
-	all, err = watcher.Holders(ctx)
+	all, err = watcher.ListLocks(ctx)
 	require.NoError(t, err)
 	require.Len(t, all, 1)
 	h := all[0]
 	require.WithinRange(t, h.Since, start.Add(-time.Minute), time.Now().Add(time.Minute))
 	require.False(t, h.NewestAt.Before(h.Since))
 	h.Since, h.NewestAt = time.Time{}, time.Time{}
-	require.Equal(t, Holder{
+	require.Equal(t, LockStatus{
 		Key: key, Repo: "acme/widget", PullRequest: 7,
 		Event: "first", Host: hostName, PID: os.Getpid(), Application: "deployer", Token: holder.Token(), Alive: true,
 		NewestEvent: "second", NewestHost: hostName, NewestPID: os.Getpid(), NewestApplication: "reviewer", Waiting: true,
@@ -62,13 +62,13 @@ func TestPostgresOperators(t *testing.T) {
 
 	require.NoError(t, holder.Release(ctx))
 	require.NoError(t, <-waited)
-	all, err = watcher.Holders(ctx)
+	all, err = watcher.ListLocks(ctx)
 	require.NoError(t, err)
 	require.Len(t, all, 1)
 	require.Equal(t, "second", all[0].Event)
 	require.False(t, all[0].Waiting)
 
-	asked, err := watcher.Stop(ctx, "acme/widget", 8, "no one there")
+	asked, err := watcher.RequestStop(ctx, "acme/widget", 8, "no one there")
 	require.NoError(t, err)
 	require.False(t, asked)
 	cause := make(chan error, 1)
@@ -83,7 +83,7 @@ func TestPostgresOperators(t *testing.T) {
 		})
 	}()
 	<-began
-	asked, err = watcher.Stop(ctx, "acme/widget", 9, `maintenance "now"`)
+	asked, err = watcher.RequestStop(ctx, "acme/widget", 9, `maintenance "now"`)
 	require.NoError(t, err)
 	require.True(t, asked)
 	err = <-cause
@@ -96,17 +96,17 @@ func TestPostgresOperators(t *testing.T) {
 	dying := pgProvider(t, uri)
 	go func() { _, _ = pgLocker(t, dying)("acme/widget", 7, "dies").Lock(ctx) }()
 	require.Eventually(t, func() bool {
-		all, err = watcher.Holders(ctx)
+		all, err = watcher.ListLocks(ctx)
 		return err == nil && len(all) == 1 && all[0].NewestEvent == "dies" && all[0].Waiting
 	}, soon, 10*time.Millisecond)
 	require.NoError(t, dying.Close())
 	require.Eventually(t, func() bool {
-		all, err = watcher.Holders(ctx)
+		all, err = watcher.ListLocks(ctx)
 		return err == nil && len(all) == 1 && !all[0].Waiting
 	}, soon, 10*time.Millisecond)
 	_ = waiter.Release(ctx)
 	require.Eventually(t, func() bool {
-		all, err = watcher.Holders(ctx)
+		all, err = watcher.ListLocks(ctx)
 		return err == nil && len(all) == 0
 	}, soon, 10*time.Millisecond)
 }
@@ -130,12 +130,14 @@ func TestPostgresResetOrder(t *testing.T) {
 	uri := newDatabase(t)
 	db := pgDB(t, uri)
 	p, q := pgProvider(t, uri), pgProvider(t, uri)
-	deploy := func(pr uint, order int64) error { return goRound(pgLocker(t, q)("org/repo", pr, "push").Order(order)) }
+	deploy := func(pr uint, order int64) error {
+		return goRound(pgLocker(t, q)("org/repo", pr, "push").Sequence(order))
+	}
 	wrong, right := time.Now().UnixNano(), time.Now().UnixMicro()
 
 	for name, reset := range map[string]func(t *testing.T){
-		"ResetOrder": func(t *testing.T) {
-			known, err := p.ResetOrder(ctx, "org/repo", 7)
+		"ResetSequence": func(t *testing.T) {
+			known, err := p.ResetSequence(ctx, "org/repo", 7)
 			require.NoError(t, err)
 			require.True(t, known)
 		},
@@ -161,18 +163,18 @@ func TestPostgresResetOrder(t *testing.T) {
 		})
 	}
 
-	known, err := p.ResetOrder(ctx, "org/repo", 9)
+	known, err := p.ResetSequence(ctx, "org/repo", 9)
 	require.NoError(t, err)
 	require.False(t, known)
-	known, err = p.ResetOrder(ctx, "org/repo", 8)
+	known, err = p.ResetSequence(ctx, "org/repo", 8)
 	require.NoError(t, err)
 	require.True(t, known)
 
 	// It does not disturb the holder. The next claim does.
-	holder := pgLocker(t, p)("org/repo", 7, "holder").Order(wrong)
+	holder := pgLocker(t, p)("org/repo", 7, "holder").Sequence(wrong)
 	notified, err := holder.Lock(ctx)
 	require.NoError(t, err)
-	known, err = q.ResetOrder(ctx, "org/repo", 7)
+	known, err = q.ResetSequence(ctx, "org/repo", 7)
 	require.NoError(t, err)
 	require.True(t, known)
 	pgQuiet(t, notified)
@@ -204,11 +206,11 @@ func TestPostgresLateRelease(t *testing.T) {
 // what is above 2^53, and node-postgres gives out, and sends back, strings.
 func TestKeysInJSON(t *testing.T) {
 	const key = math.MaxInt64 - 1
-	want := Holder{Key: key, Token: 7, Event: "opened"}
+	want := LockStatus{Key: key, Token: 7, Event: "opened"}
 	text, err := json.Marshal(want)
 	require.NoError(t, err)
 	require.Contains(t, string(text), `"Key":"9223372036854775806"`)
-	var got Holder
+	var got LockStatus
 	require.NoError(t, json.Unmarshal(text, &got))
 	require.Equal(t, want, got)
 

@@ -2,12 +2,11 @@ package locker
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"strings"
 	"time"
 	"unicode/utf8"
-
-	"github.com/pkg/errors"
 )
 
 // Every default and every fixed bound of the package. What follows from the session
@@ -37,12 +36,19 @@ type LockProviderConfig struct {
 	preemptionTimeout time.Duration
 	sessionTimeout    time.Duration
 	idleTimeout       time.Duration
+	progress          progress
 	originalReplicas  bool
 	postgres          *postgresTarget
 	tracer            Tracer // of all statements, see apmTracer
 	postgresURI       *uriSource
 	logger            *slog.Logger
 	observer          func(Observation)
+}
+
+// progress is what WithProgress says. It is off if n is 0.
+type progress struct {
+	n   int
+	max time.Duration
 }
 
 // postgresTarget is kept behind a pointer so that printing a configuration
@@ -102,6 +108,22 @@ func WithSessionTimeout(timeout time.Duration) LockProviderOption {
 // it.
 func WithIdleTimeout(timeout time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.idleTimeout = timeout }
+}
+
+// WithProgress bounds how often claims can end the work on a key. When n holds in a row
+// were ended by a newer claim, the next one is let finish: no claim notifies it for max
+// after it has begun. Claims go on superseding each other while they wait. If the hold
+// has not ended after max, it is notified if a claim has asked for that meanwhile, and
+// the one after it is let finish. Everything else that ends a hold still does: an
+// operator's stop, the loss of the session, the context, the max lock duration and Close.
+//
+// So of n + 1 holds of a key in a row at least one is not notified because of a claim,
+// if it ends within max. That holds if all providers that use the key have this option.
+// A hold counts as ended by a newer claim if a claim that preempts was announced while it
+// was held. n and max are positive. Without the option, or with n 0, no hold is let
+// finish.
+func WithProgress(n int, max time.Duration) LockProviderOption {
+	return func(c *LockProviderConfig) { c.progress = progress{n, max} }
 }
 
 // WithOriginalReplicas makes locks exclude those of the original library, too, for a
@@ -164,10 +186,11 @@ func WithObserver(f func(Observation)) LockProviderOption {
 
 // Observation is one thing that happened to a lock, or to the session of all locks.
 type Observation struct {
-	Kind  ObservationKind
-	Key   int64         // 0 for a session
-	Event string        // of the lock's claim
-	After time.Duration // since Lock was called, or since the hold began, or since the session was suspended
+	Kind   ObservationKind
+	Key    int64             // 0 for a session
+	Event  string            // of the lock's claim
+	Labels map[string]string // of the lock's claim
+	After  time.Duration     // since Lock was called, or since the hold began, or since the session was suspended
 	// Kept and Lost count holds: those that a session which is suspended has, or
 	// those that a session which has reconnected has kept and has lost.
 	Kept, Lost int
@@ -200,11 +223,13 @@ const (
 	ObservedSuspended
 	// ObservedReconnected: the session is connected again, After having been suspended.
 	ObservedReconnected
+	// ObservedSkipped: Lock returned ErrLockBusy, After waiting.
+	ObservedSkipped
 )
 
 // String is a name fit for a metric's label.
 func (k ObservationKind) String() string {
-	names := [...]string{"unknown", "acquired", "displaced", "failed", "notified", "released", "revoked", "lost", "suspended", "reconnected"}
+	names := [...]string{"unknown", "acquired", "displaced", "failed", "notified", "released", "revoked", "lost", "suspended", "reconnected", "skipped"}
 	if k < 0 || int(k) >= len(names) {
 		k = 0
 	}
@@ -215,7 +240,7 @@ func newLockProviderConfig(options []LockProviderOption) (LockProviderConfig, er
 	var c LockProviderConfig
 	for i, option := range options {
 		if option == nil {
-			return c, errors.Errorf("locker: provider option %d is nil", i)
+			return c, fmt.Errorf("locker: provider option %d is nil", i)
 		}
 		option(&c)
 	}
@@ -235,17 +260,25 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 		{"session timeout", &c.sessionTimeout, defaultSessionTimeout},
 	} {
 		if *d.value < 0 {
-			return c, errors.Errorf("locker: %s is negative: %v", d.name, *d.value)
+			return c, fmt.Errorf("locker: %s is negative: %v", d.name, *d.value)
 		}
 		if *d.value == 0 {
 			*d.value = d.def
 		}
 	}
 	if c.sessionTimeout < minSessionTimeout || c.sessionTimeout > maxSessionTimeout {
-		return c, errors.Errorf("locker: session timeout is not between %v and %v: %v", minSessionTimeout, maxSessionTimeout, c.sessionTimeout)
+		return c, fmt.Errorf("locker: session timeout is not between %v and %v: %v", minSessionTimeout, maxSessionTimeout, c.sessionTimeout)
 	}
 	if c.idleTimeout != 0 && c.idleTimeout < minIdleTimeout {
-		return c, errors.Errorf("locker: idle timeout is below %v: %v", minIdleTimeout, c.idleTimeout)
+		return c, fmt.Errorf("locker: idle timeout is below %v: %v", minIdleTimeout, c.idleTimeout)
+	}
+	switch p := c.progress; {
+	case p.n < 0:
+		return c, fmt.Errorf("locker: progress: the number of holds is negative: %d", p.n)
+	case p.n == 0:
+		c.progress = progress{}
+	case p.max <= 0:
+		return c, fmt.Errorf("locker: progress: max is not positive: %v", p.max)
 	}
 	if c.logger == nil {
 		c.logger = slog.New(slog.DiscardHandler)
@@ -263,6 +296,7 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 // PreemptiveLocker behaves. It is filled by the PreemptiveLockerOptions.
 type PreemptiveLockerConfig struct {
 	lockDelay      time.Duration
+	mode           ClaimMode
 	apmServiceName string
 	tracer         Tracer // of WithTracer; also of the statements that serve a call
 	calls          Tracer // of Lock and Release: Datadog's and tracer
@@ -278,6 +312,12 @@ type PreemptiveLockerOption func(*PreemptiveLockerConfig)
 // stopped.
 func WithLockDelay(lockDelay time.Duration) PreemptiveLockerOption {
 	return func(c *PreemptiveLockerConfig) { c.lockDelay = lockDelay }
+}
+
+// WithClaimMode sets the mode of claims that [PreemptiveLocker.Mode] gives no other. The
+// default is [Preempt]. An unknown mode is an error.
+func WithClaimMode(mode ClaimMode) PreemptiveLockerOption {
+	return func(c *PreemptiveLockerConfig) { c.mode = mode }
 }
 
 // WithAPMServiceName records every Lock and Release as a Datadog APM span,
@@ -300,12 +340,15 @@ func newPreemptiveLockerConfig(options []PreemptiveLockerOption) (PreemptiveLock
 	var c PreemptiveLockerConfig
 	for i, option := range options {
 		if option == nil {
-			return c, errors.Errorf("locker: locker option %d is nil", i)
+			return c, fmt.Errorf("locker: locker option %d is nil", i)
 		}
 		option(&c)
 	}
 	if c.lockDelay < 0 {
-		return c, errors.Errorf("locker: lock delay is negative: %v", c.lockDelay)
+		return c, fmt.Errorf("locker: lock delay is negative: %v", c.lockDelay)
+	}
+	if err := (terms{mode: c.mode}).check(); err != nil {
+		return c, annotate(err, "locker: claim mode")
 	}
 	apm, err := apmTracer(c.apmServiceName)
 	if err != nil {
@@ -319,11 +362,11 @@ func newPreemptiveLockerConfig(options []PreemptiveLockerOption) (PreemptiveLock
 func checkRepo(repo string, pr uint) error {
 	switch {
 	case !utf8.ValidString(repo):
-		return errors.Errorf("locker: repo %q is not valid UTF-8", repo)
+		return fmt.Errorf("locker: repo %q is not valid UTF-8", repo)
 	case strings.ContainsRune(repo, 0):
-		return errors.Errorf("locker: repo %q contains a NUL", repo)
+		return fmt.Errorf("locker: repo %q contains a NUL", repo)
 	case pr > maxPullRequest:
-		return errors.Errorf("locker: pull request %d is beyond the column's range (%d): put a larger number into the repo, with pull request 0", pr, maxPullRequest)
+		return fmt.Errorf("locker: pull request %d is beyond the column's range (%d): put a larger number into the repo, with pull request 0", pr, maxPullRequest)
 	}
 	return nil
 }

@@ -106,7 +106,7 @@ func (s *session) checkRows(ctx context.Context, l *link, ref sessionRef, all bo
 				news = append(news, found{key.Int64, event{kind: evGone, from: standing{id: id.UUID},
 					cause: errors.New("the row of the key does not name the hold any longer")}})
 			default:
-				news = append(news, found{key.Int64, event{kind: evNewest, from: standing{number.Int64, newest.UUID}, message: text.String}})
+				news = append(news, found{key.Int64, event{kind: evNewest, from: standing{number.Int64, newest.UUID}, claim: decodeClaim(text)}})
 			}
 		})
 		if err != nil {
@@ -141,18 +141,26 @@ func (s *session) suspect(ref sessionRef, cause error) {
 
 // releaseForgotten releases what the rows say the session holds, and no lock of it
 // does: the server forgot a release in a crash, or carried out an acquire after the
-// release of its claim.
+// release of its claim. Claims that no lock of it makes any longer are withdrawn.
 func (s *session) releaseForgotten(ctx context.Context, l *link, ref sessionRef) error {
 	var key int64
 	var id uuid.UUID
-	var forgotten []claim
-	err := l.each(ctx, sqlHolds, []any{ref.id}, []any{&key, &id}, func() {
-		if !s.hub.knows(key, id) {
-			forgotten = append(forgotten, claim{key: key, id: id})
+	var held bool
+	var forgotten, gone []claim
+	err := l.each(ctx, sqlHolds, []any{ref.id}, []any{&key, &id, &held}, func() {
+		switch c := (claim{key: key, id: id}); {
+		case s.hub.knows(key, id):
+		case held:
+			forgotten = append(forgotten, c)
+		default:
+			gone = append(gone, c)
 		}
 	})
 	for _, c := range forgotten {
 		s.release(context.Background(), c)
+	}
+	for _, c := range gone {
+		s.withdraw(c)
 	}
 	return err
 }

@@ -100,7 +100,7 @@ func (s *session) heard(payload string) {
 		}
 		s.mu.Unlock()
 	case kindClaim:
-		s.hub.dispatch(m.LockKey, event{kind: evClaimed, from: standing{m.Claim, m.ID}, message: m.Event})
+		s.hub.dispatch(m.LockKey, m.claimed())
 	case kindReleased:
 		s.hub.dispatch(m.LockKey, event{kind: evReleased})
 	case kindManual:

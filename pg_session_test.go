@@ -390,7 +390,7 @@ func TestLostAnswers(t *testing.T) {
 	t.Run("of a claim that takes", func(t *testing.T) {
 		l := pgNew(t, p, 2, "claim that takes")
 		f.lose(l.claim, nil)
-		ch, err := l.announceAndLock(pgBackground, time.Now(), nil)
+		ch, err := l.lockKey(pgBackground, lockCall{asked: time.Now(), announce: true})
 		require.NoError(t, err)
 		lost(t)
 		require.Equal(t, 1, values("claim", 2), "it was announced twice")
@@ -455,7 +455,7 @@ func TestLostAnswers(t *testing.T) {
 		})
 		// It was asked for long before. What is between that and the newer claim is not to
 		// be as short as it takes a message to arrive.
-		_, err := l.announceAndLock(pgBackground, time.Now().Add(-5*time.Second), nil)
+		_, err := l.lockKey(pgBackground, lockCall{asked: time.Now().Add(-5 * time.Second), announce: true})
 		require.ErrorIs(t, err, ErrLockPreempted)
 		require.ErrorContains(t, err, "newer")
 		lost(t)
@@ -488,7 +488,7 @@ func TestDelayedClaims(t *testing.T) {
 		asked := time.Now()
 		done := make(chan error, 1)
 		go func() {
-			_, err := l.announceAndLock(pgBackground, asked, nil)
+			_, err := l.lockKey(pgBackground, lockCall{asked: asked, announce: true})
 			done <- err
 		}()
 		pgUntil(t, "the claim waits for the outage to end", func() bool { return p.Stats().Queued == 1 })
@@ -716,11 +716,11 @@ func TestSchemaUpgrade(t *testing.T) {
 
 			p := pgProvider(t, uri, WithSessionTimeout(2*time.Second), WithLockTimeout(2*soon))
 			f := pgLocker(t, p)
-			late := f("org/repo", 1, "late").Order(6)
+			late := f("org/repo", 1, "late").Sequence(6)
 			_, err := late.Lock(pgBackground)
 			require.ErrorIs(t, err, ErrClaimOutdated, "the orders are kept")
 			for pr := range uint(3) { // who held has ended: a successor waits the session timeout
-				l := f("org/repo", pr+1, "successor").Order(100)
+				l := f("org/repo", pr+1, "successor").Sequence(100)
 				_, err := l.Lock(pgBackground)
 				require.NoError(t, err)
 				if pr < 2 {
@@ -728,7 +728,7 @@ func TestSchemaUpgrade(t *testing.T) {
 				}
 				require.NoError(t, l.Release(pgBackground))
 			}
-			holders, err := p.Holders(pgBackground)
+			holders, err := p.ListLocks(pgBackground)
 			require.NoError(t, err)
 			require.Empty(t, holders)
 		})

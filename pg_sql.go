@@ -32,6 +32,21 @@ const (
 	// The commit does not wait for the disk.
 	sqlNoFlush = `set_config('synchronous_commit', 'off', true)`
 
+	// Whether the session of the newest claim lives: NULL without one.
+	sqlClaimerLives = `(SELECT NOT pg_try_advisory_xact_lock_shared(x.lock) FROM env_lock_sessions x WHERE x.id = s.claimer_session)`
+
+	// The newest claim and the holder, as decodeClaim reads them.
+	sqlNewest = `(SELECT json_build_object('id', s.claim_id, 'event', s.claim_event, 'labels', s.claim_labels,
+        'since', date_part('epoch', s.claimed_at), 'host', x.host, 'pid', x.pid)::text
+    FROM (SELECT) one LEFT JOIN env_lock_sessions x ON x.id = s.claimer_session)`
+	sqlHolder = `(SELECT json_build_object('id', s.holder_id, 'event', s.holder_event, 'labels', s.holder_labels,
+        'since', date_part('epoch', s.held_since), 'host', x.host, 'pid', x.pid, 'token', s.token)::text
+    FROM (SELECT) one LEFT JOIN env_lock_sessions x ON x.id = s.holder_session)`
+
+	// How many holds in a row were ended by a newer claim, when the present one ends. A
+	// hold that no claim was to notify, because it was spared, is none.
+	sqlStreak = `CASE WHEN s.holder_stop AND (s.spared_until IS NULL OR s.spared_until <= clock_timestamp()) THEN s.streak + 1 ELSE 0 END`
+
 	sqlLookup = `
 SELECT w.ord, e.lock_key
 FROM unnest($1::text[], $2::integer[]) WITH ORDINALITY AS w(repo, pull_request, ord)
@@ -56,7 +71,7 @@ ON CONFLICT DO NOTHING`
 	sqlWhyNot = `
 SELECT u.key, u.pull_request >= 0 AND NOT coalesce((
         SELECT e.repo = u.repo AND e.pull_request = u.pull_request FROM env_locks e WHERE e.lock_key = u.key), false),
-    s.lock_key IS NULL, s.claim_event, s.top_order, CASE WHEN s.claim_order = s.top_order THEN s.claimed_at END
+    s.lock_key IS NULL, ` + sqlNewest + `, s.top_order, CASE WHEN s.claim_order = s.top_order THEN s.claimed_at END
 FROM unnest($1::bigint[], $2::text[], $3::integer[]) AS u(key, repo, pull_request)
 LEFT JOIN env_lock_state s ON s.lock_key = u.key`
 
@@ -71,7 +86,9 @@ RETURNING s.lock_key, ` + sqlNoFlush
 	// names no holder, or this very claim of this very session (the answer to an earlier
 	// attempt was lost), or a holder whose session has the lock that this process has watched
 	// being dead ($7), and which is dead now. The key's own lock keeps out holders of
-	// the original library, and operators; $10 is set if lockKeys has tried it already.
+	// the original library, and operators; $10 is set if lockKeys has tried it already. A
+	// claim that skips ($12) leaves a key that another claim waits for. $13 and $14 are
+	// WithProgress's.
 	//
 	// The commit is flushed: that makes the token durable, and with it every claim
 	// before. For a key that was not taken the statement returns its newest claim, its
@@ -79,8 +96,8 @@ RETURNING s.lock_key, ` + sqlNoFlush
 	// without the lock nothing is taken.
 	sqlAcquire = `
 WITH want AS MATERIALIZED (
-    SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::bigint[], $4::uuid[], $5::boolean[], $6::text[], $7::bigint[], $10::boolean[])
-        AS w(key, id, claim, claim_id, first, event, dead, locked)
+    SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::bigint[], $4::uuid[], $5::boolean[], $6::text[], $7::bigint[], $10::boolean[], $11::text[], $12::boolean[])
+        AS w(key, id, claim, claim_id, first, event, dead, locked, labels, skip)
 ), taken AS (
     UPDATE env_lock_state s SET
         claim = CASE WHEN w.first THEN s.claim ELSE greatest(s.claim, w.claim) END,
@@ -90,11 +107,16 @@ WITH want AS MATERIALIZED (
         claimer_session = CASE WHEN s.claim_id = w.id THEN $8::bigint ELSE s.claimer_session END,
         token = CASE WHEN s.holder_id = w.id THEN s.token ELSE greatest(s.token + 1, ` + sqlClock + `) END,
         held_since = CASE WHEN s.holder_id = w.id THEN s.held_since ELSE clock_timestamp() END,
-        holder_id = w.id, holder_session = $8::bigint, holder_event = w.event
+        holder_id = w.id, holder_session = $8::bigint, holder_event = w.event, holder_labels = w.labels::json,
+        holder_stop = s.holder_stop AND s.holder_id = w.id,
+        streak = CASE WHEN s.holder_id IS NULL OR s.holder_id = w.id THEN s.streak ELSE ` + sqlStreak + ` END,
+        spared_until = CASE WHEN s.holder_id = w.id THEN s.spared_until
+            WHEN $13::integer <= CASE WHEN s.holder_id IS NULL THEN s.streak ELSE ` + sqlStreak + ` END THEN clock_timestamp() + $14::interval END
     FROM want w
     WHERE s.lock_key = w.key
-        AND (w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id)
+        AND ` + sqlValid + `
         AND CASE
+            WHEN w.skip AND s.claim_open AND s.claim_id <> w.id AND s.holder_id IS DISTINCT FROM w.id AND ` + sqlClaimerLives + ` THEN false
             WHEN s.holder_id IS NULL THEN coalesce(w.locked, pg_try_advisory_xact_lock(s.lock_key))
             WHEN s.holder_id = w.id AND s.holder_session = $8::bigint THEN coalesce(w.locked, true)
             WHEN w.dead IS NULL THEN false
@@ -102,12 +124,12 @@ WITH want AS MATERIALIZED (
             WHEN NOT pg_try_advisory_xact_lock_shared(w.dead) THEN false
             ELSE coalesce(w.locked, pg_try_advisory_xact_lock(s.lock_key)) END
         AND (SELECT NOT pg_try_advisory_xact_lock_shared($9::bigint))
-    RETURNING s.lock_key, s.claim, s.claim_id, s.token
+    RETURNING s.lock_key, s.claim, s.claim_id, s.token, s.spared_until IS NOT NULL AS spared
 )
-SELECT w.key, t.token, t.lock_key IS NULL AND s.lock_key IS NULL,
-    t.lock_key IS NOT NULL OR w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id,
+SELECT w.key, t.token, t.spared, t.lock_key IS NULL AND s.lock_key IS NULL,
+    t.lock_key IS NOT NULL OR ` + sqlValid + `,
     coalesce(t.claim, s.claim), coalesce(t.claim_id, s.claim_id),
-    CASE WHEN t.lock_key IS NULL THEN s.claim_event END,
+    CASE WHEN t.lock_key IS NULL AND NOT ` + sqlValid + ` THEN ` + sqlNewest + ` END,
     s.holder_id IS NOT NULL,
     s.holder_id IS NULL OR s.claim_id = w.id AND (s.claimer_session IS DISTINCT FROM $8::bigint OR NOT s.claim_open),
     CASE WHEN s.holder_id IS NOT NULL THEN coalesce(x.lock, s.holder_session, 0) END,
@@ -118,6 +140,24 @@ FROM want w
 LEFT JOIN taken t ON t.lock_key = w.key
 LEFT JOIN env_lock_state s ON s.lock_key = w.key AND t.lock_key IS NULL
 LEFT JOIN env_lock_sessions x ON x.id = s.holder_session`
+
+	// Whether a claim is not superseded.
+	sqlValid = `(w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id)`
+
+	// Who holds keys, who waits for them, and which other program has their advisory
+	// locks: for errors.
+	sqlExplain = `
+SELECT w.key, CASE WHEN s.claim_open AND ` + sqlClaimerLives + ` THEN ` + sqlNewest + ` END,
+    CASE WHEN s.holder_id IS NOT NULL THEN ` + sqlHolder + ` END,
+    date_part('epoch', clock_timestamp() - s.held_since), f.pid, f.application_name, f.usename
+FROM unnest($1::bigint[]) AS w(key)
+LEFT JOIN env_lock_state s ON s.lock_key = w.key
+LEFT JOIN LATERAL (
+    SELECT l.pid, a.application_name, a.usename::text AS usename FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+    WHERE s.holder_id IS NULL AND l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND l.pid <> pg_backend_pid()
+        AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+        AND (l.classid::bigint << 32) | l.objid::bigint = w.key
+    LIMIT 1) f ON true`
 
 	// With WithOriginalReplicas: the keys whose rows let a claim try to take them.
 	sqlTakeable = `
@@ -144,8 +184,8 @@ ON CONFLICT DO NOTHING`
 	// Asks for a "released" where the row itself does not show that a claim waits, and
 	// reports whether it had to. A holder that the row does not know is one of the
 	// original library: it listens on a channel that is named by the key, but only some
-	// time after it has the key, so it is notified again with every attempt. A claim that
-	// waits on in a new session writes that down, too.
+	// time after it has the key, so it is notified again with every attempt, unless the claim
+	// lets it finish ($5). A claim that waits on in a new session writes that down, too.
 	sqlWait = `
 WITH asked AS (
     UPDATE env_lock_state s SET waiting = true,
@@ -157,14 +197,17 @@ WITH asked AS (
     RETURNING s.lock_key
 )
 SELECT s.lock_key, a.lock_key IS NOT NULL, ` + sqlNoFlush + `,
-    CASE WHEN NOT $4::boolean AND s.holder_id IS NULL AND s.claim_open THEN pg_notify(s.lock_key::text,
+    CASE WHEN NOT $4::boolean AND s.holder_id IS NULL AND s.claim_open AND w.finish IS NOT TRUE THEN pg_notify(s.lock_key::text,
         format('{"id":"%s","event":%s,"lockKey":%s}', s.claim_id, to_json(s.claim_event), s.lock_key))::text END
-FROM env_lock_state s LEFT JOIN asked a ON a.lock_key = s.lock_key WHERE s.lock_key = ANY ($1::bigint[])`
+FROM unnest($1::bigint[], $5::boolean[]) AS w(key, finish)
+JOIN env_lock_state s ON s.lock_key = w.key
+LEFT JOIN asked a ON a.lock_key = s.lock_key`
 
 	// Without the first key's row the commit is flushed, which is harmless.
 	sqlRelease = `
 UPDATE env_lock_state s
-SET holder_id = NULL, holder_session = NULL, holder_event = NULL, held_since = NULL,
+SET holder_id = NULL, holder_session = NULL, holder_event = NULL, holder_labels = NULL, held_since = NULL,
+    holder_stop = false, spared_until = NULL, streak = ` + sqlStreak + `,
     claim_open = s.claim_open AND s.claim_id <> w.id
 FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
 WHERE s.lock_key = w.key AND s.holder_id = w.id
@@ -173,8 +216,8 @@ RETURNING s.lock_key,
     CASE WHEN NOT $3::boolean AND (s.waiting OR s.claim_id <> w.id) THEN
         pg_notify('` + notifyChannel + `', format('` + payloadReleased + `', s.lock_key))::text END`
 
-	// Returns the holds whose row does not name them any longer, or whose key has a
-	// newer claim: what repairs a lost NOTIFY. Its first row reports whether this server
+	// Returns the holds whose row does not name them any longer, or which a claim asks to
+	// stop: what repairs a lost NOTIFY. Its first row reports whether this server
 	// sees the session live.
 	sqlCheck = `
 SELECT NOT pg_try_advisory_xact_lock_shared($4::bigint)
@@ -182,13 +225,17 @@ SELECT NOT pg_try_advisory_xact_lock_shared($4::bigint)
     NULL::bigint, NULL::uuid, NULL::bigint, NULL::uuid, NULL::text
 UNION ALL
 SELECT s.holder_id IS NOT DISTINCT FROM w.id AND s.holder_session IS NOT DISTINCT FROM $3::bigint,
-    w.key, w.id, s.claim, s.claim_id, s.claim_event
+    w.key, w.id, s.claim, s.claim_id, CASE WHEN s.holder_stop THEN ` + sqlNewest + ` END
 FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
 LEFT JOIN env_lock_state s ON s.lock_key = w.key
-WHERE s.claim_id IS DISTINCT FROM w.id OR s.holder_id IS DISTINCT FROM w.id OR s.holder_session IS DISTINCT FROM $3::bigint`
+WHERE s.holder_stop OR s.holder_id IS DISTINCT FROM w.id OR s.holder_session IS DISTINCT FROM $3::bigint`
 
-	// What a session holds according to the rows.
-	sqlHolds = `SELECT lock_key, holder_id FROM env_lock_state WHERE holder_session = $1::bigint AND holder_id IS NOT NULL`
+	// What a session holds and waits for according to the rows.
+	sqlHolds = `
+SELECT lock_key, holder_id, true FROM env_lock_state WHERE holder_session = $1::bigint AND holder_id IS NOT NULL
+UNION ALL
+SELECT lock_key, claim_id, false FROM env_lock_state
+WHERE claimer_session = $1::bigint AND claim_open AND holder_id IS DISTINCT FROM claim_id`
 
 	// Sessions that are dead now, and the deletion of those that were watched being
 	// dead and hold nothing.
@@ -225,7 +272,7 @@ GROUP BY e.repo COLLATE "C", e.pull_request HAVING min(e.lock_key) <> max(e.lock
 SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on',
     current_setting('server_version_num')::integer, current_user,
     to_regclass('env_locks') IS NOT NULL AND to_regclass('env_lock_sessions') IS NOT NULL
-        AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('env_lock_state') AND attname = 'claimer_session')`
+        AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('env_lock_state') AND attname = 'holder_stop')`
 
 	sqlPrivileges = `
 SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_locks', 'INSERT')
@@ -243,50 +290,58 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
 )
 
 // sqlAnnounce returns the statement by which claims become the newest of their
-// keys. It comes in two forms, because the server takes a tenth of a cycle to set up
-// the condition on orders.
+// keys. It comes in two forms. The full one is for batches in which a claim has a sequence
+// number or labels or lets the holder finish, and for WithProgress: the server takes a
+// tenth of a cycle to set up what only these need.
 //
 //   - The claim's number is assigned under the row lock, so the row decides the order.
 //   - A claim that takes ($6) gets the key immediately if the row names no holder and
 //     no waiter. The row decides that, too; the key's own lock keeps out holders of the
 //     original library.
+//   - A claim that preempts writes into the row that the holder is to stop.
 //   - Every copy of a claim carries the time at which its caller asked for it, on the
 //     server's clock ($7). A copy that arrives late, or is repeated ($12), makes nothing
 //     newer than it is: if the claim is the newest already, it stays as it is; if the
 //     newest claim was asked for later, it is superseded. A newest claim from the future
 //     is one of another clock, and does not count.
-//   - A claim with an order is rejected if a higher order has been announced, or the
-//     same by a claim that still waits or holds.
+//   - A claim with a sequence number is rejected if a higher one has been announced, or
+//     the same by a claim that still waits or holds.
 //   - A claim for a pull request that has another key is dropped.
 //
 // A claim that is not announced has no row in the result; sqlWhyNot returns the
 // reason. A commit that only takes is flushed. One that notifies is not: notifying
-// transactions commit one after the other, server-wide. The fourth column is set if
+// transactions commit one after the other, server-wide. The fifth column is set if
 // the commit is not flushed. If it took a key nevertheless, sqlFlush follows.
-func sqlAnnounce(ordered bool) string {
+func sqlAnnounce(full bool) string {
 	const (
 		takes = `(w.got AND s.holder_id IS NULL AND NOT s.waiting OR w.take AND s.holder_id = w.id AND s.holder_session = $8::bigint)`
 		again = `w.late AND s.claim_id = w.id`
 	)
-	name, array, column, set := "", "", "", "claim_order = NULL"
+	names, arrays, columns := "", "", ""
+	set, labels, stops := "claim_order = NULL", "NULL", ""
+	payload := pq.QuoteLiteral(payloadPlain) + `, s.lock_key, s.claim, s.claim_id, to_json(s.claim_event)`
 	condition := ` AND (NOT w.late OR s.claim_id = w.id OR s.claimed_at IS NULL
         OR s.claimed_at <= w.asked OR s.claimed_at > statement_timestamp())`
-	if ordered {
-		name, array, column = ", ord", ", $13::bigint[]", " u.ord,"
-		set = "claim_order = w.ord, top_order = coalesce(w.ord, s.top_order)"
+	if full {
+		names, arrays, columns = ", ord, labels, finish", ", $13::bigint[], $14::text[], $15::boolean[]", " u.ord, u.labels::json AS labels, u.finish,"
+		set, labels, stops = `claim_order = w.ord, top_order = coalesce(w.ord, s.top_order),
+    spared_until = CASE WHEN `+takes+` AND s.holder_id IS NULL AND $16::integer <= s.streak
+        THEN statement_timestamp() + $17::interval ELSE s.spared_until END`, "w.labels", " AND w.finish IS NOT TRUE"
+		payload = pq.QuoteLiteral(payloadFull) + `, s.lock_key, s.claim, s.claim_id, to_json(s.claim_event),
+            coalesce(s.claim_labels::text, 'null'), to_json(w.finish IS TRUE)`
 		condition = strings.Replace(condition, "(NOT w.late", "(w.ord IS NOT NULL OR NOT w.late", 1) +
 			` AND (w.ord IS NULL OR s.top_order IS NULL OR w.ord > s.top_order
         OR w.ord = s.top_order AND (s.claim_id = w.id OR NOT s.claim_open OR s.claim_order IS DISTINCT FROM w.ord
-            OR coalesce((SELECT pg_try_advisory_xact_lock_shared(x.lock) FROM env_lock_sessions x WHERE x.id = s.claimer_session), true)))`
+            OR ` + sqlClaimerLives + ` IS NOT TRUE))`
 	}
 	return `
 WITH want AS MATERIALIZED (
     SELECT u.key, u.id, u.event, u.take, least(to_timestamp(u.asked), statement_timestamp()) AS asked,
-        coalesce(u.repeated, false) OR statement_timestamp() - to_timestamp(u.asked) > $11::interval AS late,` + column + `
+        coalesce(u.repeated, false) OR statement_timestamp() - to_timestamp(u.asked) > $11::interval AS late,` + columns + `
         CASE WHEN u.take AND s.holder_id IS NULL AND NOT s.waiting AND (SELECT NOT pg_try_advisory_xact_lock_shared($9::bigint))
             THEN pg_try_advisory_xact_lock(u.key) ELSE false END AS got
-    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::float8[], $12::boolean[]` + array + `)
-        AS u(key, id, event, repo, pull_request, take, asked, repeated` + name + `)
+    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::float8[], $12::boolean[]` + arrays + `)
+        AS u(key, id, event, repo, pull_request, take, asked, repeated` + names + `)
     JOIN env_lock_state s ON s.lock_key = u.key
     LEFT JOIN env_locks e ON e.lock_key = u.key
     WHERE u.pull_request < 0 OR e.repo = u.repo AND e.pull_request = u.pull_request
@@ -295,6 +350,7 @@ UPDATE env_lock_state s SET
     claim = CASE WHEN ` + again + ` THEN s.claim ELSE greatest(s.claim + 1, ` + sqlClock + `) END,
     claim_id = w.id,
     claim_event = w.event,
+    claim_labels = ` + labels + `,
     claimed_at = w.asked,
     ` + set + `,
     claim_open = true,
@@ -303,13 +359,16 @@ UPDATE env_lock_state s SET
     held_since = CASE WHEN ` + takes + ` AND s.holder_id IS NULL THEN statement_timestamp() ELSE s.held_since END,
     holder_id = CASE WHEN ` + takes + ` THEN w.id ELSE s.holder_id END,
     holder_session = CASE WHEN ` + takes + ` THEN $8::bigint ELSE s.holder_session END,
-    holder_event = CASE WHEN ` + takes + ` THEN w.event ELSE s.holder_event END
+    holder_event = CASE WHEN ` + takes + ` THEN w.event ELSE s.holder_event END,
+    holder_labels = CASE WHEN ` + takes + ` THEN ` + labels + ` ELSE s.holder_labels END,
+    holder_stop = s.holder_stop OR s.holder_id IS NOT NULL AND s.holder_id <> w.id AND NOT (` + again + `)` + stops + `
 FROM want w
 WHERE s.lock_key = w.key` + condition + `
 RETURNING s.lock_key, s.claim, CASE WHEN w.take AND s.holder_id = w.id AND s.holder_session = $8::bigint THEN s.token END,
+    s.spared_until IS NOT NULL,
     CASE WHEN s.waiting OR s.holder_id IS DISTINCT FROM w.id THEN ` + sqlNoFlush + ` END,
     CASE WHEN NOT $10::boolean AND (s.waiting OR s.holder_id <> w.id) THEN pg_notify('` + notifyChannel + `',
-        format('` + payloadClaim + `', s.lock_key, s.claim, s.claim_id, to_json(s.claim_event)))::text END`
+        format(` + payload + `))::text END`
 }
 
 // settings returns the query that sets up every connection of a session with the
@@ -384,27 +443,28 @@ func sessionUpsert(s sessionRef, connection int64, t time.Duration, reconnect bo
 
 // statementNames are what a [Tracer] calls the statements of the links.
 var statementNames = map[string]string{
-	sqlLookup:          "look up keys",
-	sqlAddKeys:         "add keys",
-	sqlAnnounceAny:     "announce",
-	sqlAnnounceOrdered: "announce in order",
-	sqlFlush:           "flush",
-	sqlWhyNot:          "say why not announced",
-	sqlWithdraw:        "withdraw",
-	sqlAcquire:         "acquire",
-	sqlTakeable:        "look for takeable keys",
-	sqlEnsure:          "add rows",
-	sqlWait:            "wait",
-	sqlRelease:         "release keys",
-	sqlTime:            "ask for the time",
-	sqlTwins:           "look for twins",
-	sqlPing:            "ping",
-	sqlResetOrder:      "reset order",
-	sqlNotify:          "notify",
-	sqlHolders:         "list holders",
-	sqlHolderOf:        "find holder",
-	sqlCheck:           "check rows",
-	sqlHolds:           "list holds",
-	sqlDeadSessions:    "list dead sessions",
-	sqlSweep:           "sweep",
+	sqlLookup:        "look up keys",
+	sqlAddKeys:       "add keys",
+	sqlAnnouncePlain: "announce",
+	sqlAnnounceFull:  "announce in full",
+	sqlExplain:       "explain",
+	sqlFlush:         "flush",
+	sqlWhyNot:        "say why not announced",
+	sqlWithdraw:      "withdraw",
+	sqlAcquire:       "acquire",
+	sqlTakeable:      "look for takeable keys",
+	sqlEnsure:        "add rows",
+	sqlWait:          "wait",
+	sqlRelease:       "release keys",
+	sqlTime:          "ask for the time",
+	sqlTwins:         "look for twins",
+	sqlPing:          "ping",
+	sqlResetOrder:    "reset order",
+	sqlNotify:        "notify",
+	sqlListLocks:     "list locks",
+	sqlHolderOf:      "find holder",
+	sqlCheck:         "check rows",
+	sqlHolds:         "list holds",
+	sqlDeadSessions:  "list dead sessions",
+	sqlSweep:         "sweep",
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"database/sql"
+	"encoding/json"
 	"slices"
 	"time"
 
@@ -51,6 +52,8 @@ func (w *worker) statement(ctx context.Context, l *link, ref sessionRef, batch [
 		return l.exec(ctx, sqlWithdraw, keys, ids)
 	case opRelease:
 		return w.releaseKeys(ctx, l, batch, quiet)
+	case opExplain:
+		return explainKeys(ctx, l, batch)
 	}
 	return batch[0].call(ctx, l)
 }
@@ -125,17 +128,17 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 		if err != nil {
 			return err
 		}
-		text, args := announceArgs(ref, batch, quiet, l.encoding, func(t time.Time) float64 { return clock - now.Sub(t).Seconds() })
-		var taken, unflushed bool
+		text, args := announceArgs(ref, batch, quiet, w.session.conf.progress, l.encoding, func(t time.Time) float64 { return clock - now.Sub(t).Seconds() })
+		var taken, unflushed, spared bool
 		var key, number int64
 		var token sql.NullInt64
 		var noFlush sql.NullString
-		err = l.each(ctx, text, args, []any{&key, &number, &token, &noFlush, discard}, func() {
+		err = l.each(ctx, text, args, []any{&key, &number, &token, &spared, &noFlush, discard}, func() {
 			o := find(batch, key)
 			o.found = true
 			o.answer.outcome, o.answer.newest = again, standing{number, o.req.id}
 			if token.Valid {
-				o.answer.grant(token.Int64, ref)
+				o.answer.grant(token.Int64, ref, spared)
 				taken = true
 			}
 			unflushed = unflushed || noFlush.Valid
@@ -161,14 +164,14 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 
 // announceArgs are the statement by which the claims of a batch that are not found
 // yet are announced, and its arguments. An array that is too short goes on with NULLs,
-// and hardly any claim needs the orders and the repeats.
-func announceArgs(ref sessionRef, batch []*op, quiet bool, encoding string, serverTime func(time.Time) float64) (string, []any) {
+// and hardly any claim needs what is not in the plain statement, or the repeats.
+func announceArgs(ref sessionRef, batch []*op, quiet bool, p progress, encoding string, serverTime func(time.Time) float64) (string, []any) {
 	n := len(batch)
 	keys, ids := newArray(oid.T_int8, n, 8), newArray(oid.T_uuid, n, len(uuid.UUID{}))
 	events, repos := newArray(oid.T_text, n, 32), newArray(oid.T_text, n, 32)
 	pulls, takes := newArray(oid.T_int4, n, 4), newArray(oid.T_bool, n, 1)
 	asked := newArray(oid.T_float8, n, 8)
-	var orders, repeats array
+	var sequences, labels, finishes, repeats array
 	i := 0
 	for _, o := range batch {
 		if o.found {
@@ -185,21 +188,36 @@ func announceArgs(ref sessionRef, batch []*op, quiet bool, encoding string, serv
 		if o.doubt {
 			repeats.addAt(i, oid.T_bool).addBool(true)
 		}
-		if o.order != nil {
-			orders.addAt(i, oid.T_int8).addInt64(*o.order)
+		if o.terms.sequence != nil {
+			sequences.addAt(i, oid.T_int8).addInt64(*o.terms.sequence)
+		}
+		if o.req.labels != "" {
+			labels.addAt(i, oid.T_text).addText(storable(o.req.labels, encoding))
+		}
+		if o.terms.mode == LetFinish {
+			finishes.addAt(i, oid.T_bool).addBool(true)
 		}
 		i++
 	}
 	args := []any{keys, ids, events, repos, pulls, takes, asked, ref.id, ref.lock, quiet, lateAfterInterval, repeats}
-	if orders == nil {
-		return sqlAnnounceAny, args
+	if sequences == nil && labels == nil && finishes == nil && p.n == 0 {
+		return sqlAnnouncePlain, args
 	}
-	return sqlAnnounceOrdered, append(args, orders)
+	holds, max := p.args()
+	return sqlAnnounceFull, append(args, sequences, labels, finishes, holds, max)
+}
+
+// args are the arguments of the statements that grant keys: NULL if it is off.
+func (p progress) args() (holds, max any) {
+	if p.n == 0 {
+		return nil, nil
+	}
+	return p.n, milliseconds(p.max)
 }
 
 var lateAfterInterval = milliseconds(lateAfter)
 
-var sqlAnnounceAny, sqlAnnounceOrdered = sqlAnnounce(false), sqlAnnounce(true)
+var sqlAnnouncePlain, sqlAnnounceFull = sqlAnnounce(false), sqlAnnounce(true)
 
 // columns are the pull request as the statements expect it. One that is not given has
 // a number below zero.
@@ -232,10 +250,10 @@ func (w *worker) whyNot(ctx context.Context, l *link, batch []*op) (missing bool
 	}
 	var key int64
 	var moved, absent bool
-	var event sql.NullString
+	var newest sql.NullString
 	var top sql.NullInt64
 	var since sql.NullTime
-	row := []any{&key, &moved, &absent, &event, &top, &since}
+	row := []any{&key, &moved, &absent, &newest, &top, &since}
 	err = l.each(ctx, sqlWhyNot, []any{int64Array(keys), repos, pulls}, row, func() {
 		o := find(batch, key)
 		o.found = !absent || moved
@@ -244,10 +262,10 @@ func (w *worker) whyNot(ctx context.Context, l *link, batch []*op) (missing bool
 			o.err = errKeyMoved
 		case absent:
 			absentKeys = append(absentKeys, key)
-		case o.order != nil && top.Valid && *o.order <= top.Int64:
-			o.err = outdated(*o.order, top.Int64, since.Time, event.String)
+		case o.terms.sequence != nil && top.Valid && *o.terms.sequence <= top.Int64:
+			o.err = outdated(key, *o.terms.sequence, top.Int64, since.Time, decodeClaim(newest))
 		default: // a claim that was asked for later was announced before
-			o.answer = answer{outcome: superseded, newest: standing{id: o.req.id}, event: event.String}
+			o.answer = answer{outcome: superseded, newest: standing{id: o.req.id}, winner: decodeClaim(newest)}
 		}
 	})
 	if err == nil && len(absentKeys) > 0 {
@@ -271,8 +289,33 @@ var (
 )
 
 // grant notes that the session ref holds the key.
-func (a *answer) grant(token int64, ref sessionRef) {
-	a.outcome, a.token, a.session = granted, token, ref.generation
+func (a *answer) grant(token int64, ref sessionRef, spared bool) {
+	a.outcome, a.token, a.session, a.spared = granted, token, ref.generation, spared
+}
+
+// decodeClaim reads what sqlNewest and sqlHolder return. It returns nil for NULL. An
+// operator may have written anything into the labels.
+func decodeClaim(text sql.NullString) *ClaimInfo {
+	if !text.Valid {
+		return nil
+	}
+	var c struct {
+		ID     uuid.UUID
+		Event  string
+		Labels json.RawMessage
+		Since  float64
+		Host   string
+		PID    int
+		Token  int64
+	}
+	if json.Unmarshal([]byte(text.String), &c) != nil {
+		return &ClaimInfo{}
+	}
+	info := &ClaimInfo{ID: c.ID, Event: c.Event, Labels: decodeLabels(string(c.Labels)), Host: c.Host, PID: c.PID, Token: c.Token}
+	if c.Since != 0 {
+		info.Since = time.UnixMicro(int64(c.Since * 1e6))
+	}
+	return info
 }
 
 func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
@@ -281,7 +324,7 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 	keys, ids := claimArrays(claimsOf(batch))
 	claims, claimIDs := newArray(oid.T_int8, n, 8), newArray(oid.T_uuid, n, len(uuid.UUID{}))
 	firsts, events := newArray(oid.T_bool, n, 1), newArray(oid.T_text, n, 32)
-	var dead, locked array
+	var dead, locked, labels, skips array
 	for i, o := range batch {
 		claims.addInt64(o.req.standing.number)
 		claimIDs.addUUID(o.req.standing.id)
@@ -293,19 +336,26 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 		if s.conf.originalReplicas {
 			locked.addAt(i, oid.T_bool).addBool(o.keyLocked)
 		}
+		if o.req.labels != "" {
+			labels.addAt(i, oid.T_text).addText(storable(o.req.labels, l.encoding))
+		}
+		if o.req.skip {
+			skips.addAt(i, oid.T_bool).addBool(true)
+		}
 	}
 	var missing, unheard []int64
-	unheardIDs := newArray(oid.T_uuid, 0, 0)
+	unheardIDs, finishes := newArray(oid.T_uuid, 0, 0), newArray(oid.T_bool, 0, 0)
 	seen := true
-	args := []any{keys, ids, claims, claimIDs, firsts, events, dead, ref.id, ref.lock, locked}
+	holds, max := s.conf.progress.args()
+	args := []any{keys, ids, claims, claimIDs, firsts, events, dead, ref.id, ref.lock, locked, labels, skips, holds, max}
 	var key int64
 	var absent, held, hidden, mine bool
-	var valid, alive sql.NullBool
+	var valid, alive, spared sql.NullBool
 	var number, token, blocker sql.NullInt64
 	var id uuid.NullUUID
-	var newestEvent sql.NullString
+	var newest sql.NullString
 	var timeout sql.NullFloat64
-	row := []any{&key, &token, &absent, &valid, &number, &id, &newestEvent, &held, &hidden, &blocker, &timeout, &alive, &mine}
+	row := []any{&key, &token, &spared, &absent, &valid, &number, &id, &newest, &held, &hidden, &blocker, &timeout, &alive, &mine}
 	err := l.each(ctx, sqlAcquire, args, row, func() {
 		o := find(batch, key)
 		a := &o.answer
@@ -314,14 +364,14 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 		}
 		switch {
 		case token.Valid:
-			a.grant(token.Int64, ref)
+			a.grant(token.Int64, ref, spared.Bool)
 			return
 		case absent:
 			a.outcome = again
 			missing = append(missing, key)
 			return
 		case !valid.Bool:
-			a.outcome, a.event = superseded, newestEvent.String
+			a.outcome, a.winner = superseded, decodeClaim(newest)
 			return
 		}
 		a.outcome = busy
@@ -333,9 +383,10 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 			}
 			a.blocker, a.retryAt = blocker.Int64, s.watches.dead(blocker.Int64, watch)
 		}
-		if hidden || o.req.first || o.req.standing.id != o.req.id {
+		if !o.req.skip && (hidden || o.req.first || o.req.standing.id != o.req.id) {
 			unheard = append(unheard, key)
 			unheardIDs.addUUID(o.req.id)
+			finishes.addBool(o.req.finish)
 		}
 	})
 	if err != nil {
@@ -350,7 +401,7 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 	if len(unheard) > 0 && err == nil {
 		// Try once more after asking to be notified: the release may have been just before.
 		var asked bool
-		err = l.each(ctx, sqlWait, []any{int64Array(unheard), unheardIDs, ref.id, quiet}, []any{&key, &asked, discard, discard}, func() {
+		err = l.each(ctx, sqlWait, []any{int64Array(unheard), unheardIDs, ref.id, quiet, finishes}, []any{&key, &asked, discard, discard}, func() {
 			if asked {
 				find(batch, key).answer.outcome = again
 			}
@@ -378,6 +429,22 @@ func (w *worker) releaseKeys(ctx context.Context, l *link, batch []*op, quiet bo
 		}
 	}
 	return nil
+}
+
+// explainKeys finds out who holds and waits for keys.
+func explainKeys(ctx context.Context, l *link, batch []*op) error {
+	keys, _ := claimArrays(claimsOf(batch))
+	var key int64
+	var newest, holder, application, user sql.NullString
+	var age sql.NullFloat64
+	var pid sql.NullInt64
+	return l.each(ctx, sqlExplain, []any{keys}, []any{&key, &newest, &holder, &age, &pid, &application, &user}, func() {
+		k := &find(batch, key).keyState
+		k.newest, k.holder, k.heldFor = decodeClaim(newest), decodeClaim(holder), seconds(age.Float64)
+		if pid.Valid {
+			k.foreign = &ForeignLock{PID: int(pid.Int64), Application: application.String, User: user.String}
+		}
+	})
 }
 
 var errReleaseLost = errors.WithMessage(ErrLockLost, "the row of the key does not name the hold any longer")

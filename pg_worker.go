@@ -30,7 +30,7 @@ type op struct {
 	take  bool                               // announce: see announcement
 	ctx   context.Context                    // the caller's, for its span
 	pull  *pullRequest                       // lookup; announce: see announcement
-	order *int64                             // announce: see announcement
+	terms terms                              // announce: see announcement
 	asked time.Time                          // announce: when its caller asked for it
 	req   request                            // acquire: all of it; announce, withdraw and release: the claim
 	call  func(context.Context, *link) error // call: what is carried out
@@ -51,10 +51,11 @@ type op struct {
 }
 
 type result struct {
-	found  bool   // a row was about it
-	key    int64  // lookup
-	answer answer // announce and acquire
-	err    error
+	found    bool     // a row was about it
+	key      int64    // lookup
+	answer   answer   // announce and acquire
+	keyState keyState // explain
+	err      error
 }
 
 var ops = sync.Pool{New: func() any { return &op{done: make(chan struct{}, 1)} }}
@@ -84,6 +85,7 @@ const (
 	opAnnounce
 	opAcquire
 	opWithdraw
+	opExplain
 	opCall // anything else, alone
 	opKinds
 )
@@ -105,9 +107,14 @@ func (s *session) lookup(ctx context.Context, stop <-chan struct{}, repo string,
 
 func (s *session) announce(ctx context.Context, stop <-chan struct{}, a announcement) (answer, error) {
 	o := newOp(ctx, opAnnounce, a.claim)
-	o.order, o.take, o.pull, o.asked = a.order, a.take && !s.conf.originalReplicas, a.pull, a.asked
+	o.terms, o.take, o.pull, o.asked = a.terms, a.take && !s.conf.originalReplicas, a.pull, a.asked
 	r := s.do(stop, o)
 	return r.answer, r.err
+}
+
+func (s *session) explain(ctx context.Context, stop <-chan struct{}, key int64) (keyState, error) {
+	r := s.do(stop, newOp(ctx, opExplain, claim{key: key}))
+	return r.keyState, r.err
 }
 
 func (s *session) withdraw(c claim) {

@@ -1,13 +1,15 @@
 package locker
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"net"
 	"sync"
+	"time"
 
 	"github.com/jmoiron/sqlx"
 	"github.com/lib/pq"
-	"github.com/pkg/errors"
 )
 
 // PostgresLockProvider creates locks on PostgreSQL, 14 or later. Every process that
@@ -106,6 +108,13 @@ func (plp *PostgresLockProvider) New(ctx context.Context, key int64, event strin
 // same pair in every process, different for different pairs (C1). It writes to
 // the database only the first time a pair is seen.
 func (plp *PostgresLockProvider) LockKey(ctx context.Context, repo string, pr uint) (int64, error) {
+	key, err := plp.lockKey(ctx, repo, pr, 0)
+	return key, annotate(err, "locker: lock key of %q#%d", repo, pr)
+}
+
+// lockKey is LockKey, and waits for at most wait instead of the lock timeout, unless it
+// is 0.
+func (plp *PostgresLockProvider) lockKey(ctx context.Context, repo string, pr uint, wait time.Duration) (int64, error) {
 	if plp.session == nil {
 		return 0, errProviderZero
 	}
@@ -113,14 +122,14 @@ func (plp *PostgresLockProvider) LockKey(ctx context.Context, repo string, pr ui
 		return 0, err
 	}
 	var key int64
-	err := within(ctx, plp.conf.lockTimeout, func(stop <-chan struct{}) (err error) {
+	err := within(ctx, cmp.Or(wait, plp.conf.lockTimeout), func(stop <-chan struct{}) (err error) {
 		key, err = plp.session.lookup(ctx, stop, repo, pr)
 		return err
 	})
 	if err == nil {
 		plp.hints.set(pullRequest{repo, pr}, key)
 	}
-	return key, errors.Wrapf(err, "locker: lock key of %q#%d", repo, pr)
+	return key, err
 }
 
 // Close notifies every holder with ErrProviderClosed, ends every wait, and
@@ -165,7 +174,7 @@ func NewPostgresLock(ctx context.Context, db *sqlx.DB, key int64, connInfo, mess
 	}
 	dsn, err := staticDSN(connInfo)
 	if err != nil {
-		return nil, errors.WithMessage(err, "locker: connInfo")
+		return nil, annotate(err, "locker: connInfo")
 	}
 	if err := db.PingContext(ctx); err != nil {
 		return nil, dbError(ctx, err)
@@ -190,5 +199,5 @@ func dbError(ctx context.Context, err error) error {
 	if ctx.Err() == nil && pq.As(err) == nil && !errors.As(err, &network) && err.Error() != "sql: database is closed" {
 		err = errors.New("it cannot connect (why is not shown because it may hold a password)")
 	}
-	return errors.WithMessage(err, "locker: db is not usable")
+	return annotate(err, "locker: db is not usable")
 }

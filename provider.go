@@ -2,9 +2,9 @@ package locker
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
-
-	"github.com/pkg/errors"
 )
 
 // LockProvider describes an object capable of creating distributed locks. You
@@ -89,13 +89,35 @@ func NewLockProvider(kind LockProviderKind, options ...LockProviderOption) (Lock
 	case UnknownLockProviderKind:
 		return nil, errors.New("locker: lock provider kind is UnknownLockProviderKind: choose PostgresLockProviderKind or FakeLockProviderKind")
 	}
-	return nil, errors.Errorf("locker: unknown lock provider kind %d", kind)
+	return nil, fmt.Errorf("locker: unknown lock provider kind %d", kind)
+}
+
+// NewPostgresProvider returns a provider that uses the PostgreSQL server that uri names,
+// in one of the forms that [WithPostgresBackend] accepts. The options are applied after
+// it. With [WithPostgresURI] uri is empty. Like [NewLockProvider] it checks its arguments
+// and needs no server. Close the provider when the service ends.
+func NewPostgresProvider(uri string, options ...LockProviderOption) (*PostgresLockProvider, error) {
+	conf, err := newLockProviderConfig(append([]LockProviderOption{WithPostgresBackend(uri, "")}, options...))
+	if err != nil {
+		return nil, err
+	}
+	return newPostgresLockProvider(conf)
+}
+
+// NewFakeProvider returns a provider whose locks are in memory, for unit tests. Every
+// provider has a memory of its own: give one to all parts of a test that share locks.
+func NewFakeProvider(options ...LockProviderOption) (*FakeLockProvider, error) {
+	conf, err := newLockProviderConfig(options)
+	if err != nil {
+		return nil, err
+	}
+	return &FakeLockProvider{conf: conf}, nil
 }
 
 // newLock fills in a lock; both providers' New.
 func newLock(ctx context.Context, l *lock, b backend, conf *LockProviderConfig, key int64, event string) error {
 	if err := checkUse(ctx, b.events()); err != nil {
-		return errors.Wrapf(err, "locker: new lock on key %d", key)
+		return annotate(err, "locker: new lock on key %d", key)
 	}
 	l.backend = b
 	l.conf = conf
@@ -121,7 +143,7 @@ func checkLockKey(ctx context.Context, h *hub, repo string, pr uint) error {
 		return err
 	}
 	if err := checkUse(ctx, h); err != nil {
-		return errors.Wrapf(err, "locker: lock key of %q#%d", repo, pr)
+		return annotate(err, "locker: lock key of %q#%d", repo, pr)
 	}
 	return nil
 }

@@ -40,6 +40,7 @@ CREATE TABLE IF NOT EXISTS env_lock_state (
     claim        bigint  NOT NULL DEFAULT 0,
     claim_id     uuid    NOT NULL DEFAULT '00000000-0000-0000-0000-000000000000',
     claim_event  text    NOT NULL DEFAULT '',
+    claim_labels json,
     -- When its caller asked for it.
     claimed_at   timestamptz,
     -- The order that the newest claim was given by its caller, if any, and the
@@ -59,12 +60,23 @@ CREATE TABLE IF NOT EXISTS env_lock_state (
     holder_id    uuid,
     holder_session bigint,
     holder_event text,
-    held_since   timestamptz
+    held_since   timestamptz,
+    holder_labels json,
+    -- A claim has asked the holder to stop.
+    holder_stop  boolean NOT NULL DEFAULT false,
+    -- No claim notifies the holder before, see WithProgress.
+    spared_until timestamptz,
+    -- How many holds in a row were ended by a newer claim.
+    streak       integer NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50);
 
 -- The columns that an earlier version did not have.
 ALTER TABLE env_lock_state ADD COLUMN IF NOT EXISTS claimer_session bigint;
 ALTER TABLE env_lock_state ADD COLUMN IF NOT EXISTS holder_session bigint;
+ALTER TABLE env_lock_state
+    ADD COLUMN IF NOT EXISTS claim_labels json, ADD COLUMN IF NOT EXISTS holder_labels json,
+    ADD COLUMN IF NOT EXISTS holder_stop boolean NOT NULL DEFAULT false, ADD COLUMN IF NOT EXISTS spared_until timestamptz,
+    ADD COLUMN IF NOT EXISTS streak integer NOT NULL DEFAULT 0;
 
 -- That version had no sessions. What it left held is held by one that does not exist,
 -- so that a successor waits for the session timeout.
@@ -93,7 +105,8 @@ SELECT s.lock_key, e.repo, e.pull_request,
     s.holder_id IS NOT NULL AND coalesce(h.alive, false) AS alive,
     s.claim_event AS newest_event, c.host AS newest_host, c.pid AS newest_pid, s.claimed_at AS newest_at,
     s.claim_open AND s.claim_id IS DISTINCT FROM s.holder_id AND coalesce(c.alive, false) AS waiting,
-    h.application AS holder_application, s.holder_session, c.application AS newest_application
+    h.application AS holder_application, s.holder_session, c.application AS newest_application,
+    s.holder_labels, s.claim_labels AS newest_labels, s.holder_stop AS stop_asked, s.spared_until, s.streak
 FROM env_lock_state s
 LEFT JOIN env_locks e ON e.lock_key = s.lock_key
 LEFT JOIN sessions h ON h.id = s.holder_session

@@ -205,8 +205,8 @@ func observations(e *env) {
 	defer mu.Unlock()
 	e.Equal(want, seen)
 	names := map[string]bool{}
-	for k := range ObservedReconnected + 2 {
+	for k := range ObservedSkipped + 2 {
 		names[k.String()] = true
 	}
-	e.Len(names, int(ObservedReconnected)+1, "each kind has a name")
+	e.Len(names, int(ObservedSkipped)+1, "each kind has a name")
 }

@@ -37,22 +37,22 @@ func TestScrape(t *testing.T) {
 	newLocker, err := locker.NewPreemptiveLockerFactory(provider)
 	require.NoError(t, err)
 	ctx := context.Background()
-	first := newLocker("o/r", 1, "first").Order(1)
+	first := newLocker("o/r", 1, "first").Sequence(1)
 	told, err := first.Lock(ctx)
 	require.NoError(t, err)
 	second, third := make(chan error, 1), make(chan error, 1)
 	go func() {
-		_, err := newLocker("o/r", 1, "second").Order(2).Lock(ctx)
+		_, err := newLocker("o/r", 1, "second").Sequence(2).Lock(ctx)
 		second <- err
 	}()
 	<-told // the second has been announced
-	last := newLocker("o/r", 1, "third").Order(3)
+	last := newLocker("o/r", 1, "third").Sequence(3)
 	go func() {
 		_, err := last.Lock(ctx)
 		third <- err
 	}()
 	require.ErrorIs(t, <-second, locker.ErrLockPreempted)
-	_, err = newLocker("o/r", 1, "late").Order(2).Lock(ctx)
+	_, err = newLocker("o/r", 1, "late").Sequence(2).Lock(ctx)
 	require.ErrorIs(t, err, locker.ErrClaimOutdated)
 	require.NoError(t, first.Release(ctx))
 	require.NoError(t, <-third)

@@ -138,7 +138,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		if err != nil {
 			return errors.Join(err, server.Close(), closeProvider(provider))
 		}
-		ops.Handler = newOpsHandler(postgres.Holders, postgres.Ping, worker)
+		ops.Handler = newOpsHandler(postgres.ListLocks, postgres.Ping, worker)
 		go func() { served <- ops.Serve(opsListener) }()
 		about = append(about, "ops", opsListener.Addr().String())
 	}

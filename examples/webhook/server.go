@@ -179,7 +179,7 @@ const readyTimeout = 900 * time.Millisecond
 // newOpsHandler serves GET /locks: who holds and who waits, in the whole database; and GET /ready: whether this
 // replica can take locks, which ping finds out, and takes deliveries. It is not for the address that GitHub reaches,
 // because it knows no secret.
-func newOpsHandler(list func(context.Context) ([]locker.Holder, error), ping func(context.Context) error, w *worker) http.Handler {
+func newOpsHandler(list func(context.Context) ([]locker.LockStatus, error), ping func(context.Context) error, w *worker) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /ready", func(rw http.ResponseWriter, r *http.Request) {
 		if w.stopping() {
@@ -201,7 +201,7 @@ func newOpsHandler(list func(context.Context) ([]locker.Holder, error), ping fun
 			return
 		}
 		rw.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(rw).Encode(append([]locker.Holder{}, holders...)) // [] rather than null; a reader that is gone needs no error
+		_ = json.NewEncoder(rw).Encode(append([]locker.LockStatus{}, holders...)) // [] rather than null; a reader that is gone needs no error
 	})
 	return mux
 }

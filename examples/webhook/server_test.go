@@ -649,9 +649,9 @@ func TestOrder(t *testing.T) {
 }
 
 func TestLocks(t *testing.T) {
-	held := []locker.Holder{{Key: 1<<53 + 1, Repo: "o/r", PullRequest: 1, Event: "opened", Alive: true, Token: 42}}
+	held := []locker.LockStatus{{Key: 1<<53 + 1, Repo: "o/r", PullRequest: 1, Event: "opened", Alive: true, Token: 42}}
 	for name, tc := range map[string]struct {
-		holders []locker.Holder
+		holders []locker.LockStatus
 		err     error
 		status  int
 		want    string
@@ -662,7 +662,7 @@ func TestLocks(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			rec := httptest.NewRecorder()
-			newOpsHandler(func(context.Context) ([]locker.Holder, error) { return tc.holders, tc.err }, nil, nil).
+			newOpsHandler(func(context.Context) ([]locker.LockStatus, error) { return tc.holders, tc.err }, nil, nil).
 				ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/locks", nil))
 			require.Equal(t, tc.status, rec.Code)
 			require.Contains(t, rec.Body.String(), tc.want)
@@ -722,7 +722,7 @@ func TestPostgres(t *testing.T) {
 	}
 	status, body := s.get(s.ops + "/locks")
 	require.Equal(t, http.StatusOK, status)
-	var holders []locker.Holder
+	var holders []locker.LockStatus
 	require.NoError(t, json.Unmarshal(body, &holders))
 	require.Len(t, holders, 1)
 	require.Equal(t, "github.com/186853002", holders[0].Repo)

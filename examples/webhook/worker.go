@@ -71,7 +71,7 @@ func (w *worker) accept(d delivery) bool {
 // run claims the pull request's lock, works while it is held, and tells how it went.
 func (w *worker) run(d delivery, log *slog.Logger) {
 	started := false
-	lock := w.newLocker(d.repo, d.pr, d.event()).Order(d.order())
+	lock := w.newLocker(d.repo, d.pr, d.event()).Sequence(d.order())
 	err := lock.Do(w.ctx, func(ctx context.Context) error {
 		started = true
 		// A real job hands the token to whatever it changes, so that a write by a holder that was cut off and

@@ -129,7 +129,7 @@ func (s *sender) post(ctx context.Context, url string, d delivery) error {
 }
 
 // holders asks a service's address for operators.
-func (s *sender) holders(ctx context.Context, url string) ([]locker.Holder, error) {
+func (s *sender) holders(ctx context.Context, url string) ([]locker.LockStatus, error) {
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, url+"/locks", nil)
 	if err != nil {
 		return nil, err
@@ -142,7 +142,7 @@ func (s *sender) holders(ctx context.Context, url string) ([]locker.Holder, erro
 	if res.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("GET /locks: %s", res.Status)
 	}
-	var holders []locker.Holder
+	var holders []locker.LockStatus
 	return holders, json.NewDecoder(res.Body).Decode(&holders)
 }
 

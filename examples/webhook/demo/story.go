@@ -121,13 +121,13 @@ func (p *pr) locks(from *service) {
 	if p.err != nil {
 		return
 	}
-	var holders []locker.Holder
+	var holders []locker.LockStatus
 	holders, p.err = p.stage.sender.holders(p.ctx, from.ops)
 	p.stage.history.add(Event{Kind: locks, Replica: from.name, Table: p.stage.table(holders)})
 }
 
-// table says what Holders answered, for people.
-func (s *stage) table(holders []locker.Holder) []string {
+// table prints what ListLocks returned, for people.
+func (s *stage) table(holders []locker.LockStatus) []string {
 	name := func(pid int) string {
 		for _, service := range s.services {
 			if service.cmd.Process.Pid == pid {
