@@ -149,6 +149,20 @@ var contract = []contractCase{
 	{"C36 sessions are observed", sessionsObserved},
 	{"C40 a tracer is told of every Lock and Release", tracedCalls},
 
+	{"C49 the newer claim's mode decides", everyMode},
+	{"C49 a later claim that preempts", preemptAfterLetFinish},
+	{"C49 a claim that skips", skipping},
+	{"C49 C25 a claim that skips after a death", skipAfterDeath},
+	{"C50 a bound for one wait", boundedWait},
+	{"C17 a setting that comes too late", settingTooLate},
+	{"C51 of n + 1 holds one is let finish", progressing},
+	{"C51 a hold is spared for a time", progressIsBounded},
+	{"C52 labels come back", labelsComeBack},
+	{"C52 errors say who", errorsSayWho},
+	{"C53 the worst outcome counts", outcomes},
+	{"C21 ordinary errors are plain", plainErrors},
+	{"C15 the token in the function's context", tokenInContext},
+
 	{"C29 bad options are refused", badOptions},
 	{"C30 any event is accepted", anyEvent},
 	{"C32 zero values do not panic", zeroValues},
@@ -655,7 +669,7 @@ func (e *env) lockerKey(p LockProvider) int64 {
 
 var sentinels = []error{
 	ErrLockPreempted, ErrLockTimeout, ErrLockLost, ErrMaxLockDuration, ErrProviderClosed, ErrStopRequested,
-	ErrLockNested, context.Canceled, context.DeadlineExceeded,
+	ErrLockNested, ErrLockBusy, context.Canceled, context.DeadlineExceeded,
 }
 
 // matchesOnly requires that an error matches exactly these sentinels.

@@ -1,0 +1,717 @@
+package locker
+
+import (
+	"bytes"
+	"context"
+	stderrors "errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/pkg/errors"
+	"github.com/stretchr/testify/require"
+)
+
+// Modes of claims, labels, the bound of a wait, progress, and what errors say about the
+// other claim: cases of TestContract, on both providers.
+
+var modes = []ClaimMode{Preempt, LetFinish, SkipIfBusy}
+
+// claimIn announces a lock in a mode and calls Lock in the background.
+func (e *env) claimIn(p LockProvider, key int64, event string, mode ClaimMode) (PreemptableLock, <-chan attempt) {
+	e.t.Helper()
+	l := e.lock(p, key, event)
+	ctx := ContextWithMode(e.ctx, mode)
+	e.NoError(l.Notify(ctx))
+	return l, e.start(ctx, l)
+}
+
+// everyMode: the newer claim's mode decides, whatever those of the holder and the
+// waiter are, and whether or not the holder hears of it before it looks at its row.
+func everyMode(e *env) {
+	p, q, r := e.process(patient), e.process(), e.process()
+	for _, heard := range []bool{true, false} {
+		for _, holds := range modes {
+			for _, waits := range modes {
+				for _, comes := range modes {
+					e.oneOfEveryMode(p, q, r, holds, waits, comes, heard)
+				}
+			}
+		}
+	}
+}
+
+func (e *env) oneOfEveryMode(p, q, r LockProvider, holds, waits, comes ClaimMode, heard bool) {
+	e.t.Helper()
+	what := fmt.Sprintf("holder %v, waiter %v, newer claim %v, heard: %v", holds, waits, comes, heard)
+	key := e.key()
+	holder, held := e.claimIn(p, key, "holder", holds)
+	ch := e.acquired(held)
+	if !heard {
+		e.suspend(p)
+	}
+	var left <-chan attempt // the claim that waits in the end
+	var last PreemptableLock
+	stop := ""
+	for i, c := range []struct {
+		p    LockProvider
+		name string
+		mode ClaimMode
+	}{{q, "waiter", waits}, {r, "newer", comes}} {
+		l, out := e.claimIn(c.p, key, c.name, c.mode)
+		if c.mode == SkipIfBusy {
+			err := e.failed(out)
+			e.matchesOnly(err, ErrLockBusy)
+			e.ErrorContains(err, `held for `, what)
+			e.ErrorContains(err, `"holder"`, what)
+			continue
+		}
+		e.waits(l)
+		if c.mode == Preempt && (stop == "" || !heard) {
+			stop = c.name
+		}
+		if i == 1 && left != nil {
+			e.matchesOnly(e.failed(left), ErrLockPreempted)
+		}
+		left, last = out, l
+	}
+	if !heard {
+		e.restore(p)
+		if stop != "" { // the row tells the newest claim
+			stop = lockOf(last).claim.event
+		}
+	}
+	if stop != "" {
+		e.Equal(stop, e.payload(ch).Message, what)
+		e.matchesOnly(lockOf(holder).Cause(), ErrLockPreempted)
+	} else {
+		e.quiet(p, ch)
+	}
+	if left != nil {
+		e.pending(left)
+	}
+	e.NoError(holder.Unlock(e.ctx))
+	if left != nil {
+		next := e.acquired(left)
+		e.quiet(q, next)
+		e.NoError(last.Unlock(e.ctx))
+	}
+	e.free(q, key)
+}
+
+// A later claim that preempts notifies the holder, although one that lets it finish has
+// been in between.
+func preemptAfterLetFinish(e *env) {
+	p, q := e.process(), e.process()
+	e.lockerKey(p)
+	holder := e.locker(p, "holder")
+	ch := e.acquire(holder)
+	spares := e.locker(q, "spares", WithClaimMode(LetFinish))
+	out := e.start(e.ctx, spares)
+	e.eventually(func() bool { return e.waiting(q) })
+	e.quiet(p, ch)
+	newer := e.locker(q, "newer", WithClaimMode(SkipIfBusy)).Mode(Preempt)
+	next := e.start(e.ctx, newer)
+	e.Equal("newer", e.payload(ch).Message)
+	e.matchesOnly(e.failed(out), ErrLockPreempted)
+	e.NoError(holder.Release(e.ctx))
+	e.acquired(next)
+	e.NoError(newer.Release(e.ctx))
+}
+
+// waiting reports whether a lock of the process waits and the database knows it.
+func (e *env) waiting(p LockProvider) bool {
+	h := hubOf(p)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, l := range h.locks {
+		for ; l != nil; l = l.next {
+			l.mu.Lock()
+			placed := l.phase == waiting && l.placed
+			l.mu.Unlock()
+			if placed {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// skipping: a claim that skips is seen by no other claim.
+func skipping(e *env) {
+	p, q := e.process(), e.process()
+	key := e.lockerKey(p)
+	skip := func() *PreemptiveLocker { return e.locker(q, "skips").Mode(SkipIfBusy) }
+
+	held := skip()
+	ch := e.acquire(held)
+	e.ErrorIs(e.failed(e.start(e.ctx, skip())), ErrLockBusy)
+	e.quiet(q, ch)
+	first := e.locker(p, "first").Sequence(7)
+	out := e.start(e.ctx, first)
+	e.Equal("first", e.payload(ch).Message)
+	e.NoError(held.Release(e.ctx))
+	ch = e.acquired(out)
+	number := claimNumber(first.lock)
+	err := e.failed(e.start(e.ctx, skip()))
+	e.matchesOnly(err, ErrLockBusy)
+	c := conflictOf(e, err)
+	e.Equal("first", c.Holder.Event)
+	e.Nil(c.Winner)
+	e.quiet(p, ch)
+	e.ErrorIs(e.failed(e.start(e.ctx, e.locker(q, "again").Sequence(7))), ErrClaimOutdated)
+	e.NoError(first.Release(e.ctx))
+
+	// A key that is free, but waited for, is busy until the claim is withdrawn.
+	waits := e.lock(p, key, "waits")
+	e.NoError(waits.Notify(e.ctx))
+	e.Greater(claimNumber(waits), number)
+	err = e.failed(e.start(e.ctx, skip()))
+	e.matchesOnly(err, ErrLockBusy)
+	c = conflictOf(e, err)
+	e.Nil(c.Holder)
+	e.Equal("waits", c.Winner.Event)
+	e.Error(waits.Unlock(e.ctx))
+	e.eventually(func() bool {
+		l := skip()
+		_, err := l.Lock(e.ctx)
+		if err == nil {
+			e.NoError(l.Release(e.ctx))
+		}
+		return err == nil
+	})
+
+	for _, l := range []*PreemptiveLocker{skip().Sequence(1), e.locker(p, "unknown").Mode(99), e.locker(p, "unknown").Mode(-1)} {
+		e.notASentinel(e.failed(e.start(e.ctx, l)))
+	}
+}
+
+// A key whose holder's session is dead is busy until it was watched being dead.
+func skipAfterDeath(e *env) {
+	p, q := e.process(), e.process()
+	key := e.key()
+	_, ch := e.hold(p, key, "holder")
+	skips := func() error {
+		l := e.lock(q, key, "skips")
+		_, err := l.Lock(ContextWithMode(e.ctx, SkipIfBusy))
+		if err == nil {
+			e.NoError(l.Unlock(e.ctx))
+		}
+		return err
+	}
+	e.ErrorIs(skips(), ErrLockBusy)
+	e.suspend(p)
+	start := time.Now()
+	e.ErrorIs(skips(), ErrLockBusy)
+	e.wait(e.sessionTimeout())
+	e.eventually(func() bool { return skips() == nil })
+	e.GreaterOrEqual(time.Since(start), e.sessionTimeout())
+	e.payload(ch)
+	e.closed(ch)
+	e.restore(p)
+}
+
+// boundedWait: the bound of the wait is not the lock timeout, and does not end the hold.
+func boundedWait(e *env) {
+	unit := time.Hour // of virtual time
+	if !e.fake() {
+		unit = 300 * time.Millisecond
+	}
+	p, q := e.process(WithLockTimeout(2*unit), WithMaxLockDuration(100*unit)), e.process(WithLockTimeout(2*unit), WithMaxLockDuration(100*unit))
+	holder := e.locker(p, "holder").Wait(unit)
+	ch := e.acquire(holder)
+	for _, wait := range []time.Duration{unit, 3 * unit, 0} {
+		start := time.Now()
+		l := e.locker(q, "waits").Mode(LetFinish).Wait(wait)
+		err := e.failed(e.start(e.ctx, l))
+		e.matchesOnly(err, ErrLockTimeout, context.DeadlineExceeded)
+		e.Contains(err.Error(), `"holder"`)
+		if wait == 0 {
+			wait = 2 * unit
+		}
+		e.took(start, wait)
+	}
+	e.quiet(p, ch)
+
+	own := &relay{q, func(context.Context, string) error { return nil }}
+	start := time.Now()
+	err := e.failed(e.start(e.ctx, e.locker(own, "waits").Mode(LetFinish).Wait(unit)))
+	e.matchesOnly(err, ErrLockTimeout, context.DeadlineExceeded)
+	e.took(start, unit)
+	e.quiet(p, ch)
+	e.NoError(holder.Release(e.ctx))
+	l := e.locker(own, "holds longer than it would wait").Wait(unit)
+	ch = e.acquire(l)
+	e.wait(2 * unit)
+	e.quiet(q, ch)
+	e.NoError(l.Release(e.ctx))
+
+	e.notASentinel(e.failed(e.start(e.ctx, e.locker(q, "negative").Wait(-1))))
+}
+
+// Settings that come after Lock are an error of Release, and have no effect.
+func settingTooLate(e *env) {
+	p := e.process()
+	for name, set := range map[string]func(*PreemptiveLocker) *PreemptiveLocker{
+		"Sequence": func(l *PreemptiveLocker) *PreemptiveLocker { return l.Sequence(1) },
+		"Mode":     func(l *PreemptiveLocker) *PreemptiveLocker { return l.Mode(LetFinish) },
+		"Labels":   func(l *PreemptiveLocker) *PreemptiveLocker { return l.Labels(map[string]string{"a": "b"}) },
+		"Wait":     func(l *PreemptiveLocker) *PreemptiveLocker { return l.Wait(time.Second) },
+	} {
+		l := e.locker(p, "misused")
+		e.acquire(l)
+		e.Same(l, set(l))
+		err := l.Release(e.ctx)
+		e.ErrorContains(err, name+" was called after Lock")
+		e.notASentinel(err)
+		e.NoError(l.Release(e.ctx))
+	}
+}
+
+// labels come back to the claims that lose.
+func labelsComeBack(e *env) {
+	p, q := e.process(), e.process()
+	key := e.lockerKey(p)
+	one := map[string]string{"commit": "a1", "url": "https://ci/1?a=1&b=<2>"}
+	holder := e.locker(p, "holder").Labels(one)
+	ch := e.acquire(holder)
+
+	err := e.failed(e.start(e.ctx, e.locker(q, "skips").Mode(SkipIfBusy)))
+	c := conflictOf(e, err)
+	e.Equal(key, c.Key)
+	e.Equal(repo, c.Repo)
+	e.EqualValues(number, c.PullRequest)
+	e.Nil(c.Winner)
+	e.Nil(c.Foreign)
+	e.Equal("holder", c.Holder.Event)
+	e.Equal(one, c.Holder.Labels)
+	e.Equal(hostName, c.Holder.Host)
+	e.Equal(os.Getpid(), c.Holder.PID)
+	e.Equal(holder.Token(), c.Holder.Token)
+	e.WithinRange(c.Holder.Since, time.Now().Add(-e.limit), time.Now().Add(e.limit))
+	e.Contains(err.Error(), fmt.Sprintf("token %d", holder.Token()))
+
+	two := map[string]string{"actor": "Zoë", "\xff": "a\x00b"}
+	waiter := e.locker(q, "waiter").Labels(two)
+	out := e.start(e.ctx, waiter)
+	e.payload(ch)
+	two = map[string]string{"actor": "Zoë", "\uFFFD": "a\uFFFDb"}
+	c = conflictOf(e, lockOf(holder.lock).Cause())
+	e.Equal("waiter", c.Winner.Event)
+	e.Equal(two, c.Winner.Labels)
+	e.Equal(os.Getpid(), c.Winner.PID)
+	e.Equal("holder", c.Holder.Event)
+	e.Equal(one, c.Holder.Labels)
+	e.Equal(holder.Token(), c.Holder.Token)
+	c.Winner.Labels["actor"] = "changed" // what an error tells belongs to its reader
+
+	newest := e.locker(p, "newest").Labels(one)
+	last := e.start(e.ctx, newest)
+	err = e.failed(out)
+	e.matchesOnly(err, ErrLockPreempted)
+	c = conflictOf(e, err)
+	e.Equal("newest", c.Winner.Event)
+	e.Equal(one, c.Winner.Labels)
+	e.Equal(hostName, c.Winner.Host)
+	e.Contains(err.Error(), fmt.Sprintf(`superseded by the newer claim "newest" (process %d on %s)`, os.Getpid(), hostName))
+	e.NoError(holder.Release(e.ctx))
+	e.acquired(last)
+	e.NoError(newest.Release(e.ctx))
+
+	// Raw locks, and none.
+	l := e.lock(p, key, "raw")
+	e.NoError(l.Notify(ContextWithLabels(e.ctx, one)))
+	e.acquire(l)
+	_, err = e.lock(q, key, "skips").Lock(ContextWithMode(e.ctx, SkipIfBusy))
+	c = conflictOf(e, err)
+	e.Equal(one, c.Holder.Labels)
+	e.Empty(c.Repo)
+	e.NoError(l.Unlock(e.ctx))
+	l, _ = e.hold(p, key, "without")
+	_, err = e.lock(q, key, "skips").Lock(ContextWithMode(e.ctx, SkipIfBusy))
+	e.Nil(conflictOf(e, err).Holder.Labels)
+	e.NoError(l.Unlock(e.ctx))
+
+	// As many as fit, and one byte more.
+	fits := map[string]string{"a": strings.Repeat("x", maxLabels-len(`{"a":""}`))}
+	e.NoError(e.locker(p, strings.Repeat("\x01", maxPayload)).Labels(fits).Do(e.ctx, func(context.Context) error { return nil }))
+	fits["a"] += "x"
+	e.notASentinel(e.failed(e.start(e.ctx, e.locker(p, "too much").Labels(fits))))
+	_, err = l.Lock(ContextWithLabels(e.ctx, fits))
+	e.ErrorContains(err, "1024")
+}
+
+func conflictOf(e *env, err error) *ConflictError {
+	e.t.Helper()
+	var c *ConflictError
+	e.ErrorAs(err, &c)
+	return c
+}
+
+// A timeout says who holds the key, and a claim that came too late which is the newest.
+func errorsSayWho(e *env) {
+	timeout, _ := e.bound(WithLockTimeout, promisedLockTimeout)
+	p, q := e.process(), e.process(timeout)
+	holder := e.locker(p, "holder").Sequence(9)
+	e.acquire(holder)
+	err := e.failed(e.start(e.ctx, e.locker(q, "waits").Mode(LetFinish)))
+	c := conflictOf(e, err)
+	e.Equal("holder", c.Holder.Event)
+	e.Nil(c.Winner)
+	e.Contains(err.Error(), "held for ")
+	e.Equal(ErrLockTimeout, errors.Cause(err))
+	err = e.failed(e.start(e.ctx, e.locker(q, "late").Sequence(8)))
+	c = conflictOf(e, err)
+	e.Equal(repo, c.Repo)
+	e.Equal("waits", c.Winner.Event)
+	e.NoError(holder.Release(e.ctx))
+}
+
+// progressing: of n + 1 holds in a row one is not notified by a claim.
+func progressing(e *env) {
+	max := 10 * time.Minute
+	if !e.fake() {
+		max = 4 * time.Second
+	}
+	for _, n := range []int{1, 3} {
+		p, q := e.process(WithProgress(n, max)), e.process(WithProgress(n, max))
+		key := e.key()
+		claim := func(p LockProvider) (PreemptableLock, <-chan attempt) {
+			l := e.announced(p, key, "newer")
+			return l, e.start(e.ctx, l)
+		}
+		holder, out := claim(p)
+		for round := range 3*n + 2 {
+			ch := e.acquired(out)
+			start := time.Now()
+			superseded, before := claim(q)
+			e.waits(superseded)
+			next, after := claim(q)
+			e.failed(before)
+			e.waits(next)
+			spared := round%(n+1) == n
+			if spared {
+				e.quiet(p, ch)
+				e.True(lockOf(holder).spared.After(start))
+			} else {
+				e.matchesOnly(causeAfter(e, holder, ch), ErrLockPreempted)
+			}
+			e.NoError(holder.Unlock(e.ctx))
+			holder, out = next, after
+			p, q = q, p
+		}
+		e.acquired(out)
+		e.NoError(holder.Unlock(e.ctx))
+	}
+}
+
+func causeAfter(e *env, l PreemptableLock, ch <-chan NotificationPayload) error {
+	e.t.Helper()
+	e.payload(ch)
+	return lockOf(l).Cause()
+}
+
+// A hold that is spared is notified of the claim after max, and the next is spared as
+// well. Everything else ends it before.
+func progressIsBounded(e *env) {
+	max := 10 * time.Minute
+	if !e.fake() {
+		max = time.Second
+	}
+	p := e.process(WithProgress(1, max), patient, WithLockTimeout(time.Hour))
+	q := e.process(WithProgress(1, max), patient, WithLockTimeout(time.Hour))
+	key := e.key()
+	spared := func() (PreemptableLock, <-chan NotificationPayload) {
+		first, ch := e.hold(p, key, "first")
+		second := e.announced(p, key, "second")
+		out := e.start(e.ctx, second)
+		e.payload(ch)
+		e.NoError(first.Unlock(e.ctx))
+		return second, e.acquired(out)
+	}
+	holder, ch := spared()
+	start := time.Now()
+	newer := e.announced(q, key, "newer")
+	out := e.start(e.ctx, newer)
+	e.Equal("newer", e.payload(ch).Message)
+	e.took(start, max)
+	e.matchesOnly(lockOf(holder).Cause(), ErrLockPreempted)
+	e.NoError(holder.Unlock(e.ctx))
+	ch = e.acquired(out)
+	last := e.announced(q, key, "last")
+	e.quiet(q, ch)
+	e.False(lockOf(newer).spared.IsZero(), "the next one is spared as well")
+	e.Error(last.Unlock(e.ctx))
+	e.NoError(newer.Unlock(e.ctx))
+
+	// What the row says counts when the message was lost.
+	holder, ch = spared()
+	e.suspend(p)
+	newer = e.announced(q, key, "missed")
+	e.restore(p)
+	e.Equal("missed", e.payload(ch).Message)
+	e.Error(newer.Unlock(e.ctx))
+	e.NoError(holder.Unlock(e.ctx))
+
+	// A hold that nothing was to end begins the count again.
+	l, ch := e.hold(p, key, "undisturbed")
+	e.NoError(l.Unlock(e.ctx))
+	l, ch = e.hold(p, key, "undisturbed")
+	e.NoError(l.Unlock(e.ctx))
+	l, ch = e.hold(p, key, "notified")
+	e.Error(e.announced(q, key, "newer").Unlock(e.ctx))
+	e.payload(ch)
+	e.NoError(l.Unlock(e.ctx))
+
+	for name, end := range map[string]func(cancel context.CancelFunc){
+		"context": func(cancel context.CancelFunc) { cancel() },
+		"close":   func(context.CancelFunc) { go p.(interface{ Close() error }).Close() },
+	} {
+		first, ch := e.hold(p, key, "first")
+		second := e.announced(p, key, "second")
+		ctx, cancel := context.WithCancel(e.ctx)
+		out := e.start(ctx, second)
+		e.payload(ch)
+		e.NoError(first.Unlock(e.ctx))
+		ch = e.acquired(out)
+		end(cancel)
+		e.payload(ch)
+		e.NotErrorIs(lockOf(second).Cause(), ErrLockPreempted, name)
+		e.NoError(second.Unlock(e.ctx))
+		cancel()
+		if name == "close" {
+			break
+		}
+	}
+}
+
+// outcomes: what Do's error says, the worst first.
+func outcomes(e *env) {
+	p, q := e.process(WithPreemptionTimeout(short)), e.process()
+	boom := errors.New("boom")
+	disturb := func(event string) {
+		other := e.locker(q, event)
+		out := e.start(e.ctx, other)
+		e.background.Add(1)
+		go func() {
+			defer e.background.Done()
+			if a := <-out; a.err == nil {
+				_ = other.Release(e.ctx)
+			}
+		}()
+	}
+	for _, c := range []struct {
+		name     string
+		f        func(ctx context.Context) error
+		outcome  Outcome
+		finished bool
+	}{
+		{"completed", func(context.Context) error { return nil }, OutcomeCompleted, true},
+		{"failed", func(context.Context) error { return boom }, OutcomeFailed, false},
+		{"failed because of another lock", func(context.Context) error { return fmt.Errorf("other key: %w", ErrLockPreempted) }, OutcomeFailed, false},
+		{"preempted", func(ctx context.Context) error { disturb("newer"); <-ctx.Done(); return context.Cause(ctx) }, OutcomeSuperseded, false},
+		{"preempted and canceled", func(ctx context.Context) error {
+			disturb("newer")
+			<-ctx.Done()
+			return fmt.Errorf("build: %w", ctx.Err())
+		}, OutcomeSuperseded, false},
+		{"preempted, but finished", func(ctx context.Context) error { disturb("newer"); <-ctx.Done(); return nil }, OutcomeSuperseded, true},
+		{"preempted and failed", func(ctx context.Context) error { disturb("newer"); <-ctx.Done(); return boom }, OutcomeFailed, false},
+	} {
+		err := e.locker(p, c.name).Do(e.ctx, c.f)
+		outcome, finished := OutcomeOf(errors.Wrap(annotate(err, "job"), "outer"))
+		if err == nil {
+			outcome, finished = OutcomeOf(err)
+		}
+		e.Equal(c.outcome, outcome, "%s: %v", c.name, err)
+		e.Equal(c.finished, finished, "%s: %v", c.name, err)
+	}
+
+	l := e.locker(p, "preempted, revoked and failed")
+	err := l.Do(e.ctx, func(ctx context.Context) error {
+		disturb("newer")
+		<-ctx.Done()
+		e.pass(short)
+		e.eventually(func() bool { return OutcomeLost == outcomeOfNow(l) })
+		return boom
+	})
+	e.matchesOnly(err, ErrLockPreempted, ErrLockLost)
+	e.ErrorIs(err, boom)
+	outcome, finished := OutcomeOf(err)
+	e.Equal(OutcomeLost, outcome)
+	e.False(finished)
+}
+
+// outcomeOfNow is what a Do would say if its function returned now.
+func outcomeOfNow(l *PreemptiveLocker) Outcome {
+	own := lockOf(l.lock)
+	own.mu.Lock()
+	defer own.mu.Unlock()
+	return classify(own.lost)
+}
+
+func tokenInContext(e *env) {
+	p := e.process()
+	e.Zero(TokenFromContext(e.ctx))
+	l := e.locker(p, "outer")
+	e.NoError(l.Do(e.ctx, func(ctx context.Context) error {
+		e.NotZero(l.Token())
+		e.Equal(l.Token(), TokenFromContext(ctx))
+		f, err := NewPreemptiveLockerFactory(p)
+		e.NoError(err)
+		inner := f(repo, number+1, "inner")
+		return inner.Do(ctx, func(ctx context.Context) error {
+			e.Equal(inner.Token(), TokenFromContext(ctx))
+			return nil
+		})
+	}))
+}
+
+// Ordinary outcomes are one line in a log, and say the package's name once.
+func plainErrors(e *env) {
+	timeout, _ := e.bound(WithLockTimeout, promisedLockTimeout)
+	p, q := e.process(), e.process(timeout)
+	holder := e.locker(p, "holder").Sequence(2)
+	e.acquire(holder)
+	done, cancel := context.WithCancel(e.ctx)
+	cancel()
+	raw := e.lock(q, e.key(), "raw")
+	_, rawErr := raw.Lock(done)
+	for name, err := range map[string]error{
+		"timeout":  e.failed(e.start(e.ctx, e.locker(q, "waits").Mode(LetFinish))),
+		"late":     e.failed(e.start(e.ctx, e.locker(q, "late").Sequence(1))),
+		"busy":     e.failed(e.start(e.ctx, e.locker(q, "skips").Mode(SkipIfBusy))),
+		"context":  e.failed(e.start(done, e.locker(q, "canceled"))),
+		"raw":      rawErr,
+		"released": e.locker(q, "misused").Release(e.ctx),
+		"input":    e.failed(e.start(e.ctx, e.locker(q, "late").Mode(99))),
+	} {
+		var log bytes.Buffer
+		slog.New(slog.NewTextHandler(&log, nil)).Error("job", "err", err)
+		e.Equal(1, strings.Count(log.String(), "\n"), "%s: %s", name, log.String())
+		e.NotContains(log.String(), `\n`, name)
+		e.NotContains(log.String(), `.go:`, name)
+		e.Equal(1, strings.Count(err.Error(), "locker:"), "%s: %v", name, err)
+		e.True(strings.HasPrefix(err.Error(), "locker: "), "%s: %v", name, err)
+	}
+	e.NoError(holder.Release(e.ctx))
+}
+
+// A stream of claims against work that takes longer: without the bound nothing ever
+// finishes, with it every fourth hold does.
+func TestProgressOfAStream(t *testing.T) {
+	for _, n := range []int{0, 3} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p, err := NewFakeProvider(WithProgress(n, 10*time.Minute))
+				require.NoError(t, err)
+				f, err := NewPreemptiveLockerFactory(p)
+				require.NoError(t, err)
+				var finished, notified atomic.Int64
+				var background sync.WaitGroup
+				for end := time.Now().Add(time.Hour); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+					background.Go(func() {
+						err := f("acme/shop", 1, "push").Do(context.Background(), func(ctx context.Context) error {
+							select {
+							case <-time.After(time.Second):
+								finished.Add(1)
+								return nil
+							case <-ctx.Done():
+								notified.Add(1)
+								return context.Cause(ctx)
+							}
+						})
+						if err != nil && !stderrors.Is(err, ErrLockPreempted) {
+							t.Error(err)
+						}
+					})
+				}
+				background.Wait()
+				require.NoError(t, p.Close())
+				done := finished.Load()
+				holds := done + notified.Load()
+				t.Logf("36000 claims, %d holds, %d finished", holds, done)
+				if n == 0 {
+					require.EqualValues(t, 1, done, "the last, after the stream")
+					return
+				}
+				require.InDelta(t, float64(holds)/float64(n+1), float64(done), 2)
+				require.Greater(t, done, int64(1000))
+			})
+		})
+	}
+}
+
+func TestOutcomeOf(t *testing.T) {
+	for want, err := range map[Outcome]error{
+		OutcomeCompleted:  nil,
+		OutcomeBusy:       fmt.Errorf("job: %w", ErrLockBusy),
+		OutcomeSuperseded: ErrClaimOutdated,
+		OutcomeCanceled:   context.Canceled,
+		OutcomeTimeout:    ErrLockTimeout,
+		OutcomeStopped:    annotate(ErrStopRequested, "maintenance"),
+		OutcomeClosed:     ErrProviderClosed,
+		OutcomeExpired:    ErrMaxLockDuration,
+		OutcomeFailed:     errors.New("boom"),
+		OutcomeLost:       joinErrors(ErrLockPreempted, ErrLockLost),
+	} {
+		outcome, finished := OutcomeOf(err)
+		require.Equal(t, want, outcome)
+		require.Equal(t, err == nil, finished)
+	}
+	outcome, _ := OutcomeOf(context.DeadlineExceeded)
+	require.Equal(t, OutcomeCanceled, outcome)
+	outcome, _ = OutcomeOf(ErrLockNested)
+	require.Equal(t, OutcomeFailed, outcome)
+
+	late := errors.New("not confirmed in time")
+	outcome, finished := OutcomeOf((&doError{release: late}).error())
+	require.Equal(t, OutcomeCompleted, outcome)
+	require.True(t, finished)
+	all := (&doError{work: errors.New("boom"), cause: ErrLockPreempted, release: ErrLockLost}).error()
+	require.EqualError(t, all, "boom; "+ErrLockPreempted.Error()+"; "+ErrLockLost.Error())
+	outcome, finished = OutcomeOf(all)
+	require.Equal(t, OutcomeLost, outcome)
+	require.False(t, finished)
+	require.NoError(t, (&doError{}).error())
+
+	names := map[string]bool{}
+	for o := range OutcomeLost + 2 {
+		names[o.String()] = true
+	}
+	require.Len(t, names, int(OutcomeLost)+1, "each outcome has a name")
+	require.Equal(t, "unknown", Outcome(-1).String())
+	require.Equal(t, "let_finish", LetFinish.String())
+	require.Equal(t, "ClaimMode(7)", ClaimMode(7).String())
+}
+
+func TestTypedConstructors(t *testing.T) {
+	p, err := NewPostgresProvider("postgres://u@localhost/db", WithLockTimeout(time.Second))
+	require.NoError(t, err)
+	require.Equal(t, time.Second, p.conf.lockTimeout)
+	require.NoError(t, p.Close())
+	for _, uri := range []string{"", "nonsense"} {
+		p, err = NewPostgresProvider(uri)
+		require.Error(t, err)
+		require.Nil(t, p)
+	}
+	f, err := NewFakeProvider(WithLockTimeout(-1))
+	require.Error(t, err)
+	require.Nil(t, f)
+	for _, bad := range []LockProviderOption{WithProgress(-1, time.Second), WithProgress(1, 0), WithProgress(1, -1), WithProgress(math.MaxInt, 0)} {
+		_, err := NewFakeProvider(bad)
+		require.ErrorContains(t, err, "locker: progress: ")
+	}
+	f, err = NewFakeProvider(WithProgress(0, 0))
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+	_, err = NewPreemptiveLockerFactory(f, WithClaimMode(3))
+	require.ErrorContains(t, err, "locker: claim mode: ")
+}
