@@ -29,7 +29,14 @@ type LockStatus struct {
 	// Alive reports whether the holder's session is connected. If not, the session is
 	// suspended or its process has ended: then the next Lock takes over after the
 	// session's timeout.
-	Alive bool
+	Alive  bool
+	Labels map[string]string // of the holder's claim
+	// StopAsked reports whether a claim has asked the holder to stop. It is not notified
+	// of claims before SparedUntil, if that is not zero: see [WithProgress].
+	StopAsked   bool
+	SparedUntil time.Time
+	// Streak is how many holds in a row, before this one, were ended by a newer claim.
+	Streak int
 
 	// The newest claim, which may be the holder's own.
 	NewestEvent       string
@@ -37,6 +44,7 @@ type LockStatus struct {
 	NewestPID         int
 	NewestApplication string
 	NewestAt          time.Time
+	NewestLabels      map[string]string
 	// Waiting reports whether the newest claim waits for the key. Older claims do not
 	// wait for long: they are superseded.
 	Waiting bool
@@ -47,7 +55,8 @@ const (
 SELECT lock_key, coalesce(repo, ''), coalesce(pull_request, 0),
     coalesce(holder_event, ''), coalesce(holder_host, ''), coalesce(holder_pid, 0), coalesce(holder_application, ''),
     held_since, token, alive,
-    newest_event, coalesce(newest_host, ''), coalesce(newest_pid, 0), coalesce(newest_application, ''), newest_at, waiting
+    newest_event, coalesce(newest_host, ''), coalesce(newest_pid, 0), coalesce(newest_application, ''), newest_at, waiting,
+    coalesce(holder_labels::text, ''), coalesce(newest_labels::text, ''), stop_asked, spared_until, streak
 FROM env_lock_overview ORDER BY repo, pull_request, lock_key`
 
 	sqlResetOrder = `
@@ -66,11 +75,14 @@ func (plp *PostgresLockProvider) ListLocks(ctx context.Context) ([]LockStatus, e
 	err := plp.operate(ctx, func(ctx context.Context, l *link) error {
 		var all []LockStatus
 		var h LockStatus
-		var since, newest sql.NullTime
+		var since, newest, spared sql.NullTime
+		var labels, newestLabels string
 		row := []any{&h.Key, &h.Repo, &h.PullRequest, &h.Event, &h.Host, &h.PID, &h.Application, &since, &h.Token, &h.Alive,
-			&h.NewestEvent, &h.NewestHost, &h.NewestPID, &h.NewestApplication, &newest, &h.Waiting}
+			&h.NewestEvent, &h.NewestHost, &h.NewestPID, &h.NewestApplication, &newest, &h.Waiting,
+			&labels, &newestLabels, &h.StopAsked, &spared, &h.Streak}
 		err := l.each(ctx, sqlListLocks, nil, row, func() {
-			h.Since, h.NewestAt = since.Time, newest.Time
+			h.Since, h.NewestAt, h.SparedUntil = since.Time, newest.Time, spared.Time
+			h.Labels, h.NewestLabels = decodeLabels(labels), decodeLabels(newestLabels)
 			all = append(all, h)
 		})
 		result = all

@@ -29,13 +29,13 @@ func TestPostgresOperators(t *testing.T) {
 	require.NoError(t, err, "the first use creates the schema")
 	require.Empty(t, all)
 
-	holder := newLocker("acme/widget", 7, "first")
+	holder := newLocker("acme/widget", 7, "first").Labels(map[string]string{"commit": "a1"})
 	start := time.Now()
 	stop, err := holder.Lock(ctx)
 	require.NoError(t, err)
 	key, err := p.LockKey(ctx, "acme/widget", 7)
 	require.NoError(t, err)
-	waiter := newOther("acme/widget", 7, "second")
+	waiter := newOther("acme/widget", 7, "second").Labels(map[string]string{"commit": "b2"})
 	waited := make(chan error, 1)
 	go func() { _, err := waiter.Lock(ctx); waited <- err }()
 	require.Equal(t, "second", (<-stop).Message)
@@ -50,6 +50,7 @@ func TestPostgresOperators(t *testing.T) {
 	require.Equal(t, LockStatus{
 		Key: key, Repo: "acme/widget", PullRequest: 7,
 		Event: "first", Host: hostName, PID: os.Getpid(), Application: "deployer", Token: holder.Token(), Alive: true,
+		Labels: map[string]string{"commit": "a1"}, StopAsked: true, NewestLabels: map[string]string{"commit": "b2"},
 		NewestEvent: "second", NewestHost: hostName, NewestPID: os.Getpid(), NewestApplication: "reviewer", Waiting: true,
 	}, h)
 	pgUntil(t, "no check of rows is queued", func() bool { return p.Stats().Queued == 0 })
@@ -66,7 +67,11 @@ func TestPostgresOperators(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, all, 1)
 	require.Equal(t, "second", all[0].Event)
+	require.Equal(t, map[string]string{"commit": "b2"}, all[0].Labels)
 	require.False(t, all[0].Waiting)
+	require.False(t, all[0].StopAsked)
+	require.Equal(t, 1, all[0].Streak)
+	require.Zero(t, all[0].SparedUntil)
 
 	asked, err := watcher.RequestStop(ctx, "acme/widget", 8, "no one there")
 	require.NoError(t, err)
@@ -356,4 +361,55 @@ func TestStatsAfterClose(t *testing.T) {
 	st := p.Stats()
 	require.False(t, st.Connected)
 	require.False(t, st.Listening)
+}
+
+// A key that another program has locked is named as such.
+func TestForeignHolderIsNamed(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	p := pgProvider(t, uri, WithLockTimeout(3*time.Second))
+	db := pgDB(t, uri)
+	require.NoError(t, goRound(pgLocker(t, p)("warm", 1, "up"))) // its first connections take time
+	const key = -42
+	conn, err := db.Conn(pgBackground)
+	require.NoError(t, err)
+	var pid int
+	require.NoError(t, conn.QueryRowContext(pgBackground, `SET application_name = 'migrations'`).Err())
+	require.NoError(t, conn.QueryRowContext(pgBackground, `SELECT pg_backend_pid() FROM pg_advisory_lock($1)`, key).Scan(&pid))
+	for mode, sentinel := range map[ClaimMode]error{Preempt: ErrLockTimeout, SkipIfBusy: ErrLockBusy} {
+		l := pgNew(t, p, key, "waits")
+		_, err = l.Lock(ContextWithMode(pgBackground, mode))
+		require.ErrorIs(t, err, sentinel)
+		require.ErrorContains(t, err, `"migrations"`)
+		var c *ConflictError
+		require.ErrorAs(t, err, &c)
+		require.Equal(t, pid, c.Foreign.PID)
+		require.Equal(t, "migrations", c.Foreign.Application)
+		require.NotEmpty(t, c.Foreign.User)
+		require.Nil(t, c.Holder)
+	}
+	require.NoError(t, conn.Close())
+}
+
+// What is spared, and the streak, are seen by operators.
+func TestProgressIsShown(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	p := pgProvider(t, uri, WithProgress(1, time.Minute))
+	f := pgLocker(t, p)
+	first := f("acme/widget", 1, "first")
+	ch, err := first.Lock(pgBackground)
+	require.NoError(t, err)
+	second := f("acme/widget", 1, "second")
+	waited := make(chan error, 1)
+	go func() { _, err := second.Lock(pgBackground); waited <- err }()
+	<-ch
+	require.NoError(t, first.Release(pgBackground))
+	require.NoError(t, <-waited)
+	all, err := p.ListLocks(pgBackground)
+	require.NoError(t, err)
+	require.Len(t, all, 1)
+	require.Equal(t, 1, all[0].Streak)
+	require.WithinDuration(t, all[0].Since.Add(time.Minute), all[0].SparedUntil, time.Second)
+	require.NoError(t, second.Release(pgBackground))
 }
