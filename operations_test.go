@@ -374,7 +374,8 @@ func TestForeignHolderIsNamed(t *testing.T) {
 	conn, err := db.Conn(pgBackground)
 	require.NoError(t, err)
 	var pid int
-	require.NoError(t, conn.QueryRowContext(pgBackground, `SET application_name = 'migrations'`).Err())
+	_, err = conn.ExecContext(pgBackground, `SET application_name = 'migrations'`)
+	require.NoError(t, err)
 	require.NoError(t, conn.QueryRowContext(pgBackground, `SELECT pg_backend_pid() FROM pg_advisory_lock($1)`, key).Scan(&pid))
 	for mode, sentinel := range map[ClaimMode]error{Preempt: ErrLockTimeout, SkipIfBusy: ErrLockBusy} {
 		l := pgNew(t, p, key, "waits")
