@@ -93,7 +93,8 @@ func (t terms) check() error {
 
 // ContextWithSequence gives a claim's sequence number to a PreemptableLock's Notify,
 // through whatever providers lie in between. With a PreemptiveLocker, use its method
-// [PreemptiveLocker.Sequence].
+// [PreemptiveLocker.Sequence]. Every claim that is made with the context, or one derived
+// from it, has the number, unless it is given another one.
 func ContextWithSequence(ctx context.Context, sequence int64) context.Context {
 	t := termsFromContext(ctx)
 	t.sequence = &sequence

@@ -234,6 +234,9 @@ func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayl
 		return nil, err
 	}
 	lock, ch, err := p.acquire(ctx, time.Now())
+	if err == nil {
+		err = p.delay(ctx, lock, ch)
+	}
 	err = p.arrive(lock, err)
 	if err != nil {
 		p.abort(nil)
@@ -520,8 +523,8 @@ func (p *PreemptiveLocker) abort(cause error) {
 	}
 }
 
-// acquire claims the key and waits for it and for the lock delay. It returns the
-// lock, once there is one, also with an error.
+// acquire claims the key and waits for it. It returns the lock, once there is one, also
+// with an error.
 func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (PreemptableLock, <-chan NotificationPayload, error) {
 	p.mu.Lock()
 	call := lockCall{asked: asked, wait: p.wait, announce: true,
@@ -562,8 +565,9 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (Preemp
 	}
 
 	calls := p.abortable(ctx)
+	var timer *time.Timer
 	if call.wait > 0 {
-		defer time.AfterFunc(time.Until(asked.Add(call.wait)), func() { p.abort(ErrLockTimeout) }).Stop()
+		timer = time.AfterFunc(time.Until(asked.Add(call.wait)), func() { p.abort(ErrLockTimeout) })
 	}
 	key, err = p.provider.LockKey(calls, p.repo, p.pr)
 	var lock PreemptableLock
@@ -571,18 +575,10 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (Preemp
 	if err == nil {
 		lock, ch, err = p.claim(ctx, calls, key, call)
 	}
-	if context.Cause(calls) == ErrLockTimeout {
-		err = p.timedOut(err)
+	if timer != nil && !timer.Stop() && (err == nil || errors.Is(err, context.Canceled)) {
+		err = ErrLockTimeout // the calls were canceled, or will be
 	}
 	return lock, ch, err
-}
-
-// timedOut returns the error of a wait that Wait has ended.
-func (p *PreemptiveLocker) timedOut(err error) error {
-	if err == nil || errors.Is(err, ErrLockTimeout) {
-		return ErrLockTimeout
-	}
-	return annotate(ErrLockTimeout, "%v", err)
 }
 
 func (p *PreemptiveLocker) claim(ctx, calls context.Context, key int64, call lockCall) (PreemptableLock, <-chan NotificationPayload, error) {
@@ -597,10 +593,7 @@ func (p *PreemptiveLocker) claim(ctx, calls context.Context, key int64, call loc
 		return nil, nil, errors.New("lock provider returned no lock")
 	}
 	ch, err := p.announceAndLock(ctx, lock, call)
-	if err != nil {
-		return lock, nil, err
-	}
-	return lock, ch, p.delay(ctx, lock, ch)
+	return lock, ch, err
 }
 
 // announceAndLock announces the claim and waits for the key. A lock of this package
