@@ -85,6 +85,15 @@
 // suspended, reconnected and lost. [WithTracer] reports each Lock, each Release and the
 // statements that serve them, for spans.
 //
+// # Claims
+//
+// A claim has a mode ([PreemptiveLocker.Mode]): it preempts the holder, which is the
+// default, or lets it finish, or is skipped if the key is busy. The newer claim's mode
+// decides. [PreemptiveLocker.Sequence] turns away what arrives late or twice, and
+// [WithProgress] lets a hold finish now and then, however fast newer claims come.
+// [PreemptiveLocker.Wait] bounds one wait. [PreemptiveLocker.Labels] come back to the
+// claims that lose.
+//
 // # Limits
 //
 // A process that is frozen until its key was taken over, or that ignores its
@@ -102,9 +111,22 @@
 //
 // # Errors
 //
-// Match errors with [errors.Is]: [ErrLockPreempted], [ErrClaimOutdated],
-// [ErrLockTimeout], [ErrLockLost], [ErrMaxLockDuration], [ErrProviderClosed],
-// [ErrStopRequested], [ErrLockNested], and the errors of the contexts that you pass. An error can match
-// several of them: that of a Do whose function did not stop in time matches ErrLockLost
-// and the cause of its notification. Errors never contain a password.
+// Read the error of [PreemptiveLocker.Do] with [OutcomeOf]. It returns the worst outcome:
+// an error can match several sentinels. That of a Do whose function did not stop in time
+// matches [ErrLockLost], the cause of its notification, and the function's error.
+//
+//	switch outcome, finished := locker.OutcomeOf(err); outcome {
+//	case locker.OutcomeCompleted:
+//		report("success")
+//	case locker.OutcomeSuperseded: // by a newer claim
+//		report("superseded", finished)
+//	default:
+//		report(outcome.String(), err)
+//	}
+//
+// With [errors.As] a [ConflictError] names the claim that won and the holder. The
+// sentinels match with [errors.Is]: [ErrLockPreempted], [ErrClaimOutdated],
+// [ErrLockTimeout], [ErrLockBusy], [ErrLockLost], [ErrMaxLockDuration],
+// [ErrProviderClosed], [ErrStopRequested], [ErrLockNested], and the errors of the contexts
+// that you pass. Errors never contain a password.
 package locker

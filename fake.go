@@ -43,9 +43,9 @@ func (flp *FakeLockProvider) init() {
 	})
 }
 
-// New makes a lock for key; event says why it is wanted, to whomever it
-// displaces. Any key is valid (C2). It answers ctx's error if ctx is done and
-// ErrProviderClosed after Close.
+// New creates a lock for key. Any key is valid. The event says why the lock is wanted:
+// holders and waiters that lose to it are told. New returns ctx's error if ctx is done,
+// and [ErrProviderClosed] after Close.
 func (flp *FakeLockProvider) New(ctx context.Context, key int64, event string) (PreemptableLock, error) {
 	flp.init()
 	l := &FakePreemptableLock{}
@@ -55,8 +55,8 @@ func (flp *FakeLockProvider) New(ctx context.Context, key int64, event string) (
 	return l, nil
 }
 
-// LockKey answers the key of a repo's pull request: non-zero, always the same
-// for the same pair, different for different pairs (C1).
+// LockKey returns the key of a repo's pull request: non-zero, always the same for the
+// same pair, and different for different pairs.
 func (flp *FakeLockProvider) LockKey(ctx context.Context, repo string, pr uint) (int64, error) {
 	flp.init()
 	if err := checkLockKey(ctx, flp.session.hub, repo, pr); err != nil {
@@ -71,10 +71,9 @@ func (flp *FakeLockProvider) Ping(ctx context.Context) error {
 	return annotate(checkUse(ctx, flp.session.hub), "locker: ping")
 }
 
-// Close notifies every holder with ErrProviderClosed, ends every wait and
-// answers once all of them are gone: released by their holders, or revoked
-// after the preemption timeout (C22). Every later use is refused with
-// ErrProviderClosed. Closing again is harmless.
+// Close notifies every holder with [ErrProviderClosed] and ends every wait. It returns
+// when all of them are gone: released by their holders, or revoked after the preemption
+// timeout. Every later use returns ErrProviderClosed. Closing again is harmless.
 func (flp *FakeLockProvider) Close() error {
 	flp.init()
 	flp.session.hub.close()

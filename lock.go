@@ -16,7 +16,7 @@ import (
 // backend is the database as the lock sees it. Timeouts, channels, delays and
 // callers' contexts belong to the lock, not to the backend.
 type backend interface {
-	// newID answers an ID that no other claim of the database has.
+	// newID returns an ID that no other claim of the database has.
 	newID() uuid.UUID
 	// announce makes the claim known and returns its standing as the newest, or an
 	// error that matches ErrClaimOutdated if its order is too low. It returns early,
@@ -70,7 +70,7 @@ type standing struct {
 	id     uuid.UUID
 }
 
-// request is one try to acquire. A claim that was never announced (C6) has no
+// request is one try to acquire. A claim that was never announced has no
 // standing at first: it accepts whatever is the newest claim, and then keeps
 // that claim's standing as its own.
 type request struct {
@@ -185,7 +185,7 @@ type lock struct {
 	session   uint64                   // the generation of the session that holds the key
 	token     int64
 	cause     error         // why the holder was notified
-	lost      error         // what the next Unlock has to report (C18), once
+	lost      error         // what the next Unlock has to report, once
 	taken     bool          // over: the row may still name the hold, until Unlock
 	lostUpTo  uint64        // sessions up to this generation are gone
 	deadline  time.Time     // when the phase has lasted for too long
@@ -318,12 +318,11 @@ func (l *lock) lockKey(ctx context.Context, call lockCall) (<-chan NotificationP
 	return ch, nil
 }
 
-// Unlock ends the hold, or the wait of a Lock that has not returned (C19). It
-// blocks until the key is free, at most 5 s and at most until ctx is done; the
-// key is given back all the same. Before Lock it is an error. Once a hold has
-// ended by loss or revocation, the first Unlock answers ErrLockLost (C18);
-// every further one answers nil. It may be called concurrently with every other
-// method.
+// Unlock ends the hold, or the wait of a Lock that has not returned. It blocks until the
+// key is free, for at most 5 s and at most until ctx is done. The key is given back all
+// the same. Before Lock it is an error. Once a hold has ended by loss or revocation, the
+// first Unlock returns [ErrLockLost], and every further one nil. It may be called
+// concurrently with every other method.
 func (l *lock) Unlock(ctx context.Context) error {
 	if err := l.usable(ctx); err != nil {
 		return err
@@ -338,17 +337,19 @@ func (l *lock) Unlock(ctx context.Context) error {
 	return nil
 }
 
-// Token is the fencing token of the hold (C15): 0 before the lock is held, then
-// larger than the token of every earlier hold of the key. It stays readable
-// after the hold is over.
+// Token returns the fencing token of the hold: 0 before the lock is held, then larger
+// than the token of every earlier hold of the key. It stays readable after the hold is
+// over.
 func (l *lock) Token() int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.token
 }
 
-// Cause says why the holder was notified: an error that matches the sentinel of
-// C13, or nil as long as the hold is undisturbed.
+// Cause returns why the holder was notified, as an error that matches
+// [ErrLockPreempted], [ErrMaxLockDuration], [ErrLockLost], [ErrProviderClosed],
+// [ErrStopRequested] or a context's error. It returns nil as long as the hold is
+// undisturbed.
 func (l *lock) Cause() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -440,9 +441,9 @@ func (l *lock) expire() {
 }
 
 // Shield puts off the revocation of a hold that is notified from now on, until
-// Unshield but no longer than limit. It answers why if the hold has been notified
-// already or is over: then it is too late to begin what must not be cut off. What
-// it cannot put off is the loss of the session.
+// Unshield but no longer than limit. If the hold has been notified already or is over, it
+// returns why: then it is too late to begin what must not be cut off. It does not put off
+// the loss of the session.
 func (l *lock) Shield(limit time.Duration) error {
 	return annotate(l.shield(limit), "locker: shield key %d", l.claim.key)
 }
@@ -670,7 +671,7 @@ func (l *lock) request(t terms, blocker int64) request {
 }
 
 // adopt gives a claim that was never announced the standing of the claim that
-// was the newest when it began to wait (C6).
+// was the newest when it began to wait.
 func (l *lock) adopt(newest standing) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -744,7 +745,7 @@ func (l *lock) ownPayload(cause error) NotificationPayload {
 }
 
 // notifyLocked moves the lock from held to notified; from now on the preemption
-// timeout runs. What it answers is to be called once mu is free.
+// timeout runs. The caller calls what it returns once mu is free.
 func (l *lock) notifyLocked(cause error, payload NotificationPayload) func() {
 	l.phase = notified
 	l.cause = cause
@@ -777,7 +778,7 @@ func (l *lock) unwatchLocked() {
 	}
 }
 
-// revoke takes the key from a holder that did not release it in time (C14); the
+// revoke takes the key from a holder that did not release it in time; the
 // lock is over already.
 func (l *lock) revoke() {
 	release := l.backend.release(context.Background(), l.claim)
@@ -920,7 +921,7 @@ func (l *lock) handleWaitingLocked(ev event) {
 	}
 }
 
-// handleHeldLocked answers whether the hold is lost, and what to call once mu is
+// handleHeldLocked reports whether the hold is lost, and returns what to call once mu is
 // free.
 func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
 	theirs := ev.from.id != l.claim.id && (ev.from.id != l.standing.id || ev.from.number > l.standing.number)

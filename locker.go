@@ -65,9 +65,9 @@ func (p *PreemptiveLocker) owner(lock PreemptableLock) any {
 //
 // (Unlock is the method Release here.)
 //
-// It is made by a PreemptiveLockerFactory and is single use. All methods may be
-// called concurrently; Release during Lock ends the wait. Its zero value
-// answers errors.
+// A PreemptiveLocker is created by a [PreemptiveLockerFactory] and is single use. All
+// methods may be called concurrently. Release during Lock ends the wait. The methods of
+// its zero value return errors.
 type PreemptiveLocker struct {
 	provider LockProvider
 	conf     *PreemptiveLockerConfig // the factory's; it does not change
@@ -100,14 +100,15 @@ const (
 	released // or failed
 )
 
-// PreemptiveLockerFactory makes the PreemptiveLocker of one claim: event says
-// why repo's pull request pr is to be locked, to whomever it displaces. Repo
-// and pr are checked by Lock. Repo is compared byte by byte and may be any name:
-// docs/webhook.md says which one to take, and what to do without a pull request.
+// PreemptiveLockerFactory creates the [PreemptiveLocker] of one claim. The event says why
+// repo's pull request pr is to be locked: holders and waiters that lose to the claim are
+// told. Lock checks repo and pr. Repo is compared byte by byte and may be any name:
+// docs/webhook.md says which one to take, and what to do without a pull request. A factory
+// may be called concurrently: create one for each process.
 type PreemptiveLockerFactory func(repo string, pr uint, event string) *PreemptiveLocker
 
-// NewPreemptiveLockerFactory makes a factory on a provider, which may be one of
-// your own (C9). The provider stays yours to close.
+// NewPreemptiveLockerFactory creates a factory on a provider, which may be one of
+// your own, see [LockProvider]. The caller closes the provider.
 func NewPreemptiveLockerFactory(provider LockProvider, opts ...PreemptiveLockerOption) (PreemptiveLockerFactory, error) {
 	if isNil(provider) {
 		return nil, errors.New("locker: lock provider is nil")
@@ -249,12 +250,11 @@ func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayl
 	return ch, nil
 }
 
-// Release ends the hold, or the Lock that has not returned yet (C19). It blocks
-// until the key is free, at most 5 s and at most until ctx is done; the key is
-// given back all the same, even if ctx is done already (C18). Before Lock it is
-// an error. If the hold had ended by loss or revocation, Release says so once,
-// with an error that matches ErrLockLost. A second Release, and one after a Lock
-// that failed, answer nil.
+// Release ends the hold, or the Lock that has not returned yet. It blocks until the key
+// is free, for at most 5 s and at most until ctx is done. The key is given back all the
+// same, even if ctx is done already. Before Lock it is an error. If the hold had ended by
+// loss or revocation, the first Release returns an error that matches [ErrLockLost]. A
+// second Release, and one after a Lock that failed, return nil.
 func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 	if err := p.usable(ctx); err != nil {
 		return err
@@ -350,8 +350,8 @@ func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) e
 	return f(fctx)
 }
 
-// watch cancels f's context at the notification, and tells Shield when the hold
-// is over. It answers why f was disturbed, or nil if it returned undisturbed.
+// watch cancels f's context at the notification, and ends lose's context when the hold
+// is over. It returns why f was disturbed, or nil if it returned undisturbed.
 func (p *PreemptiveLocker) watch(ctx context.Context, ch <-chan NotificationPayload, returned <-chan struct{}, cancel, lose context.CancelCauseFunc) error {
 	select {
 	case n, ok := <-ch:
@@ -379,22 +379,21 @@ func (p *PreemptiveLocker) watch(ctx context.Context, ch <-chan NotificationPayl
 	return nil
 }
 
-// Shield runs a step that must not be cut in half, such as a schema migration,
-// inside Do's function: ctx is the function's context, and the context that f
-// gets is not cancelled by a notification before limit has passed. The holder is
-// told at once all the same, by the cancellation of ctx, and has to stop when f
-// returns; meanwhile, and for no longer than limit, the lock is not revoked (C34).
-// Whoever waits for the lock waits that much longer: its lock timeout should be
-// above limit.
+// Shield runs a step that must not be cut in half, such as a schema migration, inside
+// Do's function. ctx is that function's context. A notification does not cancel the
+// context that f gets before limit has passed. It cancels ctx immediately all the same,
+// and the holder has to stop when f returns. Meanwhile, and for no longer than limit, the
+// lock is not revoked. A claim that waits for the lock waits that much longer, so its lock
+// timeout should be above limit.
 //
-// If the hold has been notified already, f is not run and Shield answers the
-// cause. When limit passes after a notification, f's context is cancelled with the
-// cause. If the session is lost, the hold is over and f's context is cancelled at
-// once: nothing can put that off. It answers f's error.
+// If the hold has been notified already, f is not run and Shield returns the cause. When
+// limit passes after a notification, f's context is canceled with the cause. If the
+// session is lost, the hold is over and f's context is canceled immediately: nothing can
+// put that off. Otherwise Shield returns f's error.
 //
-// Shields do not nest: a second one while one runs, also on another goroutine, is
-// an error, as are a limit that is not positive, a call outside of Do, and a
-// provider whose locks have no Shield.
+// Shields do not nest. A second one while one runs, also on another goroutine, is an
+// error. So is a limit that is not positive, a call outside of Do, and a provider whose
+// locks have no Shield.
 func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f func(ctx context.Context) error) error {
 	if err := p.usable(ctx); err != nil {
 		return err
@@ -446,7 +445,7 @@ func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f fu
 	return f(fctx)
 }
 
-// disturbed says why a notification came, from what was read from the channel.
+// disturbed returns why a notification came, from what was read from the channel.
 func (p *PreemptiveLocker) disturbed(n NotificationPayload, ok bool) error {
 	p.mu.Lock()
 	lock, stage := p.lock, p.stage
@@ -457,11 +456,11 @@ func (p *PreemptiveLocker) disturbed(n NotificationPayload, ok bool) error {
 	return causeOf(lock, n, ok)
 }
 
-// Token is the fencing token of the hold (C15): 0 before the lock is held, and
-// then a number that is larger than that of every earlier hold of the same key,
-// in any process, across crashes of holders and of the database server. Send it
-// with every write to a resource that can refuse an older one. It stays 0 with a
-// provider of your own whose locks have no Token() int64.
+// Token returns the fencing token of the hold: 0 before the lock is held, and then a
+// number that is larger than that of every earlier hold of the same key, in any process,
+// across crashes of holders and of the database server. Send it with every write to a
+// resource that can refuse an older one. It stays 0 with a provider of your own whose
+// locks have no Token() int64.
 func (p *PreemptiveLocker) Token() int64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -628,7 +627,7 @@ func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock Preemptable
 	return lock.Lock(contextWithTerms(p.abortable(ctx), call.terms))
 }
 
-// delay waits for the lock delay (C11).
+// delay waits for the lock delay.
 func (p *PreemptiveLocker) delay(ctx context.Context, lock PreemptableLock, ch <-chan NotificationPayload) error {
 	d := p.conf.lockDelay
 	if d <= 0 {
@@ -675,8 +674,8 @@ func (p *PreemptiveLocker) leave() {
 	}
 }
 
-// causeOf says why a holder was notified, from what was read from its channel
-// and from what the lock knows.
+// causeOf returns why a holder was notified, from what was read from its channel and
+// from what the lock knows.
 func causeOf(lock PreemptableLock, n NotificationPayload, ok bool) error {
 	if l, has := lock.(interface{ Cause() error }); has {
 		if cause := l.Cause(); cause != nil {
@@ -689,7 +688,7 @@ func causeOf(lock PreemptableLock, n NotificationPayload, ok bool) error {
 	return annotate(ErrLockPreempted, "notified: %q", n.Message)
 }
 
-// unlockBounded unlocks a lock of any provider within the bounds of C18.
+// unlockBounded unlocks a lock of any provider within the bounds of Release.
 func unlockBounded(ctx context.Context, lock PreemptableLock) error {
 	if ownLock(lock) != nil { // it keeps them itself
 		return lock.Unlock(ctx)

@@ -17,7 +17,7 @@ import (
 type NotificationPayload struct {
 	// ID is required so that we can ensure the message came from another
 	// party: the ID of the claimant's lock, or the holder's own when the
-	// notification has another cause than a newer claim (C13).
+	// notification has another cause than a newer claim.
 	ID uuid.UUID `json:"id"`
 	// Message provides some context as to why the notification was generated:
 	// the claimant's event, an operator's reason, or the text of the cause.
@@ -139,7 +139,7 @@ func cleanEvent(event string) string {
 }
 
 // storable replaces the characters of a text that a database with the given encoding
-// may be unable to hold (C30): with most encodings all that are not ASCII.
+// may be unable to hold: with most encodings all that are not ASCII.
 func storable(text, encoding string) string {
 	if encoding == "UTF8" || encoding == "SQL_ASCII" { // the latter takes any bytes
 		return text

@@ -21,7 +21,7 @@ const (
 	maxSessionTimeout = time.Hour
 	minIdleTimeout    = time.Second
 
-	releaseTimeout = 5 * time.Second // longest that Release and Unlock block (C18)
+	releaseTimeout = 5 * time.Second // longest that Release and Unlock block
 	pollInterval   = time.Second     // longest sleep of a waiter between two attempts
 
 	maxPullRequest = 1<<31 - 1 // the column is a PostgreSQL integer
@@ -52,7 +52,7 @@ type progress struct {
 }
 
 // postgresTarget is kept behind a pointer so that printing a configuration
-// never prints a password (C31).
+// never prints a password.
 type postgresTarget struct {
 	uri         string
 	serviceName string
@@ -169,17 +169,17 @@ func WithPostgresURI(f func(ctx context.Context) (string, error)) LockProviderOp
 	}
 }
 
-// WithLogger sets where the provider reports what an operator must know: a
-// lost or refused session (also one that lacks the schema and may not make
-// it), a revoked lock, and what docs/operations.md lists. Without it, or with
-// nil, nothing is logged.
+// WithLogger sets where the provider reports what an operator must know: a session that
+// is suspended, lost or refused, a revoked lock, and what docs/operations.md lists.
+// Without it, or with nil, nothing is logged.
 func WithLogger(logger *slog.Logger) LockProviderOption {
 	return func(c *LockProviderConfig) { c.logger = logger }
 }
 
-// WithObserver has f called for everything that happens to the provider's locks,
-// for metrics. f is called from whatever goroutine it happens on, concurrently,
-// and must return at once: it may run between two notifications. Without it nothing is counted and nothing is spent.
+// WithObserver has f called for everything that happens to the provider's locks, for
+// metrics. f is called concurrently, on the goroutine on which it happens, and must
+// return immediately: it may run between two notifications. Without it nothing is counted
+// and nothing is spent.
 func WithObserver(f func(Observation)) LockProviderOption {
 	return func(c *LockProviderConfig) { c.observer = f }
 }
@@ -190,44 +190,49 @@ type Observation struct {
 	Key    int64             // 0 for a session
 	Event  string            // of the lock's claim
 	Labels map[string]string // of the lock's claim
-	After  time.Duration     // since Lock was called, or since the hold began, or since the session was suspended
-	// Kept and Lost count holds: those that a session which is suspended has, or
-	// those that a session which has reconnected has kept and has lost.
+	// After is the time since Lock was called, since the hold began, or since the session
+	// was suspended: each kind says which.
+	After time.Duration
+	// Kept and Lost count holds: those of a session that is suspended, or those that a
+	// session which has reconnected has kept and has lost.
 	Kept, Lost int
-	// Err is why, if there is a reason: it matches a sentinel or a context's
-	// error, or neither if it is the database's or Release ended the wait; for
-	// ObservedRevoked it is the cause of the notification.
+	// Err is the reason, if there is one. It matches a sentinel or a context's error, or
+	// neither if it is the database's or Release has ended the wait. [OutcomeOf] reads it.
 	Err error
 }
 
-// ObservationKind enumerates what can happen to a lock.
+// ObservationKind enumerates what can happen to a lock, or to a session.
 type ObservationKind int
 
 const (
-	// ObservedAcquired: Lock succeeded, After waiting.
+	// ObservedAcquired means that Lock succeeded, After a wait.
 	ObservedAcquired ObservationKind = iota + 1
-	// ObservedDisplaced: Lock left for a newer claim, After waiting.
+	// ObservedDisplaced means that a waiter was superseded, After a wait.
 	ObservedDisplaced
-	// ObservedFailed: Lock failed for another reason, After waiting.
+	// ObservedFailed means that Lock failed for another reason, After a wait.
 	ObservedFailed
-	// ObservedNotified: the holder was told to stop, After holding; Err is the cause.
+	// ObservedNotified means that the holder was notified, After a part of the hold. Err
+	// is the cause.
 	ObservedNotified
-	// ObservedReleased: the holder released, After holding; Err is the cause of its
-	// notification, nil if it was undisturbed.
+	// ObservedReleased means that the holder has released, After the hold. Err is the
+	// cause of its notification, or nil.
 	ObservedReleased
-	// ObservedRevoked: the lock was taken from its holder, After holding.
+	// ObservedRevoked means that the lock was taken from its holder, After the hold. Err
+	// is the cause of its notification.
 	ObservedRevoked
-	// ObservedLost: the session was lost, or the key was taken from it, After holding.
+	// ObservedLost means that the session was lost, or that the key was taken from it,
+	// After the hold.
 	ObservedLost
-	// ObservedSuspended: the session has no connection any longer. Its holds continue.
+	// ObservedSuspended means that the session has no connection. Its holds continue.
 	ObservedSuspended
-	// ObservedReconnected: the session is connected again, After having been suspended.
+	// ObservedReconnected means that the session is connected again, After having been
+	// suspended.
 	ObservedReconnected
-	// ObservedSkipped: Lock returned ErrLockBusy, After waiting.
+	// ObservedSkipped means that Lock returned [ErrLockBusy].
 	ObservedSkipped
 )
 
-// String is a name fit for a metric's label.
+// String returns a name that is fit for a metric's label.
 func (k ObservationKind) String() string {
 	names := [...]string{"unknown", "acquired", "displaced", "failed", "notified", "released", "revoked", "lost", "suspended", "reconnected", "skipped"}
 	if k < 0 || int(k) >= len(names) {
@@ -247,7 +252,7 @@ func newLockProviderConfig(options []LockProviderOption) (LockProviderConfig, er
 	return c.checked()
 }
 
-// checked answers the configuration with its defaults filled in.
+// checked returns the configuration with its defaults filled in.
 func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 	for _, d := range []struct {
 		name  string
@@ -358,7 +363,7 @@ func newPreemptiveLockerConfig(options []PreemptiveLockerOption) (PreemptiveLock
 	return c, nil
 }
 
-// checkRepo refuses what the env_locks table cannot hold (C29).
+// checkRepo returns an error for what the table env_locks cannot hold.
 func checkRepo(repo string, pr uint) error {
 	switch {
 	case !utf8.ValidString(repo):

@@ -13,7 +13,7 @@ import (
 // us the memory of text that grows piece by piece.
 type array []byte
 
-// newArray answers an empty array with room for n elements of size bytes.
+// newArray returns an empty array with room for n elements of size bytes.
 func newArray(element oid.Oid, n, size int) array {
 	const dimensions, flags, lower = 1, 0, 1
 	a := make(array, 0, arrayHeader+n*(4+size))
@@ -37,7 +37,7 @@ func (a *array) add(size int) {
 	*a = binary.BigEndian.AppendUint32(*a, uint32(size))
 }
 
-// addAt answers the array itself, filled up with NULLs to n elements.
+// addAt returns the array itself, filled up with NULLs to n elements.
 func (a *array) addAt(n int, element oid.Oid) *array {
 	const null = -1
 	if *a == nil {

@@ -50,8 +50,8 @@ func (h *keyHints) set(pull pullRequest, key int64) {
 	h.keys[pull] = key
 }
 
-// PostgresLock is the lock that PostgresLockProvider.New and NewPostgresLock
-// answer. Its zero value answers errors.
+// PostgresLock is the lock that [PostgresLockProvider.New] and [NewPostgresLock] return.
+// The methods of its zero value return errors.
 type PostgresLock struct {
 	lock
 }
@@ -74,7 +74,7 @@ func (el PostgresEnvLock) Columns() string {
 	return "lock_key, repo, pull_request"
 }
 
-// ScanValues answers pointers for sql.Rows.Scan, in the order of Columns. They
+// ScanValues returns pointers for sql.Rows.Scan, in the order of Columns. They
 // point into the copy that the method was called on.
 func (el PostgresEnvLock) ScanValues() []interface{} {
 	return []interface{}{&el.LockKey, &el.Repo, &el.PullRequest}
@@ -90,9 +90,9 @@ func newPostgresLockProvider(conf LockProviderConfig) (*PostgresLockProvider, er
 	return &PostgresLockProvider{conf: conf, session: newSession(dsn, conf)}, nil
 }
 
-// New makes a lock for key; event says why it is wanted, to whomever it
-// displaces. Any key is valid (C2). Nothing is sent to the server. It answers
-// ctx's error if ctx is done and ErrProviderClosed after Close.
+// New creates a lock for key. Any key is valid. The event says why the lock is wanted:
+// holders and waiters that lose to it are told. Nothing is sent to the server. New returns
+// ctx's error if ctx is done, and [ErrProviderClosed] after Close.
 func (plp *PostgresLockProvider) New(ctx context.Context, key int64, event string) (PreemptableLock, error) {
 	if plp.session == nil {
 		return nil, errProviderZero
@@ -104,9 +104,9 @@ func (plp *PostgresLockProvider) New(ctx context.Context, key int64, event strin
 	return l, nil
 }
 
-// LockKey answers the key of a repo's pull request: non-zero, the same for the
-// same pair in every process, different for different pairs (C1). It writes to
-// the database only the first time a pair is seen.
+// LockKey returns the key of a repo's pull request: non-zero, the same for the same pair
+// in every process, and different for different pairs. It writes to the database only the
+// first time a pair is seen.
 func (plp *PostgresLockProvider) LockKey(ctx context.Context, repo string, pr uint) (int64, error) {
 	key, err := plp.lockKey(ctx, repo, pr, 0)
 	return key, annotate(err, "locker: lock key of %q#%d", repo, pr)
@@ -132,10 +132,10 @@ func (plp *PostgresLockProvider) lockKey(ctx context.Context, repo string, pr ui
 	return key, err
 }
 
-// Close notifies every holder with ErrProviderClosed, ends every wait, and
-// answers once all of them are gone, released by their holders or revoked after
-// the preemption timeout, and with them all connections and goroutines (C22).
-// Every later use is refused with ErrProviderClosed. Closing again is harmless.
+// Close notifies every holder with [ErrProviderClosed] and ends every wait. It returns
+// when all of them are gone, released by their holders or revoked after the preemption
+// timeout, and with them all connections and goroutines. Every later use returns
+// ErrProviderClosed. Closing again is harmless.
 func (plp *PostgresLockProvider) Close() error {
 	if plp.session == nil {
 		return errProviderZero
@@ -145,7 +145,7 @@ func (plp *PostgresLockProvider) Close() error {
 	return nil
 }
 
-// NewPostgresLock makes a single lock without a provider. The lock has a session
+// NewPostgresLock creates a single lock without a provider. The lock has a session
 // of its own, which connects to connInfo when it is first used and is closed
 // when the lock is over: two connections for each lock. Prefer a provider.
 //
@@ -193,7 +193,7 @@ func NewPostgresLock(ctx context.Context, db *sqlx.DB, key int64, connInfo, mess
 
 // dbError says why a caller's db is not usable. A driver that cannot parse its
 // connection string quotes it, password included, so only errors that cannot
-// hold one are shown (C31).
+// hold one are shown.
 func dbError(ctx context.Context, err error) error {
 	var network *net.OpError
 	if ctx.Err() == nil && pq.As(err) == nil && !errors.As(err, &network) && err.Error() != "sql: database is closed" {

@@ -11,18 +11,21 @@ import (
 // may provide your own int64 key or obtain one for a given Repo/PR.
 //
 // The providers of this package are safe for concurrent use and are also
-// io.Closers. A provider of your own works with NewPreemptiveLockerFactory
-// unchanged (C9); if its locks have the optional methods Token() int64,
-// Cause() error, or both Shield(time.Duration) error and
-// Unshield(), they are used. A lock that wraps one of this package has to
-// forward all of them: without Token it has no fencing token, without Cause
-// every payload counts as a newer claim's, without Shield the method Shield is an
-// error.
+// io.Closers. A provider of your own works with [NewPreemptiveLockerFactory]. If its locks
+// have the optional methods Token() int64, Cause() error, or both
+// Shield(time.Duration) error and Unshield(), they are used. A lock that wraps one of this
+// package has to forward all of them. Without Token it has no fencing token. Without Cause
+// every payload counts as a newer claim's. Without Shield the method Shield is an error.
+//
+// What a caller has said about its claim is in the context of Notify and Lock: see
+// [ModeFromContext], [SequenceFromContext] and [LabelsFromContext]. With the mode
+// [SkipIfBusy] Notify is not called, and Lock should return [ErrLockBusy] instead of
+// waiting.
 type LockProvider interface {
-	// New makes a lock for key; event says why it is wanted, to whomever it
-	// displaces.
+	// New creates a lock for key. The event says why the lock is wanted: holders and
+	// waiters that lose to it are told.
 	New(ctx context.Context, key int64, event string) (PreemptableLock, error)
-	// LockKey answers the key of a repo's pull request.
+	// LockKey returns the key of a repo's pull request.
 	LockKey(ctx context.Context, repo string, pr uint) (int64, error)
 }
 
@@ -67,9 +70,9 @@ var (
 // default values if the option is not explicitly set: lock timeout 20 s, max
 // lock duration 30 min 30 s, preemption timeout 10 s, session timeout 10 s, no logging.
 //
-// Bad options are refused here (C29). No server is needed: the postgres
-// provider connects when it is first used (C26). The provider is an io.Closer;
-// close it when the service ends.
+// Bad options are an error. No server is needed: the postgres provider connects when it
+// is first used. The provider is an io.Closer: close it when the service ends.
+// [NewPostgresProvider] and [NewFakeProvider] return the provider's own type.
 func NewLockProvider(kind LockProviderKind, options ...LockProviderOption) (LockProvider, error) {
 	conf, err := newLockProviderConfig(options)
 	if err != nil {
@@ -114,7 +117,7 @@ func NewFakeProvider(options ...LockProviderOption) (*FakeLockProvider, error) {
 	return &FakeLockProvider{conf: conf}, nil
 }
 
-// newLock fills in a lock; both providers' New.
+// newLock fills in a lock, for New of both providers.
 func newLock(ctx context.Context, l *lock, b backend, conf *LockProviderConfig, key int64, event string) error {
 	if err := checkUse(ctx, b.events()); err != nil {
 		return annotate(err, "locker: new lock on key %d", key)
@@ -125,8 +128,8 @@ func newLock(ctx context.Context, l *lock, b backend, conf *LockProviderConfig, 
 	return nil
 }
 
-// ownLock answers what is behind a lock of this package, or nil for anybody
-// else's, also for one that embeds one of ours.
+// ownLock returns what is behind a lock of this package, or nil for every other one, also
+// for one that embeds a lock of this package.
 func ownLock(l PreemptableLock) *lock {
 	switch l := l.(type) {
 	case *PostgresLock:
