@@ -222,7 +222,7 @@ func skipAfterDeath(e *env) {
 func boundedWait(e *env) {
 	unit := time.Hour // of virtual time
 	if !e.fake() {
-		unit = 300 * time.Millisecond
+		unit = time.Second
 	}
 	p, q := e.process(WithLockTimeout(2*unit), WithMaxLockDuration(100*unit)), e.process(WithLockTimeout(2*unit), WithMaxLockDuration(100*unit))
 	holder := e.locker(p, "holder").Wait(unit)

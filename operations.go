@@ -59,7 +59,7 @@ SELECT lock_key, coalesce(repo, ''), coalesce(pull_request, 0),
     coalesce(holder_labels::text, ''), coalesce(newest_labels::text, ''), stop_asked, spared_until, streak
 FROM env_lock_overview ORDER BY repo, pull_request, lock_key`
 
-	sqlResetOrder = `
+	sqlResetSequence = `
 UPDATE env_lock_state s SET top_order = NULL FROM env_locks e
 WHERE e.repo = $1 AND e.pull_request = $2 AND s.lock_key = e.lock_key
 RETURNING s.lock_key`
@@ -132,7 +132,7 @@ func (plp *PostgresLockProvider) ResetSequence(ctx context.Context, repo string,
 	var found bool
 	err = plp.operateOn(ctx, "reset the order of", repo, pr, func(ctx context.Context, l *link) error {
 		var key int64
-		return l.each(ctx, sqlResetOrder, []any{repo, int64(pr)}, []any{&key}, func() { found = true })
+		return l.each(ctx, sqlResetSequence, []any{repo, int64(pr)}, []any{&key}, func() { found = true })
 	})
 	if err != nil { // the call may still be under way, so its result is not read
 		return false, err

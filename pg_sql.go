@@ -459,7 +459,7 @@ var statementNames = map[string]string{
 	sqlTime:          "ask for the time",
 	sqlTwins:         "look for twins",
 	sqlPing:          "ping",
-	sqlResetOrder:    "reset order",
+	sqlResetSequence:    "reset sequence",
 	sqlNotify:        "notify",
 	sqlListLocks:     "list locks",
 	sqlHolderOf:      "find holder",

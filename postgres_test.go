@@ -1056,6 +1056,7 @@ func TestPostgresServerComesLater(t *testing.T) {
 	require.ErrorContains(t, err, "connect")
 
 	newProxy(t, address, uri, nil)
+	pgUntil(t, "the provider has connected", func() bool { _, err := p.LockKey(pgBackground, "repo", 1); return err == nil })
 	l, _ = pgHold(t, p, 1, "later")
 	require.NoError(t, l.Unlock(pgBackground))
 }

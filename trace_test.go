@@ -301,7 +301,7 @@ func TestTracerStatementNames(t *testing.T) {
 	}
 	require.True(t, used["text"], "announceClaims")
 	delete(used, "text")
-	used["sqlAnnounceAny"], used["sqlAnnounceOrdered"] = true, true
+	used["sqlAnnouncePlain"], used["sqlAnnounceFull"] = true, true
 	require.Equal(t, used, named)
 	seen := map[string]bool{}
 	for _, name := range statementNames {
