@@ -50,6 +50,16 @@ var (
 	ErrStopRequested = errors.New("holder was asked to stop")
 )
 
+// Errors that no program needs to match.
+var (
+	errProviderZero = errors.New("locker: PostgresLockProvider was not made by NewLockProvider")
+	errLockZero     = errors.New("locker: lock was not made by a provider")
+	errContextNil   = errors.New("locker: context is nil")
+	errLockTwice    = errors.New("Lock was called before on this lock (locks are single use)")
+	errNotLocked    = errors.New("Unlock before Lock")
+	errReleasedWait = errors.New("released while waiting")
+)
+
 type outdatedError struct{}
 
 func (outdatedError) Error() string   { return "claim came too late" }

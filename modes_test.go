@@ -36,7 +36,7 @@ func (e *env) claimIn(p LockProvider, key int64, event string, mode ClaimMode) (
 // everyMode: the newer claim's mode decides, whatever those of the holder and the
 // waiter are, and whether or not the holder hears of it before it looks at its row.
 func everyMode(e *env) {
-	p, q, r := e.process(patient), e.process(), e.process()
+	p, q, r := e.process(patient), e.process(patient), e.process(patient)
 	for _, heard := range []bool{true, false} {
 		for _, holds := range modes {
 			for _, waits := range modes {
@@ -146,7 +146,7 @@ func (e *env) waiting(p LockProvider) bool {
 
 // skipping: a claim that skips is seen by no other claim.
 func skipping(e *env) {
-	p, q := e.process(), e.process()
+	p, q := e.process(patient), e.process(patient)
 	key := e.lockerKey(p)
 	skip := func() *PreemptiveLocker { return e.locker(q, "skips").Mode(SkipIfBusy) }
 
@@ -224,7 +224,8 @@ func boundedWait(e *env) {
 	if !e.fake() {
 		unit = time.Second
 	}
-	p, q := e.process(WithLockTimeout(2*unit), WithMaxLockDuration(100*unit)), e.process(WithLockTimeout(2*unit), WithMaxLockDuration(100*unit))
+	p := e.process(WithLockTimeout(2*unit), WithMaxLockDuration(100*unit), patient)
+	q := e.process(WithLockTimeout(2*unit), WithMaxLockDuration(100*unit), patient)
 	holder := e.locker(p, "holder").Wait(unit)
 	ch := e.acquire(holder)
 	for _, wait := range []time.Duration{unit, 3 * unit, 0} {
@@ -277,7 +278,7 @@ func settingTooLate(e *env) {
 
 // labels come back to the claims that lose.
 func labelsComeBack(e *env) {
-	p, q := e.process(), e.process()
+	p, q := e.process(patient), e.process(patient)
 	key := e.lockerKey(p)
 	one := map[string]string{"commit": "a1", "url": "https://ci/1?a=1&b=<2>"}
 	holder := e.locker(p, "holder").Labels(one)
@@ -358,7 +359,7 @@ func conflictOf(e *env, err error) *ConflictError {
 // A timeout says who holds the key, and a claim that came too late which is the newest.
 func errorsSayWho(e *env) {
 	timeout, _ := e.bound(WithLockTimeout, promisedLockTimeout)
-	p, q := e.process(), e.process(timeout)
+	p, q := e.process(patient), e.process(timeout, patient)
 	holder := e.locker(p, "holder").Sequence(9)
 	e.acquire(holder)
 	err := e.failed(e.start(e.ctx, e.locker(q, "waits").Mode(LetFinish)))
@@ -381,7 +382,7 @@ func progressing(e *env) {
 		max = 4 * time.Second
 	}
 	for _, n := range []int{1, 3} {
-		p, q := e.process(WithProgress(n, max)), e.process(WithProgress(n, max))
+		p, q := e.process(WithProgress(n, max), patient), e.process(WithProgress(n, max), patient)
 		key := e.key()
 		claim := func(p LockProvider) (PreemptableLock, <-chan attempt) {
 			l := e.announced(p, key, "newer")
@@ -577,7 +578,7 @@ func tokenInContext(e *env) {
 // Ordinary outcomes are one line in a log, and say the package's name once.
 func plainErrors(e *env) {
 	timeout, _ := e.bound(WithLockTimeout, promisedLockTimeout)
-	p, q := e.process(), e.process(timeout)
+	p, q := e.process(patient), e.process(timeout, patient)
 	holder := e.locker(p, "holder").Sequence(2)
 	e.acquire(holder)
 	done, cancel := context.WithCancel(e.ctx)

@@ -50,23 +50,6 @@ type LockStatus struct {
 	Waiting bool
 }
 
-const (
-	sqlListLocks = `
-SELECT lock_key, coalesce(repo, ''), coalesce(pull_request, 0),
-    coalesce(holder_event, ''), coalesce(holder_host, ''), coalesce(holder_pid, 0), coalesce(holder_application, ''),
-    held_since, token, alive,
-    newest_event, coalesce(newest_host, ''), coalesce(newest_pid, 0), coalesce(newest_application, ''), newest_at, waiting,
-    coalesce(holder_labels::text, ''), coalesce(newest_labels::text, ''), stop_asked, spared_until, streak
-FROM env_lock_overview ORDER BY repo, pull_request, lock_key`
-
-	sqlResetSequence = `
-UPDATE env_lock_state s SET top_order = NULL FROM env_locks e
-WHERE e.repo = $1 AND e.pull_request = $2 AND s.lock_key = e.lock_key
-RETURNING s.lock_key`
-
-	sqlHolderOf = `SELECT lock_key FROM env_lock_overview WHERE repo = $1 AND pull_request = $2 AND alive`
-)
-
 // ListLocks returns the keys that are held or waited for in the whole database, by any
 // process: what the view env_lock_overview shows. It waits no longer than ctx and the
 // lock timeout.

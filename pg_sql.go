@@ -264,6 +264,21 @@ WHERE (SELECT a.attcollation FROM pg_attribute a WHERE a.attrelid = to_regclass(
     NOT IN (SELECT c.oid FROM pg_collation c WHERE c.collname IN ('C', 'POSIX'))
 GROUP BY e.repo COLLATE "C", e.pull_request HAVING min(e.lock_key) <> max(e.lock_key) LIMIT 1`
 
+	sqlListLocks = `
+SELECT lock_key, coalesce(repo, ''), coalesce(pull_request, 0),
+    coalesce(holder_event, ''), coalesce(holder_host, ''), coalesce(holder_pid, 0), coalesce(holder_application, ''),
+    held_since, token, alive,
+    newest_event, coalesce(newest_host, ''), coalesce(newest_pid, 0), coalesce(newest_application, ''), newest_at, waiting,
+    coalesce(holder_labels::text, ''), coalesce(newest_labels::text, ''), stop_asked, spared_until, streak
+FROM env_lock_overview ORDER BY repo, pull_request, lock_key`
+
+	sqlResetSequence = `
+UPDATE env_lock_state s SET top_order = NULL FROM env_locks e
+WHERE e.repo = $1 AND e.pull_request = $2 AND s.lock_key = e.lock_key
+RETURNING s.lock_key`
+
+	sqlHolderOf = `SELECT lock_key FROM env_lock_overview WHERE repo = $1 AND pull_request = $2 AND alive`
+
 	sqlEncoding = `SHOW server_encoding`
 
 	sqlNotify = `SELECT pg_notify('` + notifyChannel + `', $1)`
@@ -459,7 +474,7 @@ var statementNames = map[string]string{
 	sqlTime:          "ask for the time",
 	sqlTwins:         "look for twins",
 	sqlPing:          "ping",
-	sqlResetSequence:    "reset sequence",
+	sqlResetSequence: "reset sequence",
 	sqlNotify:        "notify",
 	sqlListLocks:     "list locks",
 	sqlHolderOf:      "find holder",

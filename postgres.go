@@ -80,8 +80,6 @@ func (el PostgresEnvLock) ScanValues() []interface{} {
 	return []interface{}{&el.LockKey, &el.Repo, &el.PullRequest}
 }
 
-var errProviderZero = errors.New("locker: PostgresLockProvider was not made by NewLockProvider")
-
 func newPostgresLockProvider(conf LockProviderConfig) (*PostgresLockProvider, error) {
 	dsn, err := dsnOf(&conf)
 	if err != nil {
