@@ -107,6 +107,7 @@ type keyState struct {
 	newest  *ClaimInfo // nil if it does not wait any longer
 	holder  *ClaimInfo // nil if the key is free
 	heldFor time.Duration
+	alive   bool // the holder's session is connected
 	foreign *ForeignLock
 }
 

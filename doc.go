@@ -118,8 +118,8 @@
 //	switch outcome, finished := locker.OutcomeOf(err); outcome {
 //	case locker.OutcomeCompleted:
 //		report("success")
-//	case locker.OutcomeSuperseded: // by a newer claim
-//		report("superseded", finished)
+//	case locker.OutcomeSuperseded, locker.OutcomePreempted: // by a newer claim
+//		report(outcome.String(), finished)
 //	default:
 //		report(outcome.String(), err)
 //	}

@@ -81,8 +81,12 @@ type ConflictError struct {
 	// was made for a key.
 	Repo        string
 	PullRequest uint
-	// Winner is the newest claim of the key, if it is another one than the error's.
+	// Winner is the newer claim that has won, in an error that matches
+	// [ErrLockPreempted]. A holder that learns of a claim from its row is told the newest.
 	Winner *ClaimInfo
+	// Waiter is the newest claim that waits for the key, in an error that matches
+	// [ErrLockTimeout] or [ErrLockBusy].
+	Waiter *ClaimInfo
 	// Holder is the claim that holds the key. For the cause of a holder it is the holder
 	// itself.
 	Holder *ClaimInfo

@@ -431,7 +431,7 @@ func (s *memorySession) explain(ctx context.Context, stop <-chan struct{}, key i
 		k.newest = row.claim.clone()
 	}
 	if row.holder != uuid.Nil {
-		k.holder, k.heldFor = row.hold.clone(), time.Since(row.hold.Since)
+		k.holder, k.heldFor, k.alive = row.hold.clone(), time.Since(row.hold.Since), m.live[m.lockOfLocked(row.session)]
 	}
 	return k, nil
 }

@@ -243,8 +243,11 @@ func (l *lock) begin(call lockCall) error {
 	l.began = call.asked
 	l.stop = make(chan struct{})
 	wait := l.conf.lockTimeout
-	if call.wait > 0 {
+	switch {
+	case call.wait > 0:
 		wait = call.wait
+	case call.terms.mode == LetFinish || l.finish:
+		wait = l.conf.finishTimeout
 	}
 	l.armLocked(l.began.Add(wait))
 	return nil
@@ -454,7 +457,11 @@ func (l *lock) explained(ctx context.Context, sentinel error) error {
 	case err != nil:
 		return sentinel
 	case k.holder != nil:
-		return l.conflict(sentinel, k, "held for %v by %v, token %d", k.heldFor.Round(time.Millisecond), k.holder, k.holder.Token)
+		dead := ""
+		if !k.alive {
+			dead = ", whose session is not connected"
+		}
+		return l.conflict(sentinel, k, "held for %v by %v%s, token %d", k.heldFor.Round(time.Millisecond), k.holder, dead, k.holder.Token)
 	case k.foreign != nil:
 		return l.conflict(sentinel, k, "the advisory lock of the key is held by the server process %d (application %q, user %q), which does not use this library",
 			k.foreign.PID, k.foreign.Application, k.foreign.User)
@@ -467,11 +474,15 @@ func (l *lock) explained(ctx context.Context, sentinel error) error {
 // conflict returns an error that matches the sentinel and describes the other claims.
 func (l *lock) conflict(sentinel error, k keyState, format string, args ...any) error {
 	c := &ConflictError{
-		Key: l.claim.key, Winner: k.newest.clone(), Holder: k.holder.clone(), Foreign: k.foreign,
+		Key: l.claim.key, Holder: k.holder.clone(), Foreign: k.foreign,
 		sentinel: sentinel, detail: fmt.Sprintf(format, args...),
 	}
-	if c.Winner != nil && (c.Winner.ID == l.claim.id || c.Holder != nil && c.Winner.ID == c.Holder.ID) {
-		c.Winner = nil
+	switch {
+	case k.newest == nil, k.newest.ID == l.claim.id, k.holder != nil && k.newest.ID == k.holder.ID:
+	case sentinel == ErrLockPreempted:
+		c.Winner = k.newest.clone()
+	default:
+		c.Waiter = k.newest.clone()
 	}
 	l.complete(c)
 	return c

@@ -125,8 +125,8 @@ func NewPreemptiveLockerFactory(provider LockProvider, opts ...PreemptiveLockerO
 // NewPostgresPreemptiveLockerFactory will create a PreemptiveLockerFactory that
 // makes use of a PostgresLockProvider. With a non-empty apmServiceName both the
 // locker and the SQL below it are traced under that name, unless an option says
-// otherwise. The provider lives as long as the process; to close it, make it
-// with NewLockProvider and pass it to NewPreemptiveLockerFactory.
+// otherwise. The provider lives as long as the process. To close it, create it with
+// [NewPostgresProvider] and pass it to [NewPreemptiveLockerFactory].
 func NewPostgresPreemptiveLockerFactory(postgresURI, apmServiceName string, providerOpts []LockProviderOption, lockerOpts ...PreemptiveLockerOption) (PreemptiveLockerFactory, error) {
 	provider, err := NewLockProvider(PostgresLockProviderKind,
 		append([]LockProviderOption{WithPostgresBackend(postgresURI, apmServiceName)}, providerOpts...)...)
@@ -341,7 +341,7 @@ func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) e
 	}()
 	defer func() { // also on a panic and on runtime.Goexit
 		close(returned)
-		parts := doError{work: err, cause: <-watched}
+		parts := doError{hold: fmt.Sprintf("%q#%d for %q", p.repo, p.pr, p.event), work: err, cause: <-watched}
 		cancel(nil)
 		lose(nil)
 		parts.release = p.Release(context.WithoutCancel(ctx))

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math"
 	"os"
+	"os/exec"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -177,7 +178,8 @@ func skipping(e *env) {
 	e.matchesOnly(err, ErrLockBusy)
 	c = conflictOf(e, err)
 	e.Nil(c.Holder)
-	e.Equal("waits", c.Winner.Event)
+	e.Nil(c.Winner)
+	e.Equal("waits", c.Waiter.Event)
 	e.Error(waits.Unlock(e.ctx))
 	e.eventually(func() bool {
 		l := skip()
@@ -358,7 +360,7 @@ func conflictOf(e *env, err error) *ConflictError {
 
 // A timeout says who holds the key, and a claim that came too late which is the newest.
 func errorsSayWho(e *env) {
-	timeout, _ := e.bound(WithLockTimeout, promisedLockTimeout)
+	timeout := WithLockTimeout(short)
 	p, q := e.process(patient), e.process(timeout, patient)
 	holder := e.locker(p, "holder").Sequence(9)
 	e.acquire(holder)
@@ -517,13 +519,13 @@ func outcomes(e *env) {
 		{"completed", func(context.Context) error { return nil }, OutcomeCompleted, true},
 		{"failed", func(context.Context) error { return boom }, OutcomeFailed, false},
 		{"failed because of another lock", func(context.Context) error { return fmt.Errorf("other key: %w", ErrLockPreempted) }, OutcomeFailed, false},
-		{"preempted", func(ctx context.Context) error { disturb("newer"); <-ctx.Done(); return context.Cause(ctx) }, OutcomeSuperseded, false},
+		{"preempted", func(ctx context.Context) error { disturb("newer"); <-ctx.Done(); return context.Cause(ctx) }, OutcomePreempted, false},
 		{"preempted and canceled", func(ctx context.Context) error {
 			disturb("newer")
 			<-ctx.Done()
 			return fmt.Errorf("build: %w", ctx.Err())
 		}, OutcomeSuperseded, false},
-		{"preempted, but finished", func(ctx context.Context) error { disturb("newer"); <-ctx.Done(); return nil }, OutcomeSuperseded, true},
+		{"preempted, but finished", func(ctx context.Context) error { disturb("newer"); <-ctx.Done(); return nil }, OutcomePreempted, true},
 		{"preempted and failed", func(ctx context.Context) error { disturb("newer"); <-ctx.Done(); return boom }, OutcomeFailed, false},
 	} {
 		err := e.locker(p, c.name).Do(e.ctx, c.f)
@@ -577,7 +579,7 @@ func tokenInContext(e *env) {
 
 // Ordinary outcomes are one line in a log, and say the package's name once.
 func plainErrors(e *env) {
-	timeout, _ := e.bound(WithLockTimeout, promisedLockTimeout)
+	timeout := WithLockTimeout(short)
 	p, q := e.process(patient), e.process(timeout, patient)
 	holder := e.locker(p, "holder").Sequence(2)
 	e.acquire(holder)
@@ -676,8 +678,8 @@ func TestOutcomeOf(t *testing.T) {
 	outcome, finished := OutcomeOf((&doError{release: late}).error())
 	require.Equal(t, OutcomeCompleted, outcome)
 	require.True(t, finished)
-	all := (&doError{work: errors.New("boom"), cause: ErrLockPreempted, release: ErrLockLost}).error()
-	require.EqualError(t, all, "boom; "+ErrLockPreempted.Error()+"; "+ErrLockLost.Error())
+	all := (&doError{hold: "x", work: errors.New("boom"), cause: ErrLockPreempted, release: ErrLockLost}).error()
+	require.EqualError(t, all, "boom; locker: hold x: "+ErrLockPreempted.Error()+"; "+ErrLockLost.Error())
 	outcome, finished = OutcomeOf(all)
 	require.Equal(t, OutcomeLost, outcome)
 	require.False(t, finished)
@@ -691,6 +693,61 @@ func TestOutcomeOf(t *testing.T) {
 	require.Equal(t, "unknown", Outcome(-1).String())
 	require.Equal(t, "let_finish", LetFinish.String())
 	require.Equal(t, "ClaimMode(7)", ClaimMode(7).String())
+}
+
+// A command that is ended by the signal of its context has stopped because it was told to.
+func TestOutcomeOfCommand(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	c := exec.CommandContext(ctx, "sleep", "1000")
+	require.NoError(t, c.Start())
+	cancel(ErrLockPreempted)
+	killed := c.Wait()
+	require.Error(t, killed)
+	outcome, _ := OutcomeOf((&doError{work: fmt.Errorf("deploy: %w", killed), cause: ErrLockPreempted}).error())
+	require.Equal(t, OutcomePreempted, outcome)
+	outcome, _ = OutcomeOf((&doError{work: killed}).error())
+	require.Equal(t, OutcomeFailed, outcome, "it was not notified")
+	failed := exec.Command("false").Run()
+	outcome, _ = OutcomeOf((&doError{work: failed, cause: ErrLockPreempted}).error())
+	require.Equal(t, OutcomeFailed, outcome)
+	told := (&doError{hold: "x", work: ErrStopRequested, cause: ErrStopRequested}).error()
+	require.EqualError(t, told, ErrStopRequested.Error(), "once")
+}
+
+// Claims that wait for a holder which is not notified wait for longer by default.
+func TestDefaultWaits(t *testing.T) {
+	for _, c := range []struct {
+		options       []LockProviderOption
+		waits, finish time.Duration
+	}{
+		{nil, promisedLockTimeout, promisedMaxDuration + promisedPreemption + promisedLockTimeout},
+		{[]LockProviderOption{WithProgress(3, time.Hour)}, promisedLockTimeout + time.Hour, promisedMaxDuration + promisedPreemption + promisedLockTimeout},
+		{[]LockProviderOption{WithProgress(3, time.Hour), WithLockTimeout(time.Second)}, time.Second, time.Second},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			p, err := NewFakeProvider(append(c.options, WithPreemptionTimeout(0))...)
+			require.NoError(t, err)
+			holder, err := p.New(context.Background(), 1, "holder")
+			require.NoError(t, err)
+			for mode, want := range map[ClaimMode]time.Duration{Preempt: c.waits, LetFinish: c.finish} {
+				l, err := p.New(context.Background(), 1, "waits")
+				require.NoError(t, err)
+				row := p.session.db
+				row.mu.Lock()
+				row.rowLocked(1).holder = lockOf(holder).claim.id // a hold without an end
+				row.rowLocked(1).session = lockOf(holder).claim.key
+				row.live[1] = true
+				row.mu.Unlock()
+				ctx := ContextWithMode(context.Background(), mode)
+				require.NoError(t, l.Notify(ctx))
+				start := time.Now()
+				_, err = l.Lock(ctx)
+				require.ErrorIs(t, err, ErrLockTimeout)
+				require.Equal(t, want, time.Since(start), mode)
+			}
+			require.NoError(t, p.Close())
+		})
+	}
 }
 
 func TestTypedConstructors(t *testing.T) {

@@ -105,15 +105,14 @@ func (plp *PostgresLockProvider) RequestStop(ctx context.Context, repo string, p
 	return found, nil
 }
 
-// ResetSequence forgets the highest order of a repo's pull request, so that the next
-// claim is accepted whatever its order is, and sets the highest anew. Use it when
-// claims are turned away with [ErrClaimOutdated] for an order that was wrong: one from
-// a clock that was wrong, or one in a smaller unit. It disturbs no holder and no
-// waiter, but the next claim does, whatever its order. It reports whether the pull
-// request is known.
+// ResetSequence forgets the highest sequence number of a repo's pull request. The next
+// claim is accepted whatever its number is, and sets the highest anew. Use it when claims
+// are turned away with [ErrClaimOutdated] for a number that was wrong: one from a clock
+// that was wrong, or one in a smaller unit. It disturbs no holder and no waiter, but the
+// next claim does, whatever its number. It reports whether the pull request is known.
 func (plp *PostgresLockProvider) ResetSequence(ctx context.Context, repo string, pr uint) (known bool, err error) {
 	var found bool
-	err = plp.operateOn(ctx, "reset the order of", repo, pr, func(ctx context.Context, l *link) error {
+	err = plp.operateOn(ctx, "reset the sequence of", repo, pr, func(ctx context.Context, l *link) error {
 		var key int64
 		return l.each(ctx, sqlResetSequence, []any{repo, int64(pr)}, []any{&key}, func() { found = true })
 	})

@@ -414,3 +414,60 @@ func TestProgressIsShown(t *testing.T) {
 	require.WithinDuration(t, all[0].Since.Add(time.Minute), all[0].SparedUntil, time.Second)
 	require.NoError(t, second.Release(pgBackground))
 }
+
+// What the row of a free key says about a hold does not count: a replica of an earlier
+// version, or an operator, frees keys without the columns that came later.
+func TestFreeRowSaysNothing(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	p := pgProvider(t, uri, WithProgress(5, time.Hour))
+	other := pgProvider(t, uri)
+	db := pgDB(t, uri)
+	f := pgLocker(t, p)
+	require.NoError(t, goRound(f("acme/widget", 1, "first")))
+	key, err := p.LockKey(pgBackground, "acme/widget", 1)
+	require.NoError(t, err)
+	stale := func() {
+		t.Helper()
+		_, err := db.Exec(`UPDATE env_lock_state SET holder_stop = true, spared_until = now() + interval '1 hour', holder_labels = '{"a":"b"}',
+			holder_id = NULL, holder_session = NULL, holder_event = NULL, held_since = NULL WHERE lock_key = $1`, key)
+		require.NoError(t, err)
+	}
+	for name, lock := range map[string]func() PreemptableLock{
+		"announced": func() PreemptableLock {
+			l, err := other.New(pgBackground, key, "holds")
+			require.NoError(t, err)
+			require.NoError(t, l.Notify(pgBackground))
+			return l
+		},
+		"in full": func() PreemptableLock {
+			l, err := p.New(pgBackground, key, "holds")
+			require.NoError(t, err)
+			require.NoError(t, l.Notify(pgBackground))
+			return l
+		},
+		"acquired": func() PreemptableLock { return pgNew(t, other, key, "holds") },
+	} {
+		stale()
+		l := lock()
+		ch, err := l.Lock(pgBackground)
+		require.NoError(t, err, name)
+		require.True(t, lockOf(l).spared.IsZero(), name)
+		waits := pgNew(t, p, key, "lets finish")
+		require.NoError(t, waits.Notify(ContextWithMode(pgBackground, LetFinish)))
+		all, err := p.ListLocks(pgBackground)
+		require.NoError(t, err)
+		require.False(t, all[0].StopAsked, name)
+		require.Zero(t, all[0].SparedUntil, name)
+		require.Nil(t, all[0].Labels, name)
+		pgQuiet(t, ch)
+		require.Error(t, waits.Unlock(pgBackground))
+		require.NoError(t, l.Unlock(pgBackground))
+	}
+	stale()
+	locker := f("acme/widget", 1, "takes at once")
+	_, err = locker.Lock(pgBackground)
+	require.NoError(t, err)
+	require.True(t, lockOf(locker.lock).spared.IsZero())
+	require.NoError(t, locker.Release(pgBackground))
+}

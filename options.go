@@ -32,6 +32,7 @@ const (
 // default. It is filled by the LockProviderOptions.
 type LockProviderConfig struct {
 	lockTimeout       time.Duration
+	finishTimeout     time.Duration // the lock timeout of claims that let the holder finish
 	maxLockDuration   time.Duration
 	preemptionTimeout time.Duration
 	sessionTimeout    time.Duration
@@ -63,9 +64,12 @@ type postgresTarget struct {
 // where they are made.
 type LockProviderOption func(*LockProviderConfig)
 
-// WithLockTimeout sets how long Lock waits for the key before it gives up with
-// an error that matches ErrLockTimeout. Zero means the default, 20 s; a
-// negative duration is refused.
+// WithLockTimeout sets how long Lock waits for the key before it returns an error that
+// matches [ErrLockTimeout]. A negative duration is an error. Zero means the default, 20 s.
+// The default is longer where claims wait for a holder that is not notified: with
+// [WithProgress] by its max, and for a claim in the mode [LetFinish] it is the max lock
+// duration, the preemption timeout and 20 s together. [PreemptiveLocker.Wait] bounds the
+// wait of one claim.
 func WithLockTimeout(lockWait time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.lockTimeout = lockWait }
 }
@@ -111,17 +115,19 @@ func WithIdleTimeout(timeout time.Duration) LockProviderOption {
 }
 
 // WithProgress bounds how often claims can end the work on a key. When n holds in a row
-// were ended by a newer claim, the next one is let finish: no claim notifies it for max
-// after it has begun. Claims go on superseding each other while they wait. If the hold
-// has not ended after max, it is notified if a claim has asked for that meanwhile, and
-// the one after it is let finish. Everything else that ends a hold still does: an
-// operator's stop, the loss of the session, the context, the max lock duration and Close.
+// were ended by a newer claim, the next one is spared: no claim notifies it for max after
+// it has begun. Claims go on superseding each other while they wait. If the hold has not
+// ended after max, it is notified if a claim has asked for that meanwhile, and the one
+// after it is spared. Everything else that ends a hold still does: an operator's stop, the
+// loss of the session, the context, the max lock duration and Close.
 //
 // So of n + 1 holds of a key in a row at least one is not notified because of a claim,
 // if it ends within max. That holds if all providers that use the key have this option.
 // A hold counts as ended by a newer claim if a claim that preempts was announced while it
-// was held. n and max are positive. Without the option, or with n 0, no hold is let
-// finish.
+// was held. n and max are positive. Without the option, or with n 0, no hold is spared.
+//
+// A claim may have to wait for max, so the default of [WithLockTimeout] is longer by max.
+// Choose max below the max lock duration.
 func WithProgress(n int, max time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.progress = progress{n, max} }
 }
@@ -254,6 +260,7 @@ func newLockProviderConfig(options []LockProviderOption) (LockProviderConfig, er
 
 // checked returns the configuration with its defaults filled in.
 func (c LockProviderConfig) checked() (LockProviderConfig, error) {
+	waits := c.lockTimeout // if it is given
 	for _, d := range []struct {
 		name  string
 		value *time.Duration
@@ -284,6 +291,13 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 		c.progress = progress{}
 	case p.max <= 0:
 		return c, fmt.Errorf("locker: progress: max is not positive: %v", p.max)
+	}
+	if c.finishTimeout == 0 { // otherwise it was checked before
+		c.finishTimeout = waits
+		if waits == 0 {
+			c.lockTimeout = defaultLockTimeout + c.progress.max
+			c.finishTimeout = c.maxLockDuration + c.preemptionTimeout + defaultLockTimeout
+		}
 	}
 	if c.logger == nil {
 		c.logger = slog.New(slog.DiscardHandler)

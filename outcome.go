@@ -3,6 +3,8 @@ package locker
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
 )
 
 // Outcome is how a [PreemptiveLocker.Do] ended, or another call whose error [OutcomeOf]
@@ -14,9 +16,12 @@ const (
 	OutcomeCompleted Outcome = iota + 1
 	// OutcomeBusy means that the claim was skipped: see [ErrLockBusy].
 	OutcomeBusy
-	// OutcomeSuperseded means that a newer claim won, before the function was run or
-	// while it ran: see [ErrLockPreempted].
+	// OutcomeSuperseded means that a newer claim won before the function was run: see
+	// [ErrLockPreempted].
 	OutcomeSuperseded
+	// OutcomePreempted means that the function was notified because of a newer claim:
+	// see [ErrLockPreempted]. Its work may be half done.
+	OutcomePreempted
 	// OutcomeCanceled means that the caller's context was done.
 	OutcomeCanceled
 	// OutcomeTimeout means that the key was not free in time: see [ErrLockTimeout].
@@ -38,7 +43,7 @@ const (
 
 // String returns a name that is fit for a metric's label, such as "completed".
 func (o Outcome) String() string {
-	names := [...]string{"unknown", "completed", "busy", "superseded", "canceled", "timeout", "stopped", "closed", "expired", "failed", "lost"}
+	names := [...]string{"unknown", "completed", "busy", "superseded", "preempted", "canceled", "timeout", "stopped", "closed", "expired", "failed", "lost"}
 	if o < 0 || int(o) >= len(names) {
 		o = 0
 	}
@@ -51,9 +56,10 @@ func (o Outcome) String() string {
 // and then failed, matches [ErrLockPreempted], [ErrLockLost] and the deployment's own
 // error. A chain of errors.Is that begins with ErrLockPreempted would call that harmless.
 //
-// An error of the function is a failure, unless it matches the cause of its notification,
-// [context.Canceled] or [context.DeadlineExceeded] and the function was notified: then
-// the function has stopped because it was told to. If only the release of a completed
+// An error of the function is a failure, unless the function was notified and has stopped
+// because of that: the error matches the cause, [context.Canceled] or
+// [context.DeadlineExceeded], or is that of a command which a signal has ended
+// (os/exec.CommandContext). If only the release of a completed
 // function was not confirmed in time, the outcome is [OutcomeCompleted]: the key is
 // given back all the same, and the error is worth a line in a log.
 //
@@ -75,6 +81,9 @@ func OutcomeOf(err error) (outcome Outcome, finished bool) {
 	if d.cause != nil {
 		outcome = max(outcome, classify(d.cause))
 	}
+	if outcome == OutcomeSuperseded {
+		outcome = OutcomePreempted
+	}
 	if errors.Is(d.release, ErrLockLost) {
 		outcome = OutcomeLost
 	}
@@ -83,6 +92,13 @@ func OutcomeOf(err error) (outcome Outcome, finished bool) {
 
 // stopping reports whether a function that was notified has returned err because of it.
 func stopping(err, cause error) bool {
+	var command interface{ ExitCode() int } // an exec.ExitError
+	if errors.As(err, &command) {
+		switch command.ExitCode() {
+		case -1, 128 + 2, 128 + 9, 128 + 15: // ended by a signal, or by one that a shell reports
+			return true
+		}
+	}
 	return errors.Is(err, cause) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }
 
@@ -103,6 +119,9 @@ func classify(err error) Outcome {
 		{ErrLockBusy, OutcomeBusy},
 	} {
 		if errors.Is(err, c.sentinel) {
+			if conflict := (*ConflictError)(nil); c.outcome == OutcomeSuperseded && errors.As(err, &conflict) && conflict.Holder != nil {
+				return OutcomePreempted // it is the cause of a holder
+			}
 			return c.outcome
 		}
 	}
@@ -111,8 +130,9 @@ func classify(err error) Outcome {
 
 // doError is the error of a Do: up to three parts, each of which may be nil.
 type doError struct {
-	work    error // the function's
-	cause   error // why the function was notified
+	hold    string // which hold it was, for the text
+	work    error  // the function's
+	cause   error  // why the function was notified
 	release error
 }
 
@@ -134,15 +154,20 @@ func (e *doError) error() error {
 	return e
 }
 
+// Error returns the texts of the parts. A function that has returned the cause of its
+// context has told it already.
 func (e *doError) Error() string {
-	text := ""
-	for i, err := range e.parts() {
-		if i > 0 {
-			text += "; "
-		}
-		text += err.Error()
+	var texts []string
+	if e.work != nil {
+		texts = append(texts, e.work.Error())
 	}
-	return text
+	if e.cause != nil && !errors.Is(e.work, e.cause) {
+		texts = append(texts, fmt.Sprintf("locker: hold %s: %v", e.hold, e.cause))
+	}
+	if e.release != nil {
+		texts = append(texts, e.release.Error())
+	}
+	return strings.Join(texts, "; ")
 }
 
 // Unwrap returns the parts.

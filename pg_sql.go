@@ -108,7 +108,7 @@ WITH want AS MATERIALIZED (
         token = CASE WHEN s.holder_id = w.id THEN s.token ELSE greatest(s.token + 1, ` + sqlClock + `) END,
         held_since = CASE WHEN s.holder_id = w.id THEN s.held_since ELSE clock_timestamp() END,
         holder_id = w.id, holder_session = $8::bigint, holder_event = w.event, holder_labels = w.labels::json,
-        holder_stop = s.holder_stop AND s.holder_id = w.id,
+        holder_stop = coalesce(s.holder_stop AND s.holder_id = w.id, false),
         streak = CASE WHEN s.holder_id IS NULL OR s.holder_id = w.id THEN s.streak ELSE ` + sqlStreak + ` END,
         spared_until = CASE WHEN s.holder_id = w.id THEN s.spared_until
             WHEN $13::integer <= CASE WHEN s.holder_id IS NULL THEN s.streak ELSE ` + sqlStreak + ` END THEN clock_timestamp() + $14::interval END
@@ -149,9 +149,10 @@ LEFT JOIN env_lock_sessions x ON x.id = s.holder_session`
 	sqlExplain = `
 SELECT w.key, CASE WHEN s.claim_open AND ` + sqlClaimerLives + ` THEN ` + sqlNewest + ` END,
     CASE WHEN s.holder_id IS NOT NULL THEN ` + sqlHolder + ` END,
-    date_part('epoch', clock_timestamp() - s.held_since), f.pid, f.application_name, f.usename
+    date_part('epoch', clock_timestamp() - s.held_since), NOT pg_try_advisory_xact_lock_shared(coalesce(x.lock, s.holder_session, 0)), f.pid, f.application_name, f.usename
 FROM unnest($1::bigint[]) AS w(key)
 LEFT JOIN env_lock_state s ON s.lock_key = w.key
+LEFT JOIN env_lock_sessions x ON x.id = s.holder_session
 LEFT JOIN LATERAL (
     SELECT l.pid, a.application_name, a.usename::text AS usename FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
     WHERE s.holder_id IS NULL AND l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND l.pid <> pg_backend_pid()
@@ -313,7 +314,9 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
 //   - A claim that takes ($6) gets the key immediately if the row names no holder and
 //     no waiter. The row decides that, too; the key's own lock keeps out holders of the
 //     original library.
-//   - A claim that preempts writes into the row that the holder is to stop.
+//   - A claim that preempts writes into the row that the holder is to stop. What the row
+//     of a free key says about a hold does not count: an operator, or a replica of an
+//     earlier version, may have freed it.
 //   - Every copy of a claim carries the time at which its caller asked for it, on the
 //     server's clock ($7). A copy that arrives late, or is repeated ($12), makes nothing
 //     newer than it is: if the claim is the newest already, it stays as it is; if the
@@ -333,15 +336,15 @@ func sqlAnnounce(full bool) string {
 		again = `w.late AND s.claim_id = w.id`
 	)
 	names, arrays, columns := "", "", ""
-	set, labels, stops := "claim_order = NULL", "NULL", ""
+	set, labels, stops := "claim_order = NULL, spared_until = CASE WHEN s.holder_id IS NOT NULL THEN s.spared_until END", "NULL", ""
 	payload := pq.QuoteLiteral(payloadPlain) + `, s.lock_key, s.claim, s.claim_id, to_json(s.claim_event)`
 	condition := ` AND (NOT w.late OR s.claim_id = w.id OR s.claimed_at IS NULL
         OR s.claimed_at <= w.asked OR s.claimed_at > statement_timestamp())`
 	if full {
 		names, arrays, columns = ", ord, labels, finish", ", $13::bigint[], $14::text[], $15::boolean[]", " u.ord, u.labels::json AS labels, u.finish,"
 		set, labels, stops = `claim_order = w.ord, top_order = coalesce(w.ord, s.top_order),
-    spared_until = CASE WHEN `+takes+` AND s.holder_id IS NULL AND $16::integer <= s.streak
-        THEN statement_timestamp() + $17::interval ELSE s.spared_until END`, "w.labels", " AND w.finish IS NOT TRUE"
+    spared_until = CASE WHEN s.holder_id IS NOT NULL THEN s.spared_until
+        WHEN `+takes+` AND $16::integer <= s.streak THEN statement_timestamp() + $17::interval END`, "w.labels", " AND w.finish IS NOT TRUE"
 		payload = pq.QuoteLiteral(payloadFull) + `, s.lock_key, s.claim, s.claim_id, to_json(s.claim_event),
             coalesce(s.claim_labels::text, 'null'), to_json(w.finish IS TRUE)`
 		condition = strings.Replace(condition, "(NOT w.late", "(w.ord IS NOT NULL OR NOT w.late", 1) +
@@ -376,7 +379,7 @@ UPDATE env_lock_state s SET
     holder_session = CASE WHEN ` + takes + ` THEN $8::bigint ELSE s.holder_session END,
     holder_event = CASE WHEN ` + takes + ` THEN w.event ELSE s.holder_event END,
     holder_labels = CASE WHEN ` + takes + ` THEN ` + labels + ` ELSE s.holder_labels END,
-    holder_stop = s.holder_stop OR s.holder_id IS NOT NULL AND s.holder_id <> w.id AND NOT (` + again + `)` + stops + `
+    holder_stop = s.holder_id IS NOT NULL AND (s.holder_stop OR s.holder_id <> w.id AND NOT (` + again + `)` + stops + `)
 FROM want w
 WHERE s.lock_key = w.key` + condition + `
 RETURNING s.lock_key, s.claim, CASE WHEN w.take AND s.holder_id = w.id AND s.holder_session = $8::bigint THEN s.token END,

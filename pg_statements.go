@@ -437,10 +437,11 @@ func explainKeys(ctx context.Context, l *link, batch []*op) error {
 	var key int64
 	var newest, holder, application, user sql.NullString
 	var age sql.NullFloat64
+	var alive sql.NullBool
 	var pid sql.NullInt64
-	return l.each(ctx, sqlExplain, []any{keys}, []any{&key, &newest, &holder, &age, &pid, &application, &user}, func() {
+	return l.each(ctx, sqlExplain, []any{keys}, []any{&key, &newest, &holder, &age, &alive, &pid, &application, &user}, func() {
 		k := &find(batch, key).keyState
-		k.newest, k.holder, k.heldFor = decodeClaim(newest), decodeClaim(holder), seconds(age.Float64)
+		k.newest, k.holder, k.heldFor, k.alive = decodeClaim(newest), decodeClaim(holder), seconds(age.Float64), alive.Bool
 		if pid.Valid {
 			k.foreign = &ForeignLock{PID: int(pid.Int64), Application: application.String, User: user.String}
 		}
