@@ -524,7 +524,7 @@ func outcomes(e *env) {
 			disturb("newer")
 			<-ctx.Done()
 			return fmt.Errorf("build: %w", ctx.Err())
-		}, OutcomeSuperseded, false},
+		}, OutcomePreempted, false},
 		{"preempted, but finished", func(ctx context.Context) error { disturb("newer"); <-ctx.Done(); return nil }, OutcomePreempted, true},
 		{"preempted and failed", func(ctx context.Context) error { disturb("newer"); <-ctx.Done(); return boom }, OutcomeFailed, false},
 	} {
