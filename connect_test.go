@@ -167,6 +167,32 @@ func TestConnectServiceFile(t *testing.T) {
 	fieldWorks(t, pgProvider(t, "postgres://"), 3)
 }
 
+// A string that has become invalid since the provider was made is refused by every
+// connection, and is not shown.
+func TestConnectStringBecomesInvalid(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "services")
+	write := func(line string) {
+		require.NoError(t, os.WriteFile(file, []byte("[locker]\nhost=127.0.0.1\nport=1\n"+line+"\n"), 0o600))
+	}
+	write("")
+	t.Setenv("PGSERVICEFILE", file)
+	dsn, err := staticDSN("service=locker")
+	require.NoError(t, err)
+	for line, text := range map[string]string{
+		"connect_timeout=" + secret: "value of connect_timeout", "sslmode=" + secret: "value of sslmode",
+		secret + "=" + secret: "URI is invalid", secret: "URI is invalid", "hostaddr=" + secret: "value of hostaddr",
+	} {
+		write(line)
+		l, err := openLine(t.Context(), dsn, time.Second, 0, func(string) {})
+		require.Nil(t, l)
+		requireRefused(t, err, text)
+		require.True(t, isRefusal(err), "%v", err)
+		_, err = openLink(t.Context(), dsn, nil, time.Second)
+		requireRefused(t, err, text)
+		require.True(t, isRefusal(err), "%v", err)
+	}
+}
+
 // WithPostgresURI: what is refused, what is waited for, and what is not told.
 func TestConnectFunction(t *testing.T) {
 	t.Parallel()

@@ -114,8 +114,12 @@ func openLink(ctx context.Context, dsn dsnFunc, tracer Tracer, timeout time.Dura
 		return nil, err
 	}
 	l := &link{statements: map[string]*sql.Stmt{}, tracer: tracer}
-	connector, err := pq.NewConnector(uri)
-	if err != nil { // the environment or the service file has changed
+	cfg, err := connectConfig(uri)
+	if err != nil {
+		return nil, err
+	}
+	connector, err := pq.NewConnectorConfig(cfg)
+	if err != nil {
 		return nil, refusedError{invalidURI(err)}
 	}
 	connector.Dialer(l)
@@ -328,6 +332,9 @@ func openLine(ctx context.Context, dsn dsnFunc, timeout time.Duration, lock int6
 	uri, err := dsn(bound)
 	cancel()
 	if err != nil {
+		return nil, err
+	}
+	if _, err := connectConfig(uri); err != nil {
 		return nil, err
 	}
 	notifications := make(chan *pq.Notification, 64)

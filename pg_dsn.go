@@ -206,6 +206,16 @@ func sessionDSN(uri string) (string, error) {
 	return dsn, nil
 }
 
+// connectConfig returns what a string of sessionDSN means now: its service file and the
+// environment are read.
+func connectConfig(dsn string) (pq.Config, error) {
+	cfg, err := pq.NewConfig(dsn)
+	if err != nil { // the environment or the service file has changed
+		return pq.Config{}, refusedError{invalidURI(err)}
+	}
+	return cfg, nil
+}
+
 func isURL(uri string) bool {
 	return strings.HasPrefix(uri, "postgres://") || strings.HasPrefix(uri, "postgresql://")
 }
