@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -165,6 +166,180 @@ func TestConnectServiceFile(t *testing.T) {
 	requireRefused(t, err, "PGSERVICEFILE")
 	t.Setenv("PGSERVICE", "locker")
 	fieldWorks(t, pgProvider(t, "postgres://"), 3)
+}
+
+// A connect_timeout counts as far as all attempts together do not take longer than
+// openTimeout, wherever it is said.
+func TestConnectTimeout(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "services")
+	require.NoError(t, os.WriteFile(file, []byte("[long]\nconnect_timeout=300\n[short]\nconnect_timeout=2\n[endless]\nconnect_timeout=0\n[three]\nhost=a,b,c\n"), 0o600))
+	t.Setenv("PGSERVICEFILE", file)
+	requireTimeout := func(t *testing.T, uri string, want time.Duration) {
+		t.Helper()
+		dsn, err := sessionDSN(uri)
+		require.NoError(t, err, uri)
+		cfg, err := connectConfig(dsn)
+		require.NoError(t, err, uri)
+		require.Equal(t, want, cfg.ConnectTimeout, uri)
+		if cfg.Service == "" { // the string alone says so
+			cfg, err = pq.NewConfig(dsn)
+		} else {
+			cfg, err = pq.NewConfig(withoutService(cfg))
+		}
+		require.NoError(t, err, uri)
+		require.Equal(t, want, cfg.ConnectTimeout, uri)
+	}
+	for parameters, want := range map[string]time.Duration{
+		"": 5, "connect_timeout=300": 8, "connect_timeout=9": 8, "connect_timeout=8": 8, "connect_timeout=7": 7, "connect_timeout=1": 1,
+		"connect_timeout=0": 5, "connect_timeout=-1": 5, "sslmode=prefer": 4, "sslmode=allow connect_timeout=300": 4,
+		"service=long": 8, "service=short": 2, "service=endless": 5, "service=three": 2, "service=short connect_timeout=300": 2, "service=long connect_timeout=1": 8,
+	} {
+		requireTimeout(t, "host=h "+parameters, want*time.Second)
+		requireTimeout(t, "postgres://h/db?"+strings.ReplaceAll(parameters, " ", "&"), want*time.Second)
+	}
+	for hosts, want := range map[string]time.Duration{"a,b": 4, "a,b,c": 2, "a,b,c,d": 2, "a,b,c,d,e": 1, "a,b,c,d,e,f,g,h,i": 1} {
+		requireTimeout(t, "host="+hosts, want*time.Second)
+		requireTimeout(t, "host="+hosts+" connect_timeout=300", want*time.Second)
+		requireTimeout(t, "postgres://"+hosts+"/db?connect_timeout=1", time.Second)
+	}
+	t.Setenv("PGCONNECT_TIMEOUT", "300")
+	requireTimeout(t, "host=h", 8*time.Second)
+	requireTimeout(t, "host=h connect_timeout=3", 3*time.Second)
+}
+
+// What the listener and the session's connection are opened with instead of a service file
+// means the same, whatever the environment says.
+func TestConnectWithoutService(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "services")
+	require.NoError(t, os.WriteFile(file, []byte(`[one]
+host=h
+port=5433
+password=it's \ `+secret+`
+dbname=
+[several]
+host=a,,c
+port=1,2,3
+target_session_attrs=primary
+load_balance_hosts=random
+[addresses]
+hostaddr=127.0.0.1,::1
+sslmode=verify-full
+sslrootcert=system
+[both]
+host=a,b
+hostaddr=127.0.0.1,
+sslsni=0
+sslnegotiation=direct
+sslmode=require
+[socket]
+host=/var/run
+application_name=me
+options=-c geqo=off
+passfile=/passfile
+[nothing]
+`), 0o600))
+	t.Setenv("PGSERVICEFILE", file)
+	check := func(t *testing.T) {
+		for _, uri := range []string{
+			"service=one", "service=several", "service=addresses", "service=both", "service=socket", "service=nothing",
+			"postgres://user:" + secret + "@x:1/db?service=nothing&search_path=a,%20b&my.own='", "service=one user='' dbname='' password=''", "host=h",
+		} {
+			dsn, err := sessionDSN(uri)
+			require.NoError(t, err, uri)
+			want, err := connectConfig(dsn)
+			require.NoError(t, err, uri)
+			got, err := pq.NewConfig(withoutService(want))
+			require.NoError(t, err, uri)
+			require.Empty(t, got.Service)
+			for _, f := range reflect.VisibleFields(reflect.TypeFor[pq.Config]()) {
+				if f.IsExported() && f.Name != "Service" && f.Name != "ServiceFile" {
+					require.EqualValues(t, reflect.ValueOf(want).FieldByIndex(f.Index).Interface(), reflect.ValueOf(got).FieldByIndex(f.Index).Interface(), "%s: %s", uri, f.Name)
+				}
+			}
+		}
+	}
+	check(t)
+	for variable, value := range map[string]string{
+		"PGSERVICE": "one", "PGUSER": "else", "PGPASSWORD": "else", "PGDATABASE": "else", "PGOPTIONS": "-c geqo=on", "PGAPPNAME": "else",
+		"PGPASSFILE": "/else", "PGPORT": "9", "PGSSLCERT": "/else", "PGCONNECT_TIMEOUT": "300", "PGSSLSNI": "0",
+	} {
+		t.Setenv(variable, value)
+	}
+	check(t)
+}
+
+// Neither Close nor a call that is cancelled waits for a long connect_timeout when the
+// server has become silent.
+func TestConnectTimeoutOfASilentServer(t *testing.T) {
+	t.Parallel()
+	attempts := func(s *session) int64 {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.connections
+	}
+	// silent returns when the session's connection is being opened again, in vain.
+	silent := func(t *testing.T, px *proxy, s *session) {
+		before := attempts(s)
+		px.silence(toServer, toClient)
+		pgUntil(t, "an attempt to connect is under way", func() bool { return attempts(s) > before })
+	}
+	t.Run("Close", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		px := newProxy(t, "", uri, nil)
+		p := pgProvider(t, px.uri(t, uri)+"&connect_timeout=60", WithSessionTimeout(2*time.Second))
+		pgHold(t, p, 1, "holder")
+		silent(t, px, p.session)
+		require.NoError(t, pgReceive(t, "Close returns", fieldGo(p.Close)).err)
+	})
+	t.Run("a call that is cancelled", func(t *testing.T) {
+		t.Parallel()
+		uri := newDatabase(t)
+		px := newProxy(t, "", uri, nil)
+		_, ch := pgHold(t, pgProvider(t, uri), 1, "holder")
+		var conf LockProviderConfig
+		WithSessionTimeout(2 * time.Second)(&conf)
+		l, err := NewPostgresLock(pgBackground, openDB(t, uri), 1, px.uri(t, uri)+"&connect_timeout=60", "waiter", conf)
+		require.NoError(t, err)
+		ctx, cancel := context.WithCancel(pgBackground)
+		defer cancel()
+		waits := fieldGo(func() error { _, err := l.Lock(ctx); return err })
+		s := l.backend.(*session)
+		pgUntil(t, "it waits", func() bool {
+			_, waits := s.hub.counts()
+			connected, _, _ := s.trust.state()
+			return waits == 1 && connected
+		})
+		silent(t, px, s)
+		cancel()
+		require.ErrorIs(t, pgReceive(t, "Lock returns", waits).err, context.Canceled)
+		pgQuiet(t, ch)
+		pgUntil(t, "its goroutines have ended", func() bool { return s.ctx.Err() != nil })
+		s.running.Wait()
+	})
+}
+
+// Two hosts that do not answer leave time for the third.
+func TestConnectThirdHost(t *testing.T) {
+	t.Parallel()
+	u, err := url.Parse(newDatabase(t))
+	require.NoError(t, err)
+	hosts := u.Host
+	for range 2 {
+		silent, err := net.Listen("tcp", "127.0.0.1:0")
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = silent.Close() })
+		hosts = silent.Addr().String() + "," + hosts
+	}
+	password, _ := u.User.Password()
+	dsn, err := staticDSN(fmt.Sprintf("postgres://%s:%s@%s%s?sslmode=disable", u.User.Username(), password, hosts, u.Path))
+	require.NoError(t, err)
+	link, err := openLink(t.Context(), dsn, nil, time.Minute)
+	require.NoError(t, err)
+	link.close()
+	line, err := openLine(t.Context(), dsn, time.Minute, 0, func(string) {})
+	require.NoError(t, err)
+	line.close()
 }
 
 // A string that has become invalid since the provider was made is refused by every

@@ -176,7 +176,7 @@ func TestInputURIMeaning(t *testing.T) {
 	for _, uri := range []string{
 		"postgres://", "postgresql://", "postgres:///", "postgres://?host=/sockets&dbname=db", "postgres://?sslmode=disable",
 		"postgres://host", "postgres://host/", "postgres://host/db", "postgresql://user@host:1/db",
-		"postgres://user:" + secret + "@host:5433/db?sslmode=disable&application_name=me&connect_timeout=9",
+		"postgres://user:" + secret + "@host:5433/db?sslmode=disable&application_name=me&connect_timeout=7",
 		"postgres://user:a@" + secret + "@host/db", "postgres://us%40er:%20%2F%3A%25" + secret + "@host/d%20b", "postgres://user:@host/db",
 		"postgres://user@[::1]:5433/db", "postgres://a,b,c/db", "postgres://a,b/db?port=1,2&target_session_attrs=standby",
 		"postgres://host/db?search_path=a%2Cb&options=-c%20geqo%3Doff&work_mem=64MB",

@@ -24,7 +24,7 @@ const (
 	statementTimeout = 4 * time.Second
 	answerTimeout    = 6 * time.Second
 	callTimeout      = 30 * time.Second // for a check of all rows after a reconnect
-	openTimeout      = 8 * time.Second
+	openTimeout      = 8 * time.Second  // for all attempts to open a connection, see connectTimeout
 )
 
 // refusedError is a reason why a session cannot work on this server. A provider
@@ -280,7 +280,7 @@ func (l *link) DialContext(ctx context.Context, network, address string) (net.Co
 		_ = conn.Close()
 		return nil, net.ErrClosed
 	}
-	conn = answeringConn{conn}
+	conn = &answeringConn{Conn: conn}
 	l.sockets = append(l.sockets, conn)
 	l.dialed = [2]string{network, address}
 	return conn, nil
@@ -305,11 +305,24 @@ func (l *link) close() {
 	l.kill()
 }
 
-// answeringConn is a connection whose peer has to answer each request in time.
-type answeringConn struct{ net.Conn }
+// answeringConn is a connection whose peer has to answer each request in time. One
+// goroutine at a time uses it, except for Close.
+type answeringConn struct {
+	net.Conn
+	limit time.Time // the driver's, while it connects
+}
 
-func (c answeringConn) Write(b []byte) (int, error) {
-	if err := c.SetDeadline(time.Now().Add(answerTimeout)); err != nil {
+func (c *answeringConn) SetDeadline(t time.Time) error {
+	c.limit = t
+	return c.Conn.SetDeadline(t)
+}
+
+func (c *answeringConn) Write(b []byte) (int, error) {
+	deadline := time.Now().Add(answerTimeout)
+	if !c.limit.IsZero() && c.limit.Before(deadline) {
+		deadline = c.limit
+	}
+	if err := c.Conn.SetDeadline(deadline); err != nil {
 		return 0, err
 	}
 	return c.Conn.Write(b)
@@ -334,10 +347,15 @@ func openLine(ctx context.Context, dsn dsnFunc, timeout time.Duration, lock int6
 	if err != nil {
 		return nil, err
 	}
-	if _, err := connectConfig(uri); err != nil {
+	cfg, err := connectConfig(uri)
+	if err != nil {
 		return nil, err
 	}
+	if cfg.Service != "" { // read by now
+		uri = withoutService(cfg)
+	}
 	notifications := make(chan *pq.Notification, 64)
+	// It takes no context, and goes on when ctx has ended: connectTimeout is the bound.
 	conn, err := pq.NewListenerConn(uri, notifications)
 	if err != nil {
 		return nil, connectError(err)

@@ -3,11 +3,13 @@ package locker
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"net/url"
 	"os"
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -171,8 +173,8 @@ func sessionDSN(uri string) (string, error) {
 	if cfg.ApplicationName == "" && cfg.FallbackApplicationName == "" {
 		extra.Set("fallback_application_name", applicationName())
 	}
-	if cfg.ConnectTimeout <= 0 {
-		extra.Set("connect_timeout", "5")
+	if timeout := connectTimeout(cfg); timeout != cfg.ConnectTimeout {
+		extra.Set("connect_timeout", wholeSeconds(timeout))
 	}
 	if cfg.SSLMode == "" { // of a socket it is "disable" by now
 		extra.Set("sslmode", string(pq.SSLModeRequire))
@@ -197,13 +199,36 @@ func sessionDSN(uri string) (string, error) {
 		dsn = u.String()
 	} else {
 		for k := range extra {
-			dsn += " " + k + "='" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(extra.Get(k)) + "'"
+			dsn += " " + pair(k, extra.Get(k))
 		}
 	}
 	if _, err := pq.NewConfig(dsn); err != nil {
 		return "", invalidURI(err)
 	}
 	return dsn, nil
+}
+
+// connectTimeout returns how long an attempt to connect to one host may take: as long as
+// cfg says, 5 s if it says nothing, but not so long that all attempts together take longer
+// than openTimeout. Close has to wait for them (see openLine), and an outage of the first
+// hosts must leave time for the last one.
+func connectTimeout(cfg pq.Config) time.Duration {
+	attempts := 1 + len(cfg.Multi)
+	if cfg.SSLMode == pq.SSLModeAllow || cfg.SSLMode == pq.SSLModePrefer { // with TLS and without
+		attempts *= 2
+	}
+	limit := max((openTimeout / time.Duration(attempts)).Truncate(time.Second), time.Second)
+	if cfg.ConnectTimeout <= 0 {
+		return min(5*time.Second, limit)
+	}
+	return min(cfg.ConnectTimeout, limit)
+}
+
+func wholeSeconds(d time.Duration) string { return strconv.Itoa(int(d / time.Second)) }
+
+// pair writes a parameter as one of key=value pairs.
+func pair(name, value string) string {
+	return name + "='" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(value) + "'"
 }
 
 // connectConfig returns what a string of sessionDSN means now: its service file and the
@@ -213,7 +238,60 @@ func connectConfig(dsn string) (pq.Config, error) {
 	if err != nil { // the environment or the service file has changed
 		return pq.Config{}, refusedError{invalidURI(err)}
 	}
+	cfg.ConnectTimeout = connectTimeout(cfg) // the service file wins over the string
 	return cfg, nil
+}
+
+// withoutService returns a string that means cfg, and names no service.
+func withoutService(cfg pq.Config) string {
+	hosts, addresses, ports := []string{cfg.Host}, []string{cfg.Hostaddr.String()}, []string{strconv.Itoa(int(cfg.Port))}
+	for _, m := range cfg.Multi {
+		hosts, ports = append(hosts, m.Host), append(ports, strconv.Itoa(int(m.Port)))
+		address := "" // the host is looked up
+		if m.Hostaddr.IsValid() {
+			address = m.Hostaddr.String()
+		}
+		addresses = append(addresses, address)
+	}
+	values := reflect.ValueOf(cfg)
+	pairs := []string{pair("service", "")} // PGSERVICE does not count then
+	for _, f := range reflect.VisibleFields(values.Type()) {
+		name, value := f.Tag.Get("postgres"), values.FieldByIndex(f.Index)
+		if drivers[name] == "" || name == "service" {
+			continue
+		}
+		text := fmt.Sprint(value)
+		switch v := value.Interface().(type) {
+		case string: // also if it is empty, or that of the environment would count
+		case bool:
+			text = "no"
+			if v {
+				text = "yes"
+			}
+		case time.Duration:
+			text = wholeSeconds(v)
+		default:
+			if value.IsZero() {
+				continue
+			}
+		}
+		switch name {
+		case "host":
+			if len(hosts) > 1 && slices.Contains(hosts, "") { // there are addresses alone
+				continue
+			}
+			text = strings.Join(hosts, ",")
+		case "hostaddr":
+			text = strings.Join(addresses, ",")
+		case "port":
+			text = strings.Join(ports, ",")
+		}
+		pairs = append(pairs, pair(name, text))
+	}
+	for name, value := range cfg.Runtime {
+		pairs = append(pairs, pair(name, value))
+	}
+	return strings.Join(pairs, " ")
 }
 
 func isURL(uri string) bool {
