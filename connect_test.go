@@ -368,6 +368,30 @@ func TestConnectStringBecomesInvalid(t *testing.T) {
 	}
 }
 
+// A URI's parameters all count, or it is refused: url.URL.Query drops those that it cannot
+// read.
+func TestConnectParametersThatAreDropped(t *testing.T) {
+	for _, uri := range []string{
+		"postgres://user@h/db?sslmode=disable;connect_timeout=3", "postgres://user@h/db?sslmode=verify-full;", "postgres://h?a=1&;",
+		"postgres://h/db?password=" + secret + ";x", "postgres://h/db?password=%" + secret, "postgres://h/db?sslmode=%zz", "postgres://h/db?%=1",
+		"postgres://a:1,b:2/db?sslmode=disable;port=3", "postgres://%2Frun/db?password=" + secret + ";", "postgres://h/db?password=" + secret + "#x",
+		"postgres://h/db#sslmode=disable", "postgres://user:1#" + secret + "@h/db", "postgres://a:1,b:2/db?sslmode=disable#x",
+	} {
+		_, err := sessionDSN(uri)
+		requireRefused(t, err, "URI is invalid")
+		require.ErrorContains(t, err, "; as %3B", uri)
+	}
+	for _, call := range constructors(t) {
+		requireRefused(t, call("postgres://h/db?sslmode=disable;password="+secret), "; as %3B")
+	}
+	dsn, err := sessionDSN("postgres://a:1,b:2/db?password=a%3Bb%23c%25&search_path=x%3By")
+	require.NoError(t, err)
+	cfg, err := pq.NewConfig(dsn)
+	require.NoError(t, err)
+	require.Equal(t, "a;b#c%", cfg.Password)
+	require.Equal(t, "x;y", cfg.Runtime["search_path"])
+}
+
 // WithPostgresURI: what is refused, what is waited for, and what is not told.
 func TestConnectFunction(t *testing.T) {
 	t.Parallel()

@@ -188,7 +188,10 @@ func sessionDSN(uri string) (string, error) {
 		if err != nil {
 			return "", invalidURI(err)
 		}
-		q := u.Query()
+		q, err := parameters(u)
+		if err != nil {
+			return "", err
+		}
 		for k, v := range extra {
 			q[k] = v
 		}
@@ -298,6 +301,18 @@ func isURL(uri string) bool {
 	return strings.HasPrefix(uri, "postgres://") || strings.HasPrefix(uri, "postgresql://")
 }
 
+// parameters returns those of a URL. url.URL.Query drops what it cannot read, and the
+// driver uses that; what follows a # it does not look at.
+func parameters(u *url.URL) (url.Values, error) {
+	q, err := url.ParseQuery(u.RawQuery)
+	if err != nil || u.Fragment != "" {
+		return nil, errParameters
+	}
+	return q, nil
+}
+
+var errParameters = errors.New("locker: postgres URI is invalid: put & between its parameters, and write ; as %3B, # as %23 and % as %25 (the value is not shown because it may hold a password)")
+
 // spelledOut returns a URL with its hosts as parameters, if it names several with ports,
 // or a socket: url.Parse takes no socket, and several ports in some versions of Go only.
 func spelledOut(uri string) (string, error) {
@@ -334,7 +349,10 @@ func spelledOut(uri string) (string, error) {
 	if err != nil {
 		return "", invalidURI(err)
 	}
-	q := u.Query()
+	q, err := parameters(u)
+	if err != nil {
+		return "", err
+	}
 	if q.Has("host") || given && q.Has("port") {
 		return "", errHosts
 	}
