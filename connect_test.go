@@ -14,7 +14,6 @@ import (
 	"net"
 	"net/url"
 	"os"
-	"os/exec"
 	"os/user"
 	"path/filepath"
 	"reflect"
@@ -852,7 +851,7 @@ func TestConnectTLS(t *testing.T) {
 
 // overTLS are the cases of the contract that run over TLS: every statement, every kind of
 // message, and every way in which a connection begins and ends. LOCKER_TEST_TLS=all runs
-// them all, for some minutes.
+// them all, which takes two minutes.
 var overTLS = []string{
 	"The story", "C1 ", "C3 an older", "C4 a waiter", "C5 the holder", "C7 ", "C10 ", "C15 ", "C16 Do locks", "C20 a failed", "C21 failures",
 	"C22 Close ends", "C24 a hold", "C24 a claim", "C24 C18", "C26 claims wait", "C33 a claim that comes", "C34 a shielded", "C36 ", "C30 ",
@@ -888,11 +887,7 @@ func TestContractTLS(t *testing.T) {
 // B5: PgBouncer in session mode, and its pool one connection short.
 func TestConnectPgBouncer(t *testing.T) {
 	t.Parallel()
-	program, err := exec.LookPath("pgbouncer")
-	if err != nil {
-		t.Log("pgbouncer is not in PATH")
-		return
-	}
+	program := pgBouncerProgram(t)
 	server := pgCluster(t, pgserver.Options{})
 	behind := func(t *testing.T, size int, options ...LockProviderOption) (*PostgresLockProvider, string) {
 		uri, err := server.CreateDatabase(pgBackground, "pgbouncer")
@@ -1017,11 +1012,12 @@ func TestConnectTwoRows(t *testing.T) {
 		INSERT INTO env_locks VALUES (11, 'org/twice', 1), (12, 'org/once', 1)`
 	t.Run("B7 one of them is not found", func(t *testing.T) {
 		t.Parallel()
-		if !sharedServer(t).Own() {
-			t.Log("needs a superuser")
-			return
-		}
 		uri := newDatabase(t)
+		if !sharedServer(t).Own() { // it needs a superuser
+			var err error
+			uri, err = pgCluster(t, pgserver.Options{}).CreateDatabase(pgBackground, "twice")
+			require.NoError(t, err)
+		}
 		db := pgDB(t, uri)
 		pgExec(t, db, table)
 		pgExec(t, db, `UPDATE pg_index SET indisready = false WHERE indexrelid = 'env_locks_pkey'::regclass`)

@@ -1132,11 +1132,7 @@ func TestPostgresRefused(t *testing.T) {
 
 	t.Run("C27 PgBouncer in transaction mode", func(t *testing.T) {
 		t.Parallel()
-		program, err := exec.LookPath("pgbouncer")
-		if err != nil {
-			t.Log("pgbouncer is not in PATH; the pool of our own has to do")
-			return
-		}
+		program := pgBouncerProgram(t)
 		server := sharedServer(t).Server()
 		if server == nil {
 			server = pgCluster(t, pgserver.Options{})
@@ -1153,6 +1149,17 @@ func TestPostgresRefused(t *testing.T) {
 		pgExec(t, db, `CREATE TABLE env_locks (lock_key bigint unique); CREATE TABLE env_lock_state (other int)`)
 		refusal(t, uri, "SchemaSQL")
 	})
+}
+
+// pgBouncerProgram returns the path of PgBouncer. It skips the test where there is none;
+// scripts/test takes such a test by its name, which has to say PgBouncer.
+func pgBouncerProgram(t testing.TB) string {
+	t.Helper()
+	program, err := exec.LookPath("pgbouncer")
+	if err != nil {
+		t.Skip("pgbouncer is not in PATH")
+	}
+	return program
 }
 
 // pgBouncer starts PgBouncer in a pool mode, with further settings, and returns its address.
