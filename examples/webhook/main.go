@@ -3,14 +3,16 @@
 //
 // GitHub delivers every push to one of the replicas. Each delivery claims the lock of its pull request before
 // it works: the newest claim wins, a job that is running for an older one is told to stop, and one that is
-// still waiting leaves at once. Replicas share nothing but a PostgreSQL database; without -postgres the locks
-// live in this process's memory, which is enough to try it out.
+// still waiting leaves immediately. With -mode the pushes to some branches let a running job finish. Replicas share
+// nothing but a PostgreSQL database; without -postgres the locks live in this process's memory, which is enough to
+// try it out.
 //
-//	WEBHOOK_SECRET=… go run ./examples/webhook -addr :8080 -name one
+//	WEBHOOK_SECRET=… go run ./examples/webhook -addr :8080 -name one -mode 'release/*=let_finish'
 //
-// What it does is written to stdout, one JSON object per line: received, turned away, started, told to stop,
-// stopped, finished, left, failed. What the lock library and the HTTP server have to say goes to stderr. With -ops
-// an address of its own, for operators, answers GET /locks and GET /ready.
+// What it does is written to stdout, one JSON object per line: received, turned away, skipped, started, told to
+// stop, stopped, finished, left, failed, and in the end what the delivery's commit is to show: reports. What the lock
+// library and the HTTP server have to say goes to stderr. With -ops an address of its own, for operators, answers
+// GET /locks and GET /ready.
 package main
 
 import (
@@ -33,6 +35,11 @@ import (
 const (
 	// preemptionTimeout is how long a job that was told to stop keeps its lock at most.
 	preemptionTimeout = 10 * time.Second
+	// maxDuration is how long a job may run before it is told to stop.
+	maxDuration = 30 * time.Minute
+	// patience is how long a delivery waits that lets the running job finish. The default lock timeout is too short
+	// for that: it is made for a job that was told to stop.
+	patience = maxDuration + preemptionTimeout + 10*time.Second
 	// shutdownTimeout is how long everything together may take to end: a job's winding down, and giving back
 	// its lock.
 	shutdownTimeout = preemptionTimeout + 10*time.Second
@@ -57,6 +64,7 @@ type config struct {
 	secret   string
 	from     string
 	name     string
+	modes    modes
 	work     time.Duration
 	windDown time.Duration
 }
@@ -70,6 +78,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	// No default from the environment here: -help prints defaults.
 	flags.StringVar(&c.postgres, "postgres", "", "PostgreSQL `URI` (default: $WEBHOOK_POSTGRES_URI; if that is empty too, locks live in memory)")
 	flags.StringVar(&c.from, "from", "", "take deliveries of this `kind` of webhook alone, as X-GitHub-Hook-Installation-Target-Type says: repository, organization or integration, an app (default: all)")
+	flags.Func("mode", "what a push does to the job that runs: preempt, let_finish or skip_if_busy, as `[BRANCH=]MODE`; BRANCH is a pattern such as release/*; may be repeated, the first that matches counts (default preempt). With skip_if_busy a push that comes while another is at work is not deployed later, and one that comes too late is not turned away", c.modes.add)
 	flags.StringVar(&c.name, "name", "webhook", "this replica's name in its events")
 	flags.DurationVar(&c.work, "work", 10*time.Second, "how long one simulated deployment takes")
 	flags.DurationVar(&c.windDown, "wind-down", time.Second, "how long one takes to stop after it was told to")
@@ -84,9 +93,9 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	case flags.NArg() > 0:
 		return config{}, fmt.Errorf("unexpected argument %q", flags.Arg(0))
 	case c.secret == "":
-		return config{}, errors.New("WEBHOOK_SECRET is not set: anybody could deploy")
+		return config{}, errors.New("WEBHOOK_SECRET is not set: everyone could deploy")
 	case c.ops != "" && c.postgres == "":
-		return config{}, errors.New("-ops needs PostgreSQL: locks in memory are nobody else's business")
+		return config{}, errors.New("-ops needs PostgreSQL: locks in memory are in no list")
 	case c.work < 0 || c.windDown < 0:
 		return config{}, errors.New("-work and -wind-down must not be negative")
 	case c.windDown >= preemptionTimeout:
@@ -95,15 +104,25 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	return c, nil
 }
 
-func newProvider(c config, log *slog.Logger) (locker.LockProvider, error) {
+// closingProvider is what both providers are.
+type closingProvider interface {
+	locker.LockProvider
+	io.Closer
+}
+
+// newProvider also returns the provider as the one on PostgreSQL, or nil if locks live in memory.
+func newProvider(c config, log *slog.Logger) (closingProvider, *locker.PostgresLockProvider, error) {
 	options := []locker.LockProviderOption{
 		locker.WithPreemptionTimeout(preemptionTimeout),
+		locker.WithMaxLockDuration(maxDuration),
 		locker.WithLogger(log),
 	}
 	if c.postgres == "" {
-		return locker.NewLockProvider(locker.FakeLockProviderKind, options...)
+		fake, err := locker.NewFakeProvider(options...)
+		return fake, nil, err
 	}
-	return locker.NewLockProvider(locker.PostgresLockProviderKind, append(options, locker.WithPostgresBackend(c.postgres, ""))...)
+	postgres, err := locker.NewPostgresProvider(c.postgres, options...)
+	return postgres, postgres, err
 }
 
 // run serves until ctx is done and everything has ended after it.
@@ -115,17 +134,17 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	events := slog.New(slog.NewJSONHandler(stdout, nil)).With("replica", c.name)
 	log := slog.New(slog.NewTextHandler(stderr, nil)).With("replica", c.name)
 
-	provider, err := newProvider(c, log)
+	provider, postgres, err := newProvider(c, log)
 	if err != nil {
 		return err
 	}
-	worker, err := newWorker(provider, c.work, c.windDown, events)
+	worker, err := newWorker(provider, c.modes, c.work, c.windDown, events)
 	if err != nil {
-		return errors.Join(err, closeProvider(provider))
+		return errors.Join(err, provider.Close())
 	}
 	listener, err := net.Listen("tcp", c.addr)
 	if err != nil {
-		return errors.Join(err, closeProvider(provider))
+		return errors.Join(err, provider.Close())
 	}
 	server := newServer(newHandler([]byte(c.secret), c.from, worker), log)
 	served := make(chan error, 2)
@@ -133,10 +152,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	about := []any{"addr", listener.Addr().String()}
 
 	ops := newServer(nil, log) // serves nothing unless it is given a handler and a listener
-	if postgres, ok := provider.(*locker.PostgresLockProvider); ok && c.ops != "" {
+	if c.ops != "" {
 		opsListener, err := net.Listen("tcp", c.ops)
 		if err != nil {
-			return errors.Join(err, server.Close(), closeProvider(provider))
+			return errors.Join(err, server.Close(), provider.Close())
 		}
 		ops.Handler = newOpsHandler(postgres.ListLocks, postgres.Ping, worker)
 		go func() { served <- ops.Serve(opsListener) }()
@@ -155,7 +174,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	deadline, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
 	worker.stop()
-	return errors.Join(err, server.Shutdown(deadline), ops.Shutdown(deadline), worker.wait(deadline), closeProvider(provider))
+	return errors.Join(err, server.Shutdown(deadline), ops.Shutdown(deadline), worker.wait(deadline), provider.Close())
 }
 
 func newServer(handler http.Handler, log *slog.Logger) *http.Server {
@@ -168,11 +187,4 @@ func newServer(handler http.Handler, log *slog.Logger) *http.Server {
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
-}
-
-func closeProvider(p locker.LockProvider) error {
-	if closer, ok := p.(io.Closer); ok {
-		return closer.Close()
-	}
-	return nil
 }

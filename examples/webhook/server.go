@@ -12,6 +12,7 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"path"
 	"strings"
 	"time"
 
@@ -31,7 +32,10 @@ type delivery struct {
 	name   string // for people: owner and name, which can change
 	pr     uint
 	action string
+	branch string
 	head   string
+	page   string // of the head commit, for people
+	actor  string // whose doing the event is
 	// updated is when GitHub last changed the pull request, as the payload says, to the second.
 	updated time.Time
 	// arrived is when this replica accepted the delivery. Set by worker.accept.
@@ -75,9 +79,62 @@ func (d delivery) job() string {
 		return "deploy"
 	case "closed":
 		return "destroy"
+	case "review_requested": // look whether what a reviewer is going to see works
+		return "test"
 	default:
 		return ""
 	}
+}
+
+// labels are what a delivery tells about itself to those that it displaces, in any replica. GitHub bounds the length
+// of all these names, so that they stay below the size that labels may have.
+func (d delivery) labels() map[string]string {
+	return map[string]string{"delivery": d.id, "commit": d.head, "url": d.page, "actor": d.actor}
+}
+
+// modes say what the pushes to a branch do to the job that runs: the first whose pattern matches counts.
+type modes []struct {
+	branch string // a pattern; "" is every branch
+	mode   locker.ClaimMode
+}
+
+// add is for a flag: "let_finish", or "release/*=let_finish".
+func (m *modes) add(text string) error {
+	branch, name, ok := strings.Cut(text, "=")
+	if !ok {
+		branch, name = "", text
+	}
+	if _, err := path.Match(branch, ""); err != nil {
+		return err
+	}
+	for _, mode := range []locker.ClaimMode{locker.Preempt, locker.LetFinish, locker.SkipIfBusy} {
+		if mode.String() == name {
+			*m = append(*m, struct {
+				branch string
+				mode   locker.ClaimMode
+			}{branch, mode})
+			return nil
+		}
+	}
+	return errors.New("want preempt, let_finish or skip_if_busy")
+}
+
+// of returns the mode of a delivery's claim. Only pushes have a choice. Of a pull request that was closed nothing has
+// to be deployed any longer, and a test is of no use while a job runs that changes what it looks at: every deployment
+// ends with the same test.
+func (m modes) of(d delivery) locker.ClaimMode {
+	switch d.job() {
+	case "destroy":
+		return locker.Preempt
+	case "test":
+		return locker.SkipIfBusy
+	}
+	for _, b := range m {
+		if matches, _ := path.Match(b.branch, d.branch); matches || b.branch == "" {
+			return b.mode
+		}
+	}
+	return locker.Preempt
 }
 
 // newHandler serves POST /webhook and GET /healthz. It answers a delivery as soon as the worker has accepted
@@ -134,8 +191,10 @@ func readDelivery(rw http.ResponseWriter, r *http.Request, secret []byte) (deliv
 		Number      uint   `json:"number"`
 		PullRequest struct {
 			Head struct {
+				Ref string `json:"ref"`
 				SHA string `json:"sha"`
 			} `json:"head"`
+			URL       string    `json:"html_url"`
 			UpdatedAt time.Time `json:"updated_at"`
 		} `json:"pull_request"`
 		Repository struct {
@@ -143,6 +202,9 @@ func readDelivery(rw http.ResponseWriter, r *http.Request, secret []byte) (deliv
 			FullName string `json:"full_name"`
 			URL      string `json:"html_url"`
 		} `json:"repository"`
+		Sender struct {
+			Login string `json:"login"`
+		} `json:"sender"`
 	}
 	if err := json.Unmarshal(body, &payload); err != nil {
 		return delivery{}, http.StatusBadRequest, errors.New("body is no pull_request payload")
@@ -153,7 +215,10 @@ func readDelivery(rw http.ResponseWriter, r *http.Request, secret []byte) (deliv
 		name:    payload.Repository.FullName,
 		pr:      payload.Number,
 		action:  payload.Action,
+		branch:  payload.PullRequest.Head.Ref,
 		head:    payload.PullRequest.Head.SHA,
+		page:    payload.PullRequest.URL + "/commits/" + payload.PullRequest.Head.SHA,
+		actor:   payload.Sender.Login,
 		updated: payload.PullRequest.UpdatedAt,
 	}
 	if d.id == "" || d.repo == "" || d.name == "" || d.pr == 0 || d.head == "" || d.updated.Unix() <= 0 {

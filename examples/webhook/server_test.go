@@ -40,6 +40,12 @@ type event struct {
 	Reason   string    `json:"reason"`
 	Addr     string    `json:"addr"`
 	Ops      string    `json:"ops"`
+	Mode     string    `json:"mode"`
+	By       string    `json:"by"`
+	Outcome  string    `json:"outcome"`
+
+	Conclusion string `json:"conclusion"`
+	Summary    string `json:"summary"`
 }
 
 // eventLog collects the events that are written to it.
@@ -63,13 +69,13 @@ func (l *eventLog) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// of answers what happened to one delivery, in order: "received", "started 1", …
+// of returns what happened to one delivery, in order: "received", "started", …, without what it reports.
 func (l *eventLog) of(delivery string) []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var kinds []string
 	for _, e := range l.lines {
-		if e.Delivery == delivery {
+		if e.Delivery == delivery && e.Kind != "reports" {
 			kinds = append(kinds, e.Kind)
 		}
 	}
@@ -89,20 +95,26 @@ func (l *eventLog) find(delivery, kind string) event {
 
 func testWorker(t *testing.T) (*worker, *eventLog) {
 	t.Helper()
-	provider, err := locker.NewLockProvider(locker.FakeLockProviderKind)
+	return testWorkerOn(t, fakeProvider(t))
+}
+
+// fakeProvider is closed once the test, and the workers on it, have ended.
+func fakeProvider(t *testing.T, options ...locker.LockProviderOption) *locker.FakeLockProvider {
+	t.Helper()
+	provider, err := locker.NewFakeProvider(options...)
 	require.NoError(t, err)
-	return testWorkerOn(t, provider)
+	t.Cleanup(func() { require.NoError(t, provider.Close()) })
+	return provider
 }
 
 func testWorkerOn(t *testing.T, provider locker.LockProvider) (*worker, *eventLog) {
 	t.Helper()
 	events := &eventLog{}
-	w, err := newWorker(provider, 10*time.Second, time.Second, slog.New(slog.NewJSONHandler(events, nil)))
+	w, err := newWorker(provider, nil, 10*time.Second, time.Second, slog.New(slog.NewJSONHandler(events, nil)))
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		w.stop()
 		require.NoError(t, w.wait(context.Background()))
-		require.NoError(t, closeProvider(provider))
 	})
 	return w, events
 }
@@ -234,9 +246,7 @@ func TestEventAndJob(t *testing.T) {
 		require.Equal(t, 202, statusOf(h, signed("0a1b2c3d-cc78-11e3-81ab-4c9367dc0958", recorded(t, "closed"))))
 		require.NoError(t, w.wait(t.Context()))
 
-		require.Len(t, events.lines, 6)
-		first, last := events.lines[2], events.lines[5]
-		require.Equal(t, "finished", first.Kind)
+		first, last := events.find("72d3162e-cc78-11e3-81ab-4c9367dc0958", "finished"), events.find("0a1b2c3d-cc78-11e3-81ab-4c9367dc0958", "finished")
 		require.Equal(t, "synchronize ec26c3e delivery 72d3162e of Codertocat/Hello-World#2", first.Event)
 		require.Equal(t, "deploy", first.Job)
 		require.Equal(t, "Codertocat/Hello-World", first.Repo)
@@ -268,6 +278,129 @@ func TestNewerPushWins(t *testing.T) {
 	})
 }
 
+// What a delivery's commit is to show, with the page of the newer commit; and which delivery an event is caused by.
+func TestReports(t *testing.T) {
+	const page = "https://github.com/Codertocat/Hello-World/pull/2/commits/"
+	const head = "ec26c3e57ca3a959ca5aad62de7213c562f8c821"
+	synctest.Test(t, func(t *testing.T) {
+		w, events := testWorker(t)
+		h := newHandler([]byte(testSecret), "", w)
+		heads := map[string]string{"first000": "1111111", "second00": "2222222", "third000": "3333333"}
+		for _, id := range []string{"first000", "second00", "third000"} {
+			require.Equal(t, 202, statusOf(h, signed(id, bytes.ReplaceAll(push(t), []byte(head), []byte(heads[id])))))
+			synctest.Wait()
+		}
+		require.NoError(t, w.wait(t.Context()))
+		reports := func(id string) [2]string {
+			e := events.find(id, "reports")
+			return [2]string{e.Conclusion, e.Summary}
+		}
+		require.Equal(t, [2]string{"cancelled", "superseded by " + page + "2222222"}, reports("first000"))
+		require.Equal(t, [2]string{"cancelled", "superseded by " + page + "3333333"}, reports("second00"))
+		require.Equal(t, [2]string{"success", "done"}, reports("third000"))
+		require.Equal(t, "second00", events.find("first000", "told to stop").By)
+		require.Equal(t, "third000", events.find("second00", "left").By)
+	})
+}
+
+// The words for what cannot be brought about here: see locker.Outcome.
+func TestReportOfErrors(t *testing.T) {
+	for err, want := range map[error][2]string{
+		locker.ErrLockBusy:        {"skipped", "skipped: at work is another delivery"},
+		locker.ErrLockTimeout:     {"timed_out", "had to wait for too long for another delivery"},
+		locker.ErrMaxLockDuration: {"timed_out", "ran for too long"},
+		locker.ErrStopRequested:   {"cancelled", "an operator has stopped it"},
+		locker.ErrProviderClosed:  {"cancelled", "the service was shut down"},
+		errors.Join(locker.ErrLockPreempted, locker.ErrLockLost): {"failure", "broken off, and another job may have run concurrently"},
+		errors.New("no database"):                                {"failure", "failed"},
+	} {
+		conclusion, summary := report(err)
+		require.Equal(t, want, [2]string{conclusion, summary}, "%v", err)
+	}
+}
+
+// On a branch whose pushes let the running job finish, it does, and of the pushes that wait meanwhile the newest runs
+// after it. A pull request that is closed stops it all the same.
+func TestLetFinish(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, events := testWorker(t)
+		require.NoError(t, w.modes.add("chan*=let_finish"))
+		w.duration = 25 * time.Minute // longer than the lock timeout
+		h := newHandler([]byte(testSecret), "", w)
+		for _, id := range []string{"first000", "second00", "third000"} {
+			require.Equal(t, 202, statusOf(h, signed(id, push(t))))
+			synctest.Wait()
+		}
+		require.Equal(t, []string{"received", "left"}, events.of("second00"))
+		time.Sleep(25 * time.Minute)
+		synctest.Wait()
+		require.Equal(t, []string{"received", "started", "finished"}, events.of("first000"))
+		require.Equal(t, []string{"received", "started"}, events.of("third000"))
+		require.Equal(t, "let_finish", events.find("third000", "started").Mode)
+
+		closed := bytes.Replace(push(t), []byte("synchronize"), []byte("closed"), 1)
+		require.Equal(t, 202, statusOf(h, signed("closed00", closed)))
+		require.NoError(t, w.wait(t.Context()))
+		require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, events.of("third000"))
+		require.Equal(t, []string{"received", "started", "finished"}, events.of("closed00"))
+	})
+}
+
+// A test is skipped while a deployment runs, and disturbs none; on its own it runs.
+func TestSkipped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, events := testWorker(t)
+		h := newHandler([]byte(testSecret), "", w)
+		review := func(id string) {
+			body := bytes.Replace(push(t), []byte("synchronize"), []byte("review_requested"), 1)
+			require.Equal(t, 202, statusOf(h, signed(id, body)))
+			synctest.Wait()
+		}
+		require.Equal(t, 202, statusOf(h, signed("first000", push(t))))
+		synctest.Wait()
+		review("review00")
+		require.Equal(t, []string{"received", "skipped"}, events.of("review00"))
+		skipped := events.find("review00", "skipped")
+		require.Equal(t, "first000", skipped.By)
+		require.Equal(t, "skip_if_busy", skipped.Mode)
+		require.Equal(t, "test", skipped.Job)
+		require.Contains(t, skipped.Reason, "delivery first000")
+		require.Equal(t, "skipped", events.find("review00", "reports").Conclusion)
+		require.Contains(t, events.find("review00", "reports").Summary, "https://github.com/Codertocat/Hello-World/pull/2/commits/ec26c3e")
+		require.NoError(t, w.wait(t.Context()))
+		require.Equal(t, []string{"received", "started", "finished"}, events.of("first000"))
+		review("review01")
+		require.NoError(t, w.wait(t.Context()))
+		require.Equal(t, []string{"received", "started", "finished"}, events.of("review01"))
+	})
+}
+
+func TestModes(t *testing.T) {
+	var m modes
+	for _, text := range []string{"release/*=let_finish", "dependabot/*=skip_if_busy", "release/1.0=preempt"} {
+		require.NoError(t, m.add(text))
+	}
+	for _, text := range []string{"", "newest", "main=", "[=preempt", "ClaimMode(7)"} {
+		require.Error(t, m.add(text), text)
+	}
+	for _, tc := range []struct {
+		action, branch string
+		want           locker.ClaimMode
+	}{
+		{"synchronize", "main", locker.Preempt},
+		{"opened", "release/1.4", locker.LetFinish},
+		{"reopened", "dependabot/go", locker.SkipIfBusy},
+		{"synchronize", "release/1.0", locker.LetFinish}, // the first counts
+		{"closed", "release/1.4", locker.Preempt},
+		{"review_requested", "release/1.4", locker.SkipIfBusy},
+	} {
+		require.Equal(t, tc.want, m.of(delivery{action: tc.action, branch: tc.branch}), "%v", tc)
+	}
+	require.NoError(t, m.add("preempt"))
+	require.NoError(t, m.add("let_finish"))
+	require.Equal(t, locker.Preempt, m.of(delivery{action: "opened", branch: "main"}))
+}
+
 // A push that waits while the running job winds down leaves as soon as a newer one arrives.
 func TestWaitingPushLeaves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -287,8 +420,7 @@ func TestWaitingPushLeaves(t *testing.T) {
 // A job that winds down for longer than the preemption timeout has lost its lock meanwhile, and that is an error.
 func TestOverrun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		provider, err := locker.NewLockProvider(locker.FakeLockProviderKind, locker.WithPreemptionTimeout(500*time.Millisecond))
-		require.NoError(t, err)
+		provider := fakeProvider(t, locker.WithPreemptionTimeout(500*time.Millisecond))
 		w, events := testWorkerOn(t, provider)
 		for _, id := range []string{"first000", "second00"} {
 			require.True(t, w.accept(delivery{id: id, repo: "o/r", pr: 1, action: "opened", head: "ec26c3e57ca3", updated: time.Now()}))
@@ -316,9 +448,7 @@ func (p *unfairProvider) LockKey(ctx context.Context, repo string, pr uint) (int
 func TestBurst(t *testing.T) {
 	const pulls, pushes = 5, 40
 	synctest.Test(t, func(t *testing.T) {
-		provider, err := locker.NewLockProvider(locker.FakeLockProviderKind)
-		require.NoError(t, err)
-		t.Cleanup(func() { require.NoError(t, closeProvider(provider)) })
+		provider := fakeProvider(t)
 		w, events := testWorkerOn(t, &unfairProvider{LockProvider: provider})
 		begin := time.Now().Truncate(time.Second)
 		for push := range pushes {
@@ -354,9 +484,7 @@ func (p *failingProvider) LockKey(ctx context.Context, repo string, pr uint) (in
 // A delivery whose claim cannot be announced says so, and does not hold up the ones behind it.
 func TestFailedClaim(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		provider, err := locker.NewLockProvider(locker.FakeLockProviderKind)
-		require.NoError(t, err)
-		t.Cleanup(func() { require.NoError(t, closeProvider(provider)) })
+		provider := fakeProvider(t)
 		failing := &failingProvider{LockProvider: provider}
 		failing.failures.Store(2)
 		w, events := testWorkerOn(t, failing)
@@ -400,11 +528,14 @@ func startService(t *testing.T, env map[string]string, args ...string) *running 
 	return s
 }
 
-// next answers the next event.
+// next returns the next event that is no report.
 func (s *running) next() event {
 	s.t.Helper()
 	select {
 	case e := <-s.events.seen:
+		if e.Kind == "reports" {
+			return s.next()
+		}
 		return e
 	case err := <-s.ended:
 		require.FailNow(s.t, "the service ended", "%v", err)
@@ -505,8 +636,7 @@ func TestLateDeliveryDisturbsNobody(t *testing.T) {
 func TestRedelivery(t *testing.T) {
 	const id = "72d3162e-cc78-11e3-81ab-4c9367dc0958"
 	synctest.Test(t, func(t *testing.T) {
-		provider, err := locker.NewLockProvider(locker.FakeLockProviderKind)
-		require.NoError(t, err)
+		provider := fakeProvider(t)
 		one, events := testWorkerOn(t, provider)
 		two, others := testWorkerOn(t, provider)
 		require.Equal(t, 202, statusOf(newHandler([]byte(testSecret), "", one), signed(id, recorded(t, "synchronize"))))
@@ -547,8 +677,7 @@ func TestSamePushTwice(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				time.Sleep(time.Until(time.Date(2014, 4, 25, 12, 52, 24, 600e6, time.UTC))) // 20 ms after the first id was made
 				body := push(t)
-				provider, err := locker.NewLockProvider(locker.FakeLockProviderKind)
-				require.NoError(t, err)
+				provider := fakeProvider(t)
 				deliver := func(w *worker, kind, id string) int {
 					r := signed(id, body)
 					r.Header.Set("X-GitHub-Hook-Installation-Target-Type", kind)
@@ -783,10 +912,15 @@ func TestConfig(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, uri, c.postgres)
 	require.Equal(t, "127.0.0.1:8080", c.addr)
+	require.Empty(t, c.modes)
+
+	c, err = parseConfig([]string{"-mode", "release/*=let_finish", "-mode", "preempt"}, env, io.Discard)
+	require.NoError(t, err)
+	require.Len(t, c.modes, 2)
 
 	_, err = parseConfig(nil, func(string) string { return "" }, io.Discard)
 	require.ErrorContains(t, err, "WEBHOOK_SECRET")
-	for _, args := range [][]string{{"-work", "-1s"}, {"-wind-down", "10s"}, {"unexpected"}} {
+	for _, args := range [][]string{{"-work", "-1s"}, {"-wind-down", "10s"}, {"-mode", "newest"}, {"unexpected"}} {
 		_, err = parseConfig(args, env, io.Discard)
 		require.Error(t, err, args)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,6 +26,7 @@ const steps = 10
 // every other claim is displaced as soon as a newer one is announced.
 type worker struct {
 	newLocker locker.PreemptiveLockerFactory
+	modes     modes
 	duration  time.Duration // of one undisturbed job
 	windDown  time.Duration // that a job takes to leave things tidy once it has been told to stop
 	events    *slog.Logger
@@ -38,8 +40,8 @@ type worker struct {
 	arrival time.Time // of the last delivery
 }
 
-func newWorker(provider locker.LockProvider, duration, windDown time.Duration, events *slog.Logger) (*worker, error) {
-	w := &worker{duration: duration, windDown: windDown, events: events}
+func newWorker(provider locker.LockProvider, modes modes, duration, windDown time.Duration, events *slog.Logger) (*worker, error) {
+	w := &worker{modes: modes, duration: duration, windDown: windDown, events: events}
 	newLocker, err := locker.NewPreemptiveLockerFactory(provider)
 	if err != nil {
 		return nil, err
@@ -49,10 +51,11 @@ func newWorker(provider locker.LockProvider, duration, windDown time.Duration, e
 	return w, nil
 }
 
-// accept starts the delivery's job and returns at once. It answers false, and does nothing, once shutdown has
+// accept starts the delivery's job and returns immediately. It answers false, and does nothing, once shutdown has
 // begun.
 func (w *worker) accept(d delivery) bool {
-	log := w.events.With("repo", d.name, "lock", d.repo, "pr", d.pr, "job", d.job(), "event", d.event(), "delivery", d.id)
+	log := w.events.With("repo", d.name, "lock", d.repo, "pr", d.pr, "job", d.job(), "event", d.event(), "delivery", d.id,
+		"mode", w.modes.of(d).String())
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.closed {
@@ -71,33 +74,103 @@ func (w *worker) accept(d delivery) bool {
 // run claims the pull request's lock, works while it is held, and tells how it went.
 func (w *worker) run(d delivery, log *slog.Logger) {
 	started := false
-	lock := w.newLocker(d.repo, d.pr, d.event()).Sequence(d.order())
-	err := lock.Do(w.ctx, func(ctx context.Context) error {
+	err := w.claim(d).Do(w.ctx, func(ctx context.Context) error {
 		started = true
 		// A real job hands the token to whatever it changes, so that a write by a holder that was cut off and
 		// does not know it yet can be refused there.
-		return w.work(ctx, log.With("token", lock.Token()))
+		return w.work(ctx, log.With("token", locker.TokenFromContext(ctx)))
 	})
-	switch {
-	case err == nil:
-	case errors.Is(err, locker.ErrLockLost):
-		// The job lost its lock, or went on for so long after it was told to stop that the lock was taken away:
-		// another one may have run beside it.
-		log.Error("failed", "reason", err.Error())
-	case started && (errors.Is(err, locker.ErrLockPreempted) || w.ctx.Err() != nil):
-		// The work itself has said that it was told to stop, and why.
-	case errors.Is(err, locker.ErrClaimOutdated):
-		// A newer delivery was here before, or this one is a redelivery of what is at work. Nobody was disturbed.
-		log.Info("turned away", "reason", err.Error())
-	case !started && errors.Is(err, locker.ErrLockPreempted):
-		log.Info("left", "reason", err.Error())
-	case !started && w.ctx.Err() != nil:
-		log.Info("left", "reason", context.Cause(w.ctx).Error())
-	default:
-		// No lock within the lock timeout, say. GitHub can deliver again; a service that must not miss the newest
-		// state keeps its deliveries in a table and tries again by itself.
-		log.Error("failed", "reason", err.Error())
+	reason := ""
+	if err != nil {
+		reason = err.Error()
 	}
+	switch outcome, _ := locker.OutcomeOf(err); outcome {
+	case locker.OutcomeCompleted:
+	case locker.OutcomeBusy:
+		log.Info("skipped", "reason", reason, "by", rival(err).Labels["delivery"])
+	case locker.OutcomeSuperseded, locker.OutcomeCanceled, locker.OutcomeStopped:
+		switch {
+		case started:
+			// The work itself has said that it was told to stop, and why.
+		case errors.Is(err, locker.ErrClaimOutdated):
+			// A newer delivery was here before, or this one is a redelivery of what is at work. No other was
+			// disturbed.
+			log.Info("turned away", "reason", reason, "by", rival(err).Labels["delivery"])
+		case w.ctx.Err() != nil && outcome == locker.OutcomeCanceled:
+			log.Info("left", "reason", context.Cause(w.ctx).Error())
+		default:
+			log.Info("left", "reason", reason, "by", rival(err).Labels["delivery"])
+		}
+	default:
+		// OutcomeLost: the job lost its lock, or went on for so long after it was told to stop that the lock was
+		// taken away: another one may have run concurrently. OutcomeTimeout: the lock was not free in time. GitHub
+		// can deliver again; a service that must not miss the newest state keeps its deliveries in a table and tries
+		// again by itself.
+		log.Error("failed", "outcome", outcome.String(), "reason", reason)
+	}
+	conclusion, summary := report(err)
+	log.Info("reports", "conclusion", conclusion, "summary", summary)
+}
+
+// claim returns the delivery's claim.
+func (w *worker) claim(d delivery) *locker.PreemptiveLocker {
+	mode := w.modes.of(d)
+	lock := w.newLocker(d.repo, d.pr, d.event()).Mode(mode).Labels(d.labels())
+	if mode != locker.SkipIfBusy { // which is compared with no other claim
+		lock.Sequence(d.order())
+	}
+	if mode == locker.LetFinish {
+		lock.Wait(patience)
+	}
+	return lock
+}
+
+// rival returns the other claim of an error: the newer one that has won or, if there is none, the holder's. All its
+// fields are zero if it is not known, as after an outage.
+func rival(err error) locker.ClaimInfo {
+	var conflict *locker.ConflictError
+	switch {
+	case !errors.As(err, &conflict):
+	case conflict.Winner != nil:
+		return *conflict.Winner
+	case conflict.Holder != nil:
+		return *conflict.Holder
+	}
+	return locker.ClaimInfo{}
+}
+
+// report returns what the check of the delivery's commit is to show, in the words of GitHub's API for check runs. A
+// real service sends it there.
+func report(err error) (conclusion, summary string) {
+	switch outcome, finished := locker.OutcomeOf(err); outcome {
+	case locker.OutcomeCompleted:
+		return "success", "done"
+	case locker.OutcomeBusy:
+		return "skipped", "skipped: at work is " + about(err)
+	case locker.OutcomeSuperseded:
+		return "cancelled", "superseded by " + about(err)
+	case locker.OutcomeCanceled, locker.OutcomeClosed:
+		return "cancelled", "the service was shut down"
+	case locker.OutcomeStopped:
+		return "cancelled", "an operator has stopped it"
+	case locker.OutcomeTimeout:
+		return "timed_out", "had to wait for too long for " + about(err)
+	case locker.OutcomeExpired:
+		return "timed_out", "ran for too long"
+	case locker.OutcomeLost:
+		if finished {
+			return "failure", "done, but another job may have run concurrently"
+		}
+		return "failure", "broken off, and another job may have run concurrently"
+	default:
+		return "failure", "failed"
+	}
+}
+
+// about names the other claim of an error to people: by its page, if the claim has told it.
+func about(err error) string {
+	other := rival(err)
+	return cmp.Or(other.Labels["url"], other.Event, "another delivery")
 }
 
 // work stands for the deployment. It runs while the lock is held, and everything it says is said before the
@@ -109,12 +182,12 @@ func (w *worker) work(ctx context.Context, log *slog.Logger) error {
 		case <-time.After(w.duration / steps):
 		case <-ctx.Done():
 			cause := context.Cause(ctx)
-			log.Info("told to stop", "reason", cause.Error())
+			log.Info("told to stop", "reason", cause.Error(), "by", rival(cause).Labels["delivery"])
 			// Still under the lock: it stays ours for the preemption timeout, and winding down has to fit in
 			// there.
 			time.Sleep(w.windDown)
 			log.Info("stopped")
-			return fmt.Errorf("job stopped early: %w", cause)
+			return fmt.Errorf("job stopped early: %w", ctx.Err())
 		}
 	}
 	log.Info("finished")
