@@ -164,12 +164,12 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	events.Info("listening", about...)
 
 	select {
-	case err = <-served: // it never returns nil, and here nobody has asked it to end
+	case err = <-served: // it never returns nil, and here it was not asked to end
 	case <-ctx.Done():
 		events.Info("shutting down")
 	}
 
-	// In this order: take nothing new, tell what runs to stop, hang up once everybody has an answer, wait, and
+	// In this order: take nothing new, tell what runs to stop, hang up once every request has its answer, wait, and
 	// only then close what the jobs give their locks back to.
 	deadline, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()

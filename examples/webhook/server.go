@@ -241,7 +241,7 @@ func lockName(page string, id int64) string {
 // readyTimeout bounds GET /ready. It is below the second that Kubernetes waits by default.
 const readyTimeout = 900 * time.Millisecond
 
-// newOpsHandler serves GET /locks: who holds and who waits, in the whole database; and GET /ready: whether this
+// newOpsHandler serves GET /locks: what is held and waited for in the whole database; and GET /ready: whether this
 // replica can take locks, which ping finds out, and takes deliveries. It is not for the address that GitHub reaches,
 // because it knows no secret.
 func newOpsHandler(list func(context.Context) ([]locker.LockStatus, error), ping func(context.Context) error, w *worker) http.Handler {

@@ -258,7 +258,7 @@ func TestEventAndJob(t *testing.T) {
 	})
 }
 
-// The older of two pushes is told to stop, and by whom; the newer one runs after it and finishes.
+// The older of two pushes is told to stop, and by which; the newer one runs after it and finishes.
 func TestNewerPushWins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)
@@ -432,7 +432,7 @@ func TestOverrun(t *testing.T) {
 	})
 }
 
-// unfairProvider serves whoever asks first last.
+// unfairProvider serves the first call last.
 type unfairProvider struct {
 	locker.LockProvider
 	asked atomic.Int64
@@ -468,7 +468,7 @@ func TestBurst(t *testing.T) {
 	})
 }
 
-// failingProvider fails the first few who ask.
+// failingProvider fails the first few calls.
 type failingProvider struct {
 	locker.LockProvider
 	failures atomic.Int64
@@ -618,7 +618,7 @@ func TestLateDelivery(t *testing.T) {
 }
 
 // While one closes the environment a late push arrives: whoever works is not disturbed.
-func TestLateDeliveryDisturbsNobody(t *testing.T) {
+func TestLateDeliveryDisturbsNoOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)
 		h := newHandler([]byte(testSecret), "", w)
@@ -648,6 +648,7 @@ func TestRedelivery(t *testing.T) {
 		require.NoError(t, one.wait(t.Context()))
 		require.Equal(t, []string{"received", "started", "received", "turned away", "finished"}, events.of(id))
 		require.Equal(t, []string{"received", "turned away"}, others.of(id))
+		require.Empty(t, others.find(id, "reports"), "it would replace the report of what is at work")
 
 		require.Equal(t, 202, statusOf(newHandler([]byte(testSecret), "", two), signed(id, recorded(t, "synchronize"))))
 		require.NoError(t, two.wait(t.Context()))
@@ -786,7 +787,7 @@ func TestLocks(t *testing.T) {
 		want    string
 	}{
 		"some":    {held, nil, 200, `[{"Key":"9007199254740993","Repo":"o/r"`}, // JavaScript would make it …992
-		"nobody":  {nil, nil, 200, "[]"},
+		"none":    {nil, nil, 200, "[]"},
 		"failing": {nil, errors.New("no connection"), 500, "no connection"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -859,7 +860,7 @@ func TestPostgres(t *testing.T) {
 	require.Equal(t, "closed ec26c3e delivery 72d31640 of Codertocat/Hello-World#2", holders[0].Event)
 	require.Equal(t, os.Getpid(), holders[0].PID)
 	require.True(t, holders[0].Alive)
-	require.False(t, holders[0].Waiting, "who was turned away does not wait")
+	require.False(t, holders[0].Waiting, "a delivery that was turned away does not wait")
 	status, body = s.get(s.ops + "/ready")
 	require.Equal(t, http.StatusOK, status, "%s", body)
 	for _, path := range []string{"/locks", "/ready"} {

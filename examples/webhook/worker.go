@@ -95,7 +95,11 @@ func (w *worker) run(d delivery, log *slog.Logger) {
 		case errors.Is(err, locker.ErrClaimOutdated):
 			// A newer delivery was here before, or this one is a redelivery of what is at work. No other was
 			// disturbed.
-			log.Info("turned away", "reason", reason, "by", rival(err).Labels["delivery"])
+			by := rival(err).Labels["delivery"]
+			log.Info("turned away", "reason", reason, "by", by)
+			if by == d.id {
+				return // what is at work reports
+			}
 		case w.ctx.Err() != nil && outcome == locker.OutcomeCanceled:
 			log.Info("left", "reason", context.Cause(w.ctx).Error())
 		default:
@@ -182,7 +186,8 @@ func (w *worker) work(ctx context.Context, log *slog.Logger) error {
 		case <-time.After(w.duration / steps):
 		case <-ctx.Done():
 			cause := context.Cause(ctx)
-			log.Info("told to stop", "reason", cause.Error(), "by", rival(cause).Labels["delivery"])
+			outcome, _ := locker.OutcomeOf(cause)
+			log.Info("told to stop", "reason", cause.Error(), "outcome", outcome.String(), "by", rival(cause).Labels["delivery"])
 			// Still under the lock: it stays ours for the preemption timeout, and winding down has to fit in
 			// there.
 			time.Sleep(w.windDown)

@@ -22,9 +22,24 @@ type Event struct {
 	Reason   string    `json:"reason"`
 	Addr     string    `json:"addr"`
 	Ops      string    `json:"ops"`
+	Mode     string    `json:"mode"`
+	By       string    `json:"by"`      // the delivery for which this one makes way, or which is at work
+	Outcome  string    `json:"outcome"` // of a notification's cause, and of a failure
 
+	// Of reports.
+	Conclusion string `json:"conclusion"`
+	Summary    string `json:"summary"`
+
+	Page  string   `json:"-"` // of sent: the commit's, for people
 	Table []string `json:"-"` // of locks
 }
+
+// The modes of claims.
+const (
+	preempt    = "preempt"
+	letFinish  = "let_finish"
+	skipIfBusy = "skip_if_busy"
+)
 
 // What a service says. It says started, and then stopped or finished, while it holds the lock.
 const (
@@ -37,14 +52,19 @@ const (
 	finished     = "finished"
 	left         = "left"
 	turnedAway   = "turned away"
+	skipped      = "skipped"
+	reports      = "reports"
 	failed       = "failed"
 )
+
+// superseded is the outcome of a notification by a newer claim.
+const superseded = "superseded"
 
 // What the driver adds.
 const (
 	sent   = "sent"   // it sends a delivery
 	resent = "resent" // it sends one once more, with the same id
-	locks  = "locks"  // it has asked a service who holds and who waits
+	locks  = "locks"  // it has asked a service for all locks
 	killed = "killed" // it ended a service by SIGKILL; the process is gone
 	exited = "exited" // a service has ended otherwise; Reason is empty if it was asked to and ended well
 )
@@ -56,23 +76,34 @@ const lockDelay = 10 * time.Second
 type pull struct {
 	repo     string
 	pr       uint
-	newest   Event           // the newest delivery that was sent
-	place    map[string]int  // of each delivery in the order of sending for the first time, from 1
-	again    map[string]bool // deliveries that were sent once more
-	open     []Event         // what was sent and has not come to an end
-	running  []Event         // jobs that have started and not ended
-	latest   Event           // the job that started last
-	orphaned time.Time       // when the holder was killed, until somebody takes over
+	newest   Event                // the newest delivery that was sent, but for those that may be skipped
+	sent     map[string]Event     // by delivery: for the first time
+	place    map[string]int       // of each delivery in the order of sending for the first time, from 1
+	again    map[string]bool      // deliveries that were sent once more
+	ended    map[string]time.Time // by delivery: when it came to an end
+	by       map[string]string    // by delivery and replica: the delivery for which it made way or was skipped
+	open     []Event              // what was sent and has not come to an end
+	running  []Event              // jobs that have started and not ended
+	latest   Event                // the job that started last, but for those that may be skipped
+	token    int64                // of the job that started last
+	orphaned time.Time            // when the holder was killed, until another one takes over
 
-	deliveries, ran, stopped, left, turnedAway, finished, killed, overlaps int
-	newestFinished                                                         bool
+	deliveries, ran, stopped, left, turnedAway, skipped, finished, killed, overlaps int
+	newestFinished                                                                  bool
+}
+
+func newPull(repo string, pr uint) *pull {
+	return &pull{repo: repo, pr: pr, sent: make(map[string]Event), place: make(map[string]int), again: make(map[string]bool),
+		ended: make(map[string]time.Time), by: make(map[string]string)}
 }
 
 // judge says whether the events tell of a service that kept its promises. On each pull request: never two jobs
-// at once, tokens that grow, no older job after a newer one, nobody turned away but by a newer delivery or because
-// it was sent once more, nobody disturbed by his own redelivery, no successor too early after a death, everything
-// that was sent accounted for, and the newest finished. And each process ended well. It answers what it saw of
-// each pull request, and one sentence for each broken promise.
+// concurrently, tokens that grow, no older job after a newer one, no delivery turned away but by a newer one or because
+// it was sent once more, no job disturbed by its own redelivery, none told to stop if all that is newer lets it finish,
+// none disturbed by a delivery that may be skipped, and none of these skipped without a reason, every commit that shows
+// what has taken its place, no successor too early after a death, everything that was sent accounted for, and the
+// newest finished. And each process ended well. It returns what it saw of each pull request, and one sentence for each
+// broken promise.
 func judge(events []Event) (pulls []*pull, faults []string) {
 	events = slices.Clone(events)
 	slices.SortStableFunc(events, func(a, b Event) int { return a.Time.Compare(b.Time) })
@@ -105,7 +136,7 @@ func judge(events []Event) (pulls []*pull, faults []string) {
 			i := slices.IndexFunc(pulls, func(p *pull) bool { return p.repo == e.Repo && p.pr == e.PR })
 			if i < 0 {
 				i = len(pulls)
-				pulls = append(pulls, &pull{repo: e.Repo, pr: e.PR, place: make(map[string]int), again: make(map[string]bool)})
+				pulls = append(pulls, newPull(e.Repo, e.PR))
 			}
 			for _, broken := range pulls[i].see(e) {
 				fault(e, "#%d: %s", e.PR, broken)
@@ -135,14 +166,17 @@ func judge(events []Event) (pulls []*pull, faults []string) {
 	return pulls, faults
 }
 
-// see takes the next event of the pull request and answers which promises it breaks.
+// see takes the next event of the pull request and returns which promises it breaks.
 func (p *pull) see(e Event) (broken []string) {
 	complain := func(format string, args ...any) { broken = append(broken, fmt.Sprintf(format, args...)) }
 
 	switch e.Kind {
 	case sent:
+		p.sent[e.Delivery] = e
 		p.place[e.Delivery] = len(p.place) + 1
-		p.newest, p.newestFinished = e, false
+		if e.Mode != skipIfBusy {
+			p.newest, p.newestFinished = e, false
+		}
 	case resent:
 		p.again[e.Delivery] = true
 	}
@@ -152,7 +186,14 @@ func (p *pull) see(e Event) (broken []string) {
 		return nil
 	}
 	if p.place[e.Delivery] == 0 {
-		complain("%s %s, but nobody sent it", e.Event, e.Kind)
+		complain("%s %s, but was never sent", e.Event, e.Kind)
+	}
+	mode := p.sent[e.Delivery].Mode
+	if e.By != "" {
+		p.by[e.Delivery+" "+e.Replica] = e.By
+		if e.Kind != skipped && p.sent[e.By].Mode == skipIfBusy {
+			complain("%s was disturbed by %s, which takes the lock only if it is free", e.Event, p.sent[e.By].Event)
+		}
 	}
 	switch e.Kind {
 	case started:
@@ -161,17 +202,21 @@ func (p *pull) see(e Event) (broken []string) {
 			p.overlaps++
 			complain("two ran together: %s on %s started while %s ran on %s", e.Event, e.Replica, other.Event, other.Replica)
 		}
-		if e.Token <= p.latest.Token {
-			complain("the token went from %d to %d with %s", p.latest.Token, e.Token, e.Event)
+		if e.Token <= p.token {
+			complain("the token went from %d to %d with %s", p.token, e.Token, e.Event)
 		}
-		if p.place[e.Delivery] < p.place[p.latest.Delivery] {
-			complain("%s ran after the newer %s", e.Event, p.latest.Event)
+		if mode != skipIfBusy {
+			if p.place[e.Delivery] < p.place[p.latest.Delivery] {
+				complain("%s ran after the newer %s", e.Event, p.latest.Event)
+			}
+			p.latest = e
 		}
 		if wait := e.Time.Sub(p.orphaned); !p.orphaned.IsZero() && wait < lockDelay {
 			complain("%s took over %.1f s after a holder was killed; the lock delay is %.0f s", e.Event, wait.Seconds(), lockDelay.Seconds())
 		}
 		p.orphaned = time.Time{}
-		p.latest = e
+		delete(p.by, e.Delivery+" "+e.Replica)
+		p.token = e.Token
 		p.running = append(p.running, e)
 
 	case stopped, finished:
@@ -195,8 +240,16 @@ func (p *pull) see(e Event) (broken []string) {
 		}
 
 	case toldToStop, left:
-		if strings.Contains(e.Reason, fmt.Sprintf("newer claim %q", e.Event)) {
+		if e.By == e.Delivery {
 			complain("%s was disturbed by its own redelivery", e.Event)
+		}
+		if e.Kind == toldToStop && e.Outcome == superseded {
+			if e.By == "" {
+				complain("%s was told to stop, and not for which delivery", e.Event)
+			}
+			if !p.preempted(e.Delivery) {
+				complain("%s was told to stop, though everything newer lets it finish", e.Event)
+			}
 		}
 		if e.Kind == left {
 			p.left++
@@ -204,10 +257,26 @@ func (p *pull) see(e Event) (broken []string) {
 		}
 	case turnedAway:
 		p.turnedAway++
+		if e.By == e.Delivery { // it reports nothing, but the one that is at work does
+			delete(p.by, e.Delivery+" "+e.Replica)
+		}
 		if p.newest.Delivery == e.Delivery && !p.again[e.Delivery] {
 			complain("%s was turned away, though nothing newer had been sent", e.Event)
 		}
 		p.settle(e)
+	case skipped:
+		p.skipped++
+		p.settle(e)
+		if mode != skipIfBusy {
+			complain("%s was skipped, though it has to wait for its turn", e.Event)
+		}
+		if e.By != "" && !p.busy(e) {
+			complain("%s was skipped for %s, which was not at work", e.Event, e.By)
+		}
+	case reports:
+		if page := p.sent[p.by[e.Delivery+" "+e.Replica]].Page; page != "" && e.Conclusion != "failure" && !strings.HasSuffix(e.Summary, " "+page) {
+			complain("%s shows %q, and not that %s has taken its place", e.Event, e.Summary, page)
+		}
 	case failed:
 		complain("%s failed: %s", e.Event, e.Reason)
 		p.settle(e)
@@ -215,8 +284,27 @@ func (p *pull) see(e Event) (broken []string) {
 	return broken
 }
 
+// preempted reports whether something was sent after a delivery that tells its job to stop.
+func (p *pull) preempted(delivery string) bool {
+	for id, e := range p.sent {
+		if p.place[id] > p.place[delivery] && e.Mode != letFinish && e.Mode != skipIfBusy {
+			return true
+		}
+	}
+	return false
+}
+
+// busy reports whether the delivery that a skipped one names was at work or waited while that was under way.
+func (p *pull) busy(e Event) bool {
+	if e.By != e.Delivery && slices.ContainsFunc(p.open, func(s Event) bool { return s.Delivery == e.By }) {
+		return true
+	}
+	return p.ended[e.By].After(p.sent[e.Delivery].Time)
+}
+
 // settle notes the end of something that was sent.
 func (p *pull) settle(e Event) {
+	p.ended[e.Delivery] = e.Time
 	i := slices.IndexFunc(p.open, func(s Event) bool { return s.Delivery == e.Delivery && s.Replica == e.Replica })
 	if i >= 0 {
 		p.open = slices.Delete(p.open, i, i+1)

@@ -10,13 +10,22 @@ import (
 )
 
 // tell makes a history of lines such as "1.5 one #7 started b 2": seconds, replica, pull request, kind,
-// delivery, token, reason. In a kind a hyphen stands for a space. "#0" is no pull request.
+// delivery, token, reason. In a kind a hyphen stands for a space. "#0" is no pull request. Words such as mode=let_finish
+// may stand anywhere behind the delivery: mode, by, and shows for what is reported.
 func tell(t *testing.T, lines string) []Event {
 	t.Helper()
 	var events []Event
 	begin := time.Date(2024, 5, 1, 12, 0, 0, 0, time.UTC)
 	for line := range strings.Lines(lines) {
-		f := strings.Fields(line)
+		var f []string
+		told := map[string]string{}
+		for _, word := range strings.Fields(line) {
+			if name, value, ok := strings.Cut(word, "="); ok {
+				told[name] = value
+			} else {
+				f = append(f, word)
+			}
+		}
 		if len(f) == 0 {
 			continue
 		}
@@ -26,6 +35,16 @@ func tell(t *testing.T, lines string) []Event {
 		if e.PR != 0 {
 			e.Delivery = f[4]
 			e.Event = "push " + f[4]
+			e.Mode, e.By = told["mode"], told["by"]
+			if e.By != "" && e.Kind == toldToStop {
+				e.Outcome = superseded
+			}
+			if e.Kind == sent {
+				e.Page = "https://x/" + e.Delivery
+			}
+			if e.Kind == reports {
+				e.Conclusion, e.Summary = "cancelled", "superseded by "+told["shows"]
+			}
 		} else if len(f) > 4 {
 			e.Reason = strings.Join(f[4:], " ")
 		}
@@ -40,8 +59,9 @@ func tell(t *testing.T, lines string) []Event {
 	return events
 }
 
-// Two pull requests on two services, with a job stopped, a waiter displaced, two redeliveries turned away, one of
-// them of a job that runs, a service killed and a takeover.
+// Three pull requests on two services, with a job stopped, a waiter displaced, two redeliveries turned away, one of
+// them of a job that runs, a service killed and a takeover; with a job that is let finish, its successor and one between
+// them, and a test that is skipped.
 const good = `
 	0    one #0 listening
 	0    two #0 listening
@@ -51,9 +71,10 @@ const good = `
 	1    two #8 sent x
 	1.1  two #8 started x 1
 	2    two #7 sent b
-	2.1  one #7 told-to-stop a 1
+	2.1  one #7 told-to-stop a 1 by=b
 	2.2  one #7 sent c
-	2.3  two #7 left b
+	2.3  two #7 left b by=c
+	2.31 two #7 reports b shows=https://x/c
 	2.5  one #7 stopped a 1
 	2.6  one #7 started c 2
 	2.61 one #7 resent b
@@ -62,7 +83,17 @@ const good = `
 	2.64 one #7 turned-away c
 	2.7  two #0 killed
 	2.8  one #8 sent y
+	3    one #9 sent k mode=let_finish
+	3.1  one #9 started k 1
+	3.2  one #9 sent l mode=let_finish
+	3.3  one #9 sent m mode=let_finish
+	3.4  one #9 left l by=m
+	3.5  one #9 sent n mode=skip_if_busy
+	3.6  one #9 skipped n by=k
 	4    one #7 finished c 2
+	4.1  one #9 finished k 1
+	4.2  one #9 started m 2
+	5.2  one #9 finished m 2
 	12.8 one #8 started y 2
 	14   one #8 finished y 2
 	15   one #0 shutting-down
@@ -74,15 +105,17 @@ func TestJudgeAcceptsGoodHistory(t *testing.T) {
 	slices.Reverse(events) // they come from several processes, in any order
 	pulls, faults := judge(events)
 	require.Empty(t, faults)
-	require.Len(t, pulls, 2)
-	seven, eight := pulls[0], pulls[1]
+	require.Len(t, pulls, 3)
+	seven, eight, nine := pulls[0], pulls[1], pulls[2]
 	counts := func(p *pull) []int {
-		return []int{p.deliveries, p.ran, p.stopped, p.left, p.turnedAway, p.finished, p.killed, p.overlaps}
+		return []int{p.deliveries, p.ran, p.stopped, p.left, p.turnedAway, p.skipped, p.finished, p.killed, p.overlaps}
 	}
-	require.Equal(t, []int{5, 2, 1, 1, 2, 1, 0, 0}, counts(seven))
-	require.Equal(t, []int{2, 2, 0, 0, 0, 1, 1, 0}, counts(eight))
+	require.Equal(t, []int{5, 2, 1, 1, 2, 0, 1, 0, 0}, counts(seven))
+	require.Equal(t, []int{2, 2, 0, 0, 0, 0, 1, 1, 0}, counts(eight))
+	require.Equal(t, []int{4, 2, 0, 1, 0, 1, 2, 0, 0}, counts(nine))
 	require.True(t, seven.newestFinished)
 	require.True(t, eight.newestFinished)
+	require.True(t, nine.newestFinished, "the skipped one does not count")
 }
 
 func TestJudgeIsLoud(t *testing.T) {
@@ -174,16 +207,52 @@ func TestJudgeIsLoud(t *testing.T) {
 			[]string{"#7: nothing was heard of push c"},
 		},
 		"a job disturbed by its own redelivery": {
-			[]string{"2.64 one #7 turned-away c", "2.64 one #7 told-to-stop c 2 by the newer claim \"push c\"\n2.65 one #7 turned-away c"},
-			[]string{"#7: push c was disturbed by its own redelivery"},
+			[]string{"2.64 one #7 turned-away c", "2.64 one #7 told-to-stop c 2 by=c\n2.65 one #7 turned-away c"},
+			[]string{"#7: push c was disturbed by its own redelivery", "#7: push c was told to stop, though everything newer lets it finish"},
 		},
 		"a job that failed": {
 			[]string{"2.3  two #7 left b", "2.3  two #7 failed b"},
 			[]string{"#7: push b failed"},
 		},
-		"a job that nobody asked for": {
+		"a job that is told to stop by one that lets it finish": {
+			[]string{"3.4  one #9 left l by=m", "3.35 one #9 told-to-stop k 1 by=m\n3.4 one #9 left l by=m"},
+			[]string{"#9: push k was told to stop, though everything newer lets it finish"},
+		},
+		"a job that is told to stop by a newer one on a branch where others let it finish": {
+			[]string{"3.3  one #9 sent m mode=let_finish", "3.3 one #9 sent m mode=preempt\n3.35 one #9 told-to-stop k 1 by=m"},
+			nil,
+		},
+		"a job that is told to stop by one that may be skipped": {
+			[]string{"3.6  one #9 skipped n by=k", "3.6 one #9 told-to-stop k 1 by=n\n3.7 one #9 skipped n by=k"},
+			[]string{"#9: push k was disturbed by push n, which takes the lock only if it is free", "#9: push k was told to stop, though everything newer lets it finish"},
+		},
+		"a waiter displaced by one that may be skipped": {
+			[]string{"3.4  one #9 left l by=m", "3.55 one #9 left l by=n"},
+			[]string{"#9: push l was disturbed by push n, which takes the lock only if it is free"},
+		},
+		"skipped without a reason": {
+			[]string{"3.5  one #9 sent n mode=skip_if_busy", "", "3.6  one #9 skipped n by=k", "6 one #9 sent n mode=skip_if_busy\n6.1 one #9 skipped n by=m"},
+			[]string{"#9: push n was skipped for m, which was not at work"},
+		},
+		"skipped while what is named has just ended": {
+			[]string{"3.6  one #9 skipped n by=k", "4.15 one #9 skipped n by=k"},
+			nil,
+		},
+		"one that may be skipped runs": {
+			[]string{"3.5  one #9 sent n mode=skip_if_busy", "", "3.6  one #9 skipped n by=k", "6 one #9 sent n mode=skip_if_busy\n6.1 one #9 started n 3\n6.2 one #9 finished n 3"},
+			nil,
+		},
+		"a push skipped that has to wait": {
+			[]string{"3.4  one #9 left l by=m", "3.4 one #9 skipped l by=k"},
+			[]string{"#9: push l was skipped, though it has to wait for its turn"},
+		},
+		"a commit that shows another one than what has taken its place": {
+			[]string{"shows=https://x/c", "shows=https://x/a"},
+			[]string{"#7: push b shows \"superseded by https://x/a\", and not that https://x/c has taken its place"},
+		},
+		"a job that was not asked for": {
 			[]string{"2    two #7 sent b", ""},
-			[]string{"#7: push b left, but nobody sent it", "#7: push b turned away, but nobody sent it"},
+			[]string{"#7: push a was told to stop, though everything newer lets it finish", "#7: push b left, but was never sent", "#7: push b reports, but was never sent", "#7: push b turned away, but was never sent"},
 		},
 		"a service that crashed": {
 			[]string{"16   one #0 exited", "16   one #0 exited exit status 2"},

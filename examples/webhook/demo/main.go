@@ -18,6 +18,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -74,7 +75,7 @@ func run(ctx context.Context, postgres bool, out *os.File) (err error) {
 	return perform(ctx, out, cast{binary: binary, uri: uri, names: names, sender: deliveries}, play, limit)
 }
 
-// cast is who takes part.
+// cast is what takes part.
 type cast struct {
 	binary string
 	uri    string // of the database; empty: locks in the service's memory
@@ -121,7 +122,8 @@ func perform(ctx context.Context, out *os.File, c cast, play func(context.Contex
 		faults = append(faults, "the story broke off: "+err.Error())
 	}
 	if len(faults) == 0 {
-		fmt.Fprintln(out, "\nEvery promise was kept: one at a time, the newest wins, late ones disturb nobody, tokens only grow, everybody ended well.")
+		printReport(out, history.all())
+		fmt.Fprintln(out, "\nEvery promise was kept: one at a time, the newest wins, what is let finish is not told to stop, late and skipped ones\ndisturb no other, tokens only grow, every process ended well.")
 		return nil
 	}
 	for _, service := range s.services {
@@ -133,17 +135,31 @@ func perform(ctx context.Context, out *os.File, c cast, play func(context.Contex
 	for _, fault := range faults {
 		fmt.Fprintln(out, "BROKEN", fault)
 	}
-	return fmt.Errorf("%d promises were broken", len(faults))
+	return fmt.Errorf("broken promises: %d", len(faults))
 }
 
 func printSummary(out io.Writer, pulls []*pull) {
-	fmt.Fprintf(out, "\n%-6s %10s %6s %8s %6s %9s %6s %9s  %-6s %s\n", "PR", "deliveries", "ran", "stopped", "left", "too late", "died", "finished", "newest", "overlaps")
+	fmt.Fprintf(out, "\n%-6s %10s %6s %8s %6s %9s %8s %6s %9s  %-6s %s\n", "PR", "deliveries", "ran", "stopped", "left", "too late", "skipped", "died", "finished", "newest", "overlaps")
 	for _, p := range pulls {
 		newest := "NO"
 		if p.newestFinished {
 			newest = "yes"
 		}
-		fmt.Fprintf(out, "%-6s %10d %6d %8d %6d %9d %6d %9d  %-6s %8d\n",
-			fmt.Sprintf("#%d", p.pr), p.deliveries, p.ran, p.stopped, p.left, p.turnedAway, p.killed, p.finished, newest, p.overlaps)
+		fmt.Fprintf(out, "%-6s %10d %6d %8d %6d %9d %8d %6d %9d  %-6s %8d\n",
+			fmt.Sprintf("#%d", p.pr), p.deliveries, p.ran, p.stopped, p.left, p.turnedAway, p.skipped, p.killed, p.finished, newest, p.overlaps)
+	}
+}
+
+// printReport prints what one commit is to show whose job was told to stop.
+func printReport(out io.Writer, events []Event) {
+	i := slices.IndexFunc(events, func(e Event) bool { return e.Kind == toldToStop && e.By != "" })
+	if i < 0 {
+		return
+	}
+	for _, e := range events {
+		if e.Kind == reports && e.Delivery == events[i].Delivery {
+			fmt.Fprintf(out, "\nFor #%d %s GitHub is to show: %s,\n%s\n", e.PR, title(e), e.Conclusion, e.Summary)
+			return
+		}
 	}
 }

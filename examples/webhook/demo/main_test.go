@@ -20,7 +20,8 @@ func TestDemo(t *testing.T) {
 	printed, readErr := os.ReadFile(out.Name())
 	require.NoError(t, readErr)
 	require.NoError(t, err, "%s", printed)
-	for _, part := range []string{"► runs", "! told to stop", "■ stopped", "← leaves", "displaced by", "→ arrives again", "× turned away   synchronize ec26c3e  too late: after closed ec26c3e", "it is not over yet", "✓ deployed", "✓ destroyed", "Every promise was kept"} {
+	for _, part := range []string{"► runs", "! told to stop", "■ stopped", "← leaves", "superseded by", "→ arrives again", "× turned away   synchronize ec26c3e  too late: after closed ec26c3e", "it is not over yet", "lets the running one finish", ", has waited for", "→ arrives       review ", "↷ skipped       review ", "busy: at work is synchronize",
+		"GitHub is to show: cancelled,\nsuperseded by https://github.com/Codertocat/Hello-World/pull/", "✓ deployed", "✓ destroyed", "Every promise was kept"} {
 		require.Contains(t, string(printed), part)
 	}
 	require.NotContains(t, string(printed), "\x1b", "colours are for terminals")

@@ -21,8 +21,8 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// sender sends deliveries as GitHub does: recorded ones, as they are or with the number, the head commit and the
-// time of another pull request put in.
+// sender sends deliveries as GitHub does: recorded ones, as they are or with the number, the branch, the head commit and
+// the time of another pull request put in.
 type sender struct {
 	secret   string
 	recorded map[string][]byte // by action
@@ -51,14 +51,20 @@ type delivery struct {
 	repo string
 	pr   uint
 	head string
+	page string // of the commit
 	body []byte
 }
 
-// prepare makes a delivery about a pull request that GitHub has changed just now.
-func (s *sender) prepare(action string, pr uint, head string) (delivery, error) {
+// prepare makes a delivery about a pull request that GitHub has changed just now. An action of which there is no
+// recorded delivery is put into one of another action.
+func (s *sender) prepare(action string, pr uint, branch, head string) (delivery, error) {
 	// Not a struct: everything else that GitHub sends shall stay in.
 	var payload map[string]any
-	numbers := json.NewDecoder(bytes.NewReader(s.recorded[action]))
+	recorded, ok := s.recorded[action]
+	if !ok {
+		recorded = s.recorded["synchronize"]
+	}
+	numbers := json.NewDecoder(bytes.NewReader(recorded))
 	numbers.UseNumber()
 	if err := numbers.Decode(&payload); err != nil {
 		return delivery{}, fmt.Errorf("recorded delivery %q: %w", action, err)
@@ -68,7 +74,9 @@ func (s *sender) prepare(action string, pr uint, head string) (delivery, error) 
 	if headOfPull == nil {
 		return delivery{}, fmt.Errorf("recorded delivery %q has no head", action)
 	}
-	payload["number"], pull["number"], headOfPull["sha"] = pr, pr, head
+	payload["action"], payload["number"], pull["number"] = action, pr, pr
+	headOfPull["ref"], headOfPull["sha"] = branch, head
+	pull["html_url"] = fmt.Sprintf("https://github.com/Codertocat/Hello-World/pull/%d", pr)
 	pull["updated_at"] = time.Now().UTC().Format(time.RFC3339) // no more than a second, as GitHub's
 	if _, ok := payload["after"]; ok {
 		payload["after"] = head
@@ -88,6 +96,7 @@ func newDelivery(body []byte) (delivery, error) {
 	var payload struct {
 		Number      uint `json:"number"`
 		PullRequest struct {
+			URL  string `json:"html_url"`
 			Head struct {
 				SHA string `json:"sha"`
 			} `json:"head"`
@@ -101,7 +110,8 @@ func newDelivery(body []byte) (delivery, error) {
 	}
 	id, err := uuid.NewUUID()
 	return delivery{
-		id: id.String(), repo: payload.Repository.FullName, pr: payload.Number, head: payload.PullRequest.Head.SHA, body: body,
+		id: id.String(), repo: payload.Repository.FullName, pr: payload.Number, head: payload.PullRequest.Head.SHA,
+		page: payload.PullRequest.URL + "/commits/" + payload.PullRequest.Head.SHA, body: body,
 	}, err
 }
 
@@ -146,7 +156,7 @@ func (s *sender) holders(ctx context.Context, url string) ([]locker.LockStatus, 
 	return holders, json.NewDecoder(res.Body).Decode(&holders)
 }
 
-// randomCommit answers what looks like a commit's hash.
+// randomCommit returns what looks like a commit's hash.
 func randomCommit() string {
 	hash := make([]byte, 20)
 	_, _ = rand.Read(hash) // never fails

@@ -16,6 +16,8 @@ import (
 )
 
 const (
+	releases = "release/" // what the names of branches begin with on which a running job may finish
+
 	workTime = 1500 * time.Millisecond // of one undisturbed job
 	windDown = 300 * time.Millisecond  // of one that was told to stop
 	patience = 25 * time.Second        // how long a service may take to end
@@ -38,7 +40,7 @@ type service struct {
 // startService starts a replica on a free port and returns when it listens.
 func startService(ctx context.Context, binary, name, secret, uri string, h *history) (*service, error) {
 	s := &service{name: name, history: h, ended: make(chan struct{})}
-	args := []string{"-addr", "127.0.0.1:0", "-name", name, "-work", workTime.String(), "-wind-down", windDown.String()}
+	args := []string{"-addr", "127.0.0.1:0", "-name", name, "-work", workTime.String(), "-wind-down", windDown.String(), "-mode", releases + "*=" + letFinish}
 	if uri != "" {
 		args = append(args, "-ops", "127.0.0.1:0")
 	}

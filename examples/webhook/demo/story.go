@@ -22,7 +22,7 @@ type stage struct {
 	history  *history
 }
 
-// together plays several pull requests at once.
+// together plays several pull requests concurrently.
 func (s *stage) together(ctx context.Context, parts ...func(context.Context) error) error {
 	errs := make(chan error, len(parts))
 	for _, part := range parts {
@@ -40,25 +40,38 @@ type pr struct {
 	ctx    context.Context
 	stage  *stage
 	number uint
+	branch string
 	head   string
 	sent   map[string]delivery // by id
 	err    error
 }
 
 func (s *stage) pr(ctx context.Context, number uint) *pr {
-	return &pr{ctx: ctx, stage: s, number: number, sent: make(map[string]delivery)}
+	return &pr{ctx: ctx, stage: s, number: number, branch: "changes", sent: make(map[string]delivery)}
 }
 
-// deliver sends a delivery to a service and returns its id once it has been accepted. All but "closed" come
-// with a new head commit.
+// mode is what the service is to do with a delivery: with the pushes to a release's branch, and with a test.
+func (p *pr) mode(action string) string {
+	switch {
+	case action == "review_requested":
+		return skipIfBusy
+	case action != "closed" && strings.HasPrefix(p.branch, releases):
+		return letFinish
+	default:
+		return preempt
+	}
+}
+
+// deliver sends a delivery to a service and returns its id once it has been accepted. A push comes with a new head
+// commit.
 func (p *pr) deliver(to *service, action string) (id string) {
 	if p.err != nil {
 		return ""
 	}
-	if action != "closed" {
+	if action == "opened" || action == "synchronize" {
 		p.head = randomCommit()
 	}
-	d, err := p.stage.sender.prepare(action, p.number, p.head)
+	d, err := p.stage.sender.prepare(action, p.number, p.branch, p.head)
 	return p.send(to, action, d, err)
 }
 
@@ -75,7 +88,7 @@ func (p *pr) send(to *service, action string, d delivery, err error) (id string)
 	if err == nil {
 		p.sent[d.id] = d
 		p.stage.history.add(Event{
-			Kind: sent, Replica: to.name, Repo: d.repo, PR: d.pr, Delivery: d.id,
+			Kind: sent, Replica: to.name, Repo: d.repo, PR: d.pr, Delivery: d.id, Mode: p.mode(action), Page: d.page,
 			Event: fmt.Sprintf("%s %.7s delivery %.8s", action, d.head, d.id),
 		})
 		err = p.stage.sender.post(p.ctx, to.url, d)
@@ -96,27 +109,24 @@ func (p *pr) again(to *service, id string) {
 	}
 }
 
-// claimed waits until the delivery's claim is in force: until its job runs, or somebody has made way for it.
+// claimed waits until the delivery's claim is in force: until its job runs, or another one has made way for it.
 func (p *pr) claimed(id string) {
 	p.await("the claim of "+id, func(e Event) bool {
-		return e.Kind == started && e.Delivery == id || (e.Kind == toldToStop || e.Kind == left) && madeWayFor(e, id)
+		return e.Kind == started && e.Delivery == id || (e.Kind == toldToStop || e.Kind == left) && e.By == id && e.Delivery != id
 	})
 }
-
-// madeWayFor reports whether an event was caused by the claim of a delivery.
-func madeWayFor(e Event, id string) bool {
-	return e.Delivery != id && strings.Contains(e.Reason, shortID(id))
-}
-
-// shortID is how a delivery is named in a reason.
-func shortID(id string) string { return fmt.Sprintf("delivery %.8s", id) }
 
 // sees waits until something has happened to a delivery.
 func (p *pr) sees(kind, id string) {
 	p.await(id+" "+kind, func(e Event) bool { return e.Kind == kind && e.Delivery == id })
 }
 
-// locks asks a service who holds and who waits.
+// skipped waits until a test has been skipped, or has run because the machine is so slow that no job did.
+func (p *pr) skipped(id string) {
+	p.await(id+" skipped", func(e Event) bool { return (e.Kind == skipped || e.Kind == finished) && e.Delivery == id })
+}
+
+// locks asks a service for all locks.
 func (p *pr) locks(from *service) {
 	if p.err != nil {
 		return
@@ -138,15 +148,19 @@ func (s *stage) table(holders []locker.LockStatus) []string {
 	}
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "PR\tholder\tin\tsession\theld for\ttoken\tnewest claim")
+	fmt.Fprintln(w, "PR\tholder\tin\tsession\theld for\ttoken\tstop asked\tnewest claim")
 	for _, h := range holders {
-		holder, in, session, since, token, newest := "nobody", "", "", "", "", "its own"
+		holder, in, session, since, token, asked, newest := "none", "", "", "", "", "", "its own"
 		if h.Event != "" {
 			holder, in, session = title(Event{Event: h.Event}), name(h.PID), "DEAD"
 			if h.Alive {
 				session = "alive"
 			}
 			since, token = fmt.Sprintf("%.1f s", time.Since(h.Since).Seconds()), shortToken(h.Token)
+			asked = "no"
+			if h.StopAsked {
+				asked = "yes"
+			}
 		}
 		if h.NewestEvent != h.Event {
 			newest = title(Event{Event: h.NewestEvent})
@@ -154,7 +168,7 @@ func (s *stage) table(holders []locker.LockStatus) []string {
 				newest += " waits in " + name(h.NewestPID)
 			}
 		}
-		fmt.Fprintf(w, "#%d\t%s\t%s\t%s\t%s\t%s\t%s\n", h.PullRequest, holder, in, session, since, token, newest)
+		fmt.Fprintf(w, "#%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", h.PullRequest, holder, in, session, since, token, asked, newest)
 	}
 	_ = w.Flush() // never fails on a strings.Builder
 	return strings.Split(strings.TrimSuffix(b.String(), "\n"), "\n")
@@ -206,15 +220,29 @@ func playInMemory(ctx context.Context, s *stage) error {
 			p.sees(finished, p.deliver(one, "synchronize"))
 			return p.err
 		},
-		func(ctx context.Context) error { // nobody disturbs this one
+		func(ctx context.Context) error { // nothing disturbs this one
 			p := s.pr(ctx, 9)
 			opened := p.deliver(one, "opened")
 			p.sees(started, opened)
 			p.pause(2 * beat)
 			p.again(one, opened) // not even GitHub, which delivers once more what is at work
 			p.sees(finished, opened)
-			p.sees(finished, p.deliver(one, "synchronize"))
+			push := p.deliver(one, "synchronize")
+			p.sees(started, push)
+			p.pause(2 * beat)
+			p.skipped(p.deliver(one, "review_requested")) // nor a test
+			p.sees(finished, push)
 			p.sees(finished, p.deliver(one, "closed"))
+			return p.err
+		},
+		func(ctx context.Context) error { // a branch on which what runs may finish; of what waits the newest is next
+			p := s.pr(ctx, 11)
+			p.branch = releases + "1.4"
+			p.sees(started, p.deliver(one, "opened"))
+			p.pause(2 * beat)
+			p.deliver(one, "synchronize")
+			p.pause(2 * beat)
+			p.sees(finished, p.deliver(one, "synchronize"))
 			return p.err
 		},
 		func(ctx context.Context) error { // recorded deliveries, byte for byte; the push comes once more after the end
@@ -267,6 +295,16 @@ func playOnPostgres(ctx context.Context, s *stage) error {
 			p.sees(finished, last)
 			return p.err
 		},
+		func(ctx context.Context) error { // a branch on which what runs may finish; of what waits the newest is next
+			p := s.pr(ctx, 11)
+			p.branch = releases + "1.4"
+			p.sees(started, p.deliver(two, "opened"))
+			p.pause(2 * beat)
+			p.deliver(three, "synchronize")
+			p.pause(2 * beat)
+			p.sees(finished, p.deliver(one, "synchronize"))
+			return p.err
+		},
 	)
 	if err != nil {
 		return err
@@ -290,6 +328,9 @@ func playOnPostgres(ctx context.Context, s *stage) error {
 		func(ctx context.Context) error { // meanwhile life goes on elsewhere
 			p := s.pr(ctx, 9)
 			push := p.deliver(two, "synchronize")
+			p.sees(started, push)
+			p.pause(2 * beat)
+			p.skipped(p.deliver(one, "review_requested")) // another service knows that two is at work
 			p.sees(finished, push)
 			p.sees(finished, p.deliver(one, "closed"))
 			p.again(two, push) // too late, and at another service than the one that knows

@@ -18,7 +18,7 @@ type timeline struct {
 
 	begin   time.Time
 	events  []Event        // that have been seen
-	deaths  map[uint]Event // by pull request: its holder was killed and nobody has taken over yet
+	deaths  map[uint]Event // by pull request: its holder was killed and no other has taken over yet
 	running map[uint]Event // by pull request: the job that runs
 }
 
@@ -78,7 +78,7 @@ func (t *timeline) print(e Event) {
 	}
 }
 
-// describe answers the verb and the note of an event's line; no verb, no line.
+// describe returns the verb and the note of an event's line; no verb, no line.
 func (t *timeline) describe(e Event) (what, note string) {
 	switch e.Kind {
 	case listening:
@@ -93,7 +93,7 @@ func (t *timeline) describe(e Event) (what, note string) {
 		if slices.ContainsFunc(t.events[:len(t.events)-1], func(s Event) bool { return s.Kind == received && s.Delivery == e.Delivery }) {
 			return "→ arrives again", "the same delivery"
 		}
-		return "→ arrives", ""
+		return "→ arrives", map[string]string{letFinish: "lets the running one finish", skipIfBusy: "a test: only if none runs"}[e.Mode]
 	case turnedAway:
 		return "× turned away", t.cause("too late: after ", e)
 	case locks:
@@ -105,6 +105,9 @@ func (t *timeline) describe(e Event) (what, note string) {
 			delete(t.deaths, e.PR)
 			return "► takes over", fmt.Sprintf("%s, %.1f s after the kill of %s", note, e.Time.Sub(death.Time).Seconds(), death.Replica)
 		}
+		if e.Mode == letFinish && slices.ContainsFunc(t.events, func(s Event) bool { return s.Kind == finished && s.PR == e.PR }) {
+			note += fmt.Sprintf(", has waited for %.1f s", t.waited(e).Seconds())
+		}
 		return "► runs", note
 	case toldToStop:
 		return "! told to stop", t.cause("by ", e)
@@ -112,13 +115,13 @@ func (t *timeline) describe(e Event) (what, note string) {
 		delete(t.running, e.PR)
 		return "■ stopped", "token " + shortToken(e.Token)
 	case left:
-		return "← leaves", t.cause("displaced by ", e)
+		return "← leaves", t.cause("superseded by ", e)
+	case skipped:
+		return "↷ skipped", t.cause("busy: at work is ", e)
 	case finished:
 		delete(t.running, e.PR)
-		if e.Job == "destroy" {
-			return "✓ destroyed", "token " + shortToken(e.Token)
-		}
-		return "✓ deployed", "token " + shortToken(e.Token)
+		verb := map[string]string{"destroy": "✓ destroyed", "test": "✓ tested"}[e.Job]
+		return cmp.Or(verb, "✓ deployed"), "token " + shortToken(e.Token)
 	case failed:
 		return "✗ FAILED", e.Reason
 	default:
@@ -143,15 +146,25 @@ func (t *timeline) killed(e Event) string {
 	return fmt.Sprintf("by SIGKILL, while it ran %s: a successor has to wait %.0f s", strings.Join(lost, ", "), lockDelay.Seconds())
 }
 
-// cause names the delivery for which an event's job made way, or else answers the reason that it was given.
-func (t *timeline) cause(verb string, e Event) string {
-	for _, other := range t.events {
-		if other.Kind == sent && madeWayFor(e, other.Delivery) {
-			return verb + title(other)
+// waited returns how long before an event its delivery has arrived.
+func (t *timeline) waited(e Event) time.Duration {
+	for _, other := range slices.Backward(t.events) {
+		if other.Kind == received && other.Delivery == e.Delivery {
+			return e.Time.Sub(other.Time)
 		}
 	}
-	if e.Kind == turnedAway && strings.Contains(e.Reason, shortID(e.Delivery)) {
+	return 0
+}
+
+// cause names the delivery for which an event's job made way, or else returns the reason that it was given.
+func (t *timeline) cause(verb string, e Event) string {
+	if e.By == e.Delivery && e.Kind == turnedAway {
 		return "it is not over yet"
+	}
+	for _, other := range t.events {
+		if other.Kind == sent && other.Delivery == e.By {
+			return verb + title(other)
+		}
 	}
 	return e.Reason
 }
@@ -171,7 +184,7 @@ func shortToken(token int64) string {
 // title is what a person calls a delivery: "synchronize 1f2e3d4".
 func title(e Event) string {
 	name, _, _ := strings.Cut(e.Event, " delivery ")
-	return name
+	return strings.Replace(name, "review_requested", "review", 1)
 }
 
 // palette holds the terminal's colours for pull requests: cyan, yellow, magenta, green.
