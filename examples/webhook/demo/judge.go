@@ -72,6 +72,10 @@ const (
 // lockDelay is what the library waits before the successor of a holder that died may work.
 const lockDelay = 10 * time.Second
 
+// skipTime is how long a service may take to find out that a job is at work. A delivery that may be skipped and starts
+// later than that, and after a job has ended, has waited.
+const skipTime = workTime / 3
+
 // pull is what the judge knows of one pull request.
 type pull struct {
 	repo     string
@@ -88,6 +92,8 @@ type pull struct {
 	token    int64                // of the job that started last
 	orphaned time.Time            // when the holder was killed, until another one takes over
 
+	latestEnd time.Time // when a job ended last
+
 	deliveries, ran, stopped, left, turnedAway, skipped, finished, killed, overlaps int
 	newestFinished                                                                  bool
 }
@@ -100,7 +106,7 @@ func newPull(repo string, pr uint) *pull {
 // judge says whether the events tell of a service that kept its promises. On each pull request: never two jobs
 // concurrently, tokens that grow, no older job after a newer one, no delivery turned away but by a newer one or because
 // it was sent once more, no job disturbed by its own redelivery, none told to stop if all that is newer lets it finish,
-// none disturbed by a delivery that may be skipped, and none of these skipped without a reason, every commit that shows
+// none disturbed by a delivery that may be skipped, and none of these skipped without a reason or made to wait, every commit that shows
 // what has taken its place, no successor too early after a death, everything that was sent accounted for, and the
 // newest finished. And each process ended well. It returns what it saw of each pull request, and one sentence for each
 // broken promise.
@@ -205,7 +211,11 @@ func (p *pull) see(e Event) (broken []string) {
 		if e.Token <= p.token {
 			complain("the token went from %d to %d with %s", p.token, e.Token, e.Event)
 		}
-		if mode != skipIfBusy {
+		if mode == skipIfBusy {
+			if at := p.sent[e.Delivery].Time; e.Time.Sub(at) > skipTime && p.latestEnd.After(at) {
+				complain("%s waited for another job, and should have been skipped", e.Event)
+			}
+		} else {
 			if p.place[e.Delivery] < p.place[p.latest.Delivery] {
 				complain("%s ran after the newer %s", e.Event, p.latest.Event)
 			}
@@ -229,6 +239,7 @@ func (p *pull) see(e Event) (broken []string) {
 			complain("%s started with token %d and ended with %d", e.Event, p.running[i].Token, e.Token)
 		}
 		p.running = slices.Delete(p.running, i, i+1)
+		p.latestEnd = e.Time
 		p.settle(e)
 		if e.Kind == stopped {
 			p.stopped++
@@ -252,6 +263,9 @@ func (p *pull) see(e Event) (broken []string) {
 			}
 		}
 		if e.Kind == left {
+			if mode == skipIfBusy && e.By != "" {
+				complain("%s waited for another job, and should have been skipped", e.Event)
+			}
 			p.left++
 			p.settle(e)
 		}

@@ -242,6 +242,14 @@ func TestJudgeIsLoud(t *testing.T) {
 			[]string{"3.5  one #9 sent n mode=skip_if_busy", "", "3.6  one #9 skipped n by=k", "6 one #9 sent n mode=skip_if_busy\n6.1 one #9 started n 3\n6.2 one #9 finished n 3"},
 			nil,
 		},
+		"one that may be skipped waits": {
+			[]string{"3.6  one #9 skipped n by=k", "4.15 one #9 started n 2\n4.18 one #9 finished n 2", "started m 2", "started m 3", "finished m 2", "finished m 3"},
+			[]string{"#9: push n waited for another job, and should have been skipped"},
+		},
+		"one that may be skipped is superseded while it waits": {
+			[]string{"3.6  one #9 skipped n by=k", "3.6 one #9 left n by=m"},
+			[]string{"#9: push n waited for another job, and should have been skipped"},
+		},
 		"a push skipped that has to wait": {
 			[]string{"3.4  one #9 left l by=m", "3.4 one #9 skipped l by=k"},
 			[]string{"#9: push l was skipped, though it has to wait for its turn"},
