@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log"
 	"time"
 
@@ -31,46 +30,51 @@ func Example() {
 	// error: <nil>
 }
 
-// Which sentinel an error matches says what happened.
-func Example_errors() {
+// One value says how a Do has ended, the worst first. Here three things went wrong: the
+// deployment was preempted, was cut off because it did not stop in time, and then
+// failed. To test for ErrLockPreempted first would hide the other two.
+func ExampleOutcomeOf() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory([]locker.LockProviderOption{
-		locker.WithLockTimeout(10 * time.Millisecond),
+		locker.WithPreemptionTimeout(10 * time.Millisecond),
 	})
 	if err != nil {
 		log.Fatal(err)
 	}
-	work := func(ctx context.Context) error {
-		return newLocker("octo/cat", 42, "opened").Do(ctx, func(context.Context) error { return nil })
+	deploy := func(event string, f func(ctx context.Context) error) error {
+		err := newLocker("octo/cat", 42, event).Do(context.Background(), f)
+		switch outcome, finished := locker.OutcomeOf(err); outcome {
+		case locker.OutcomeCompleted:
+			fmt.Printf("%s: done\n", event)
+		case locker.OutcomeSuperseded:
+			fmt.Printf("%s: newer work took over: nothing to do\n", event)
+		case locker.OutcomeLost:
+			fmt.Printf("%s: two may have run concurrently: look what is half done (finished: %v)\n", event, finished)
+		default: // its name is also fit for a metric's label
+			fmt.Printf("%s: %v: %v\n", event, outcome, err)
+		}
+		return err
 	}
 
-	// Another claim holds the lock and does not stop.
-	holder := newLocker("octo/cat", 42, "closed")
-	if _, err := holder.Lock(context.Background()); err != nil {
-		log.Fatal(err)
-	}
-	switch err := work(context.Background()); {
-	case errors.Is(err, locker.ErrLockPreempted):
-		fmt.Println("newer work took over: nothing to do")
-	case errors.Is(err, locker.ErrLockTimeout):
-		fmt.Println("the lock was not free in time: try again later")
-	case errors.Is(err, locker.ErrLockLost):
-		fmt.Println("the lock was lost while working: look what is half done")
-	case err != nil:
-		fmt.Println("something else:", err)
-	}
-
-	// A context that is done is another error than the lock timeout.
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	err = work(ctx)
-	fmt.Println(errors.Is(err, context.Canceled), errors.Is(err, locker.ErrLockTimeout))
-
-	if err := holder.Release(context.Background()); err != nil {
-		log.Fatal(err)
-	}
+	newerRuns, olderEnded, newerEnded := make(chan bool), make(chan bool), make(chan bool)
+	err = deploy("opened", func(context.Context) error {
+		go func() { // the next delivery, usually in another process
+			defer close(newerEnded)
+			_ = deploy("synchronize", func(context.Context) error {
+				close(newerRuns)
+				<-olderEnded
+				return nil
+			})
+		}()
+		<-newerRuns // this deployment does not mind its context
+		return errors.New("health check failed")
+	})
+	fmt.Println("preempted:", errors.Is(err, locker.ErrLockPreempted), "lost:", errors.Is(err, locker.ErrLockLost))
+	close(olderEnded)
+	<-newerEnded
 	// Output:
-	// the lock was not free in time: try again later
-	// true false
+	// opened: two may have run concurrently: look what is half done (finished: false)
+	// preempted: true lost: true
+	// synchronize: done
 }
 
 // The function's context is canceled when newer work is announced, and the
@@ -90,14 +94,16 @@ func ExamplePreemptiveLocker_Do() {
 			})
 		}()
 		<-ctx.Done()
-		fmt.Println("stopping, preempted:", errors.Is(context.Cause(ctx), locker.ErrLockPreempted))
-		return nil
+		cause, _ := locker.OutcomeOf(context.Cause(ctx))
+		fmt.Println("stopping:", cause)
+		return ctx.Err()
 	})
-	fmt.Println("stopped, preempted:", errors.Is(err, locker.ErrLockPreempted))
+	outcome, finished := locker.OutcomeOf(err)
+	fmt.Printf("stopped: %v, finished: %v\n", outcome, finished)
 	fmt.Println("newer:", <-newer)
 	// Output:
-	// stopping, preempted: true
-	// stopped, preempted: true
+	// stopping: superseded
+	// stopped: superseded, finished: false
 	// newer: <nil>
 }
 
@@ -141,6 +147,101 @@ work:
 	// released: <nil>
 	// the newer one has the lock: <nil>
 	// released: <nil>
+}
+
+// What a claim does to others while the key is held: the newer claim decides. Here all
+// three wait in vain, because the holder does not release.
+func ExamplePreemptiveLocker_Mode() {
+	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	ctx := context.Background()
+	holder := newLocker("octo/cat", 42, "release 1.4.0")
+	notified, err := holder.Lock(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	for _, mode := range []locker.ClaimMode{locker.SkipIfBusy, locker.LetFinish, locker.Preempt} {
+		_, err := newLocker("octo/cat", 42, "release 1.4.1").Mode(mode).Wait(10 * time.Millisecond).Lock(ctx)
+		outcome, _ := locker.OutcomeOf(err)
+		fmt.Printf("%v: %v\n", mode, outcome)
+		if mode != locker.Preempt {
+			fmt.Println("  notifications:", len(notified))
+		}
+	}
+	fmt.Println("  notified:", (<-notified).Message)
+	fmt.Println("released:", holder.Release(ctx))
+	// Output:
+	// skip_if_busy: busy
+	//   notifications: 0
+	// let_finish: timeout
+	//   notifications: 0
+	// preempt: timeout
+	//   notified: release 1.4.1
+	// released: <nil>
+}
+
+// A bound for one wait. The error says which claim holds the key. The bound does not end
+// the hold, as the end of the context would.
+func ExamplePreemptiveLocker_Wait() {
+	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	ctx := context.Background()
+	const patience = 10 * time.Millisecond
+	first := newLocker("octo/cat", 42, "opened").Wait(patience)
+	err = first.Do(ctx, func(ctx context.Context) error {
+		time.Sleep(2 * patience)
+		fmt.Println("still undisturbed:", ctx.Err() == nil)
+
+		second := newLocker("octo/cat", 42, "labeled").Mode(locker.LetFinish).Wait(patience)
+		_, err := second.Lock(context.Background())
+		fmt.Println("timeout:", errors.Is(err, locker.ErrLockTimeout))
+		var conflict *locker.ConflictError
+		if errors.As(err, &conflict) && conflict.Holder != nil {
+			fmt.Println("held by:", conflict.Holder.Event)
+		}
+		return nil
+	})
+	fmt.Println("error:", err)
+	// Output:
+	// still undisturbed: true
+	// timeout: true
+	// held by: opened
+	// error: <nil>
+}
+
+// What a claim says about itself reaches those that it displaces, in any process.
+func ExamplePreemptiveLocker_Labels() {
+	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	push := func(commit string) *locker.PreemptiveLocker {
+		return newLocker("octo/cat", 42, "synchronize").Labels(map[string]string{
+			"commit": commit,
+			"url":    "https://github.com/octo/cat/commit/" + commit,
+		})
+	}
+	newer := make(chan error)
+	err = push("1111111").Do(context.Background(), func(ctx context.Context) error {
+		go func() { // the next push, usually in another process
+			newer <- push("2222222").Do(context.Background(), func(context.Context) error { return nil })
+		}()
+		<-ctx.Done()
+		return ctx.Err()
+	})
+	var conflict *locker.ConflictError
+	if errors.As(err, &conflict) && conflict.Winner != nil { // nil if it is not known, as after an outage
+		fmt.Println("superseded by", conflict.Winner.Labels["url"])
+	}
+	fmt.Println("newer:", <-newer)
+	// Output:
+	// superseded by https://github.com/octo/cat/commit/2222222
+	// newer: <nil>
 }
 
 // Webhooks may arrive late, or twice. With an order that comes from the event
@@ -205,17 +306,54 @@ func ExamplePreemptiveLocker_Token() {
 	// refused: opened, too late
 }
 
+// Code that knows nothing of locks can send the fencing token of the hold with what it
+// writes.
+func ExampleTokenFromContext() {
+	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	var newest int64 // kept with the resource
+	write := func(ctx context.Context, text string) {
+		if token := locker.TokenFromContext(ctx); token < newest {
+			fmt.Println("refused:", text)
+		} else {
+			newest = token
+			fmt.Println("written:", text)
+		}
+	}
+
+	var old context.Context
+	for _, event := range []string{"opened", "synchronize"} {
+		err := newLocker("octo/cat", 42, event).Do(context.Background(), func(ctx context.Context) error {
+			write(ctx, event)
+			if old == nil {
+				old = ctx
+			}
+			return nil
+		})
+		if err != nil {
+			log.Fatal(err)
+		}
+	}
+	write(old, "opened, too late")
+	// Output:
+	// written: opened
+	// written: synchronize
+	// refused: opened, too late
+}
+
 // Deployer is a small service that is to be tested.
 type Deployer struct {
 	Lockers locker.PreemptiveLockerFactory
 	Run     func(ctx context.Context, repo string, pr uint) error
 }
 
-// Deploy is called for every webhook. Being displaced by a newer one is no
+// Deploy is called for every webhook. Being superseded by a newer one is no
 // failure.
 func (d *Deployer) Deploy(ctx context.Context, repo string, pr uint, event string) error {
 	err := d.Lockers(repo, pr, event).Do(ctx, func(ctx context.Context) error { return d.Run(ctx, repo, pr) })
-	if errors.Is(err, locker.ErrLockPreempted) {
+	if outcome, _ := locker.OutcomeOf(err); outcome == locker.OutcomeSuperseded {
 		return nil
 	}
 	return err
@@ -234,7 +372,7 @@ func ExampleNewFakePreemptiveLockerFactory() {
 		runs++
 		if runs == 1 {
 			close(started)
-			<-ctx.Done() // the first deployment hangs until it is displaced
+			<-ctx.Done() // the first deployment hangs until it is notified
 		}
 		return nil
 	}}
@@ -270,7 +408,7 @@ func (v verbose) New(ctx context.Context, key int64, event string) (locker.Preem
 
 // Any LockProvider will do, also one that wraps another.
 func ExampleNewPreemptiveLockerFactory() {
-	provider, err := locker.NewLockProvider(locker.FakeLockProviderKind)
+	provider, err := locker.NewFakeProvider()
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -292,14 +430,14 @@ func ExampleNewPreemptiveLockerFactory() {
 
 // A provider made by hand can be closed, and shared by several factories. New
 // with a key of one's own needs neither repo nor pull request.
-func ExampleNewLockProvider() {
-	provider, err := locker.NewLockProvider(locker.FakeLockProviderKind,
+func ExampleNewFakeProvider() {
+	provider, err := locker.NewFakeProvider(
 		locker.WithLockTimeout(time.Minute),
 		locker.WithPreemptionTimeout(5*time.Second))
 	if err != nil {
 		log.Fatal(err)
 	}
-	defer func() { _ = provider.(io.Closer).Close() }()
+	defer func() { _ = provider.Close() }()
 
 	ctx := context.Background()
 	const nightlyReport = 7
@@ -347,10 +485,51 @@ func ExampleWithMaxLockDuration() {
 	}
 	err = newLocker("octo/cat", 42, "opened").Do(context.Background(), func(ctx context.Context) error {
 		<-ctx.Done() // stuck, but it minds its context
-		return context.Cause(ctx)
+		return ctx.Err()
 	})
-	fmt.Println(errors.Is(err, locker.ErrMaxLockDuration))
-	// Output: true
+	outcome, _ := locker.OutcomeOf(err)
+	fmt.Println(outcome)
+	// Output: expired
+}
+
+// Claims arrive faster than the work ends. After one hold that a newer claim has ended,
+// the next one is let finish.
+func ExampleWithProgress() {
+	newLocker, err := locker.NewFakePreemptiveLockerFactory([]locker.LockProviderOption{
+		locker.WithProgress(1, time.Minute),
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	ctx := context.Background()
+	first, second := newLocker("octo/cat", 42, "push 1"), newLocker("octo/cat", 42, "push 2")
+	notified, err := first.Lock(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	var undisturbed <-chan locker.NotificationPayload
+	locked := make(chan error)
+	go func() {
+		var err error
+		undisturbed, err = second.Lock(ctx)
+		locked <- err
+	}()
+	fmt.Println("the first is notified of", (<-notified).Message)
+	fmt.Println("released:", first.Release(ctx))
+	fmt.Println("the second has the lock:", <-locked)
+
+	_, err = newLocker("octo/cat", 42, "push 3").Wait(10 * time.Millisecond).Lock(ctx)
+	outcome, _ := locker.OutcomeOf(err)
+	fmt.Println("the third:", outcome)
+	fmt.Println("notifications of the second:", len(undisturbed))
+	fmt.Println("released:", second.Release(ctx))
+	// Output:
+	// the first is notified of push 2
+	// released: <nil>
+	// the second has the lock: <nil>
+	// the third: timeout
+	// notifications of the second: 0
+	// released: <nil>
 }
 
 // Locks that every process with the same database shares.
@@ -366,20 +545,19 @@ func ExampleNewPostgresPreemptiveLockerFactory() {
 	err = newLocker("octo/cat", 42, "synchronize").Do(context.Background(), func(ctx context.Context) error {
 		return deploy(ctx, "octo/cat", 42)
 	})
-	if err != nil && !errors.Is(err, locker.ErrLockPreempted) {
+	if outcome, _ := locker.OutcomeOf(err); outcome > locker.OutcomeSuperseded { // the larger, the worse
 		log.Print(err)
 	}
 }
 
 // A provider on PostgreSQL that is closed when the service ends.
-func ExampleNewLockProvider_postgres() {
-	provider, err := locker.NewLockProvider(locker.PostgresLockProviderKind,
-		locker.WithPostgresBackend("postgres://app:password@db.example.com/app?sslmode=verify-full", ""))
+func ExampleNewPostgresProvider() {
+	provider, err := locker.NewPostgresProvider("postgres://app:password@db.example.com/app?sslmode=verify-full")
 	if err != nil {
 		log.Fatal(err)
 	}
 	// Notifies every holder, and waits until all have stopped.
-	defer func() { _ = provider.(io.Closer).Close() }()
+	defer func() { _ = provider.Close() }()
 
 	newLocker, err := locker.NewPreemptiveLockerFactory(provider)
 	if err != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log"
 	"os"
 	"path/filepath"
@@ -21,7 +20,7 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// A redelivery has the same order as its original. While that one is at work it
+// A redelivery has the same number as its original. While that one is at work it
 // is turned away; after that it runs, which is how a failed deployment is tried
 // again.
 func ExamplePreemptiveLocker_Sequence_redelivery() {
@@ -35,7 +34,7 @@ func ExamplePreemptiveLocker_Sequence_redelivery() {
 				work()
 				return nil
 			})
-		if errors.Is(err, locker.ErrClaimOutdated) {
+		if errors.Is(err, locker.ErrClaimOutdated) { // of those whose outcome is OutcomeSuperseded
 			fmt.Println("turned away:", order)
 		}
 	}
@@ -73,11 +72,12 @@ func ExamplePreemptiveLocker_withoutPullRequest() {
 		<-ctx.Done()
 		return nil
 	})
-	fmt.Println("preempted:", errors.Is(err, locker.ErrLockPreempted))
+	outcome, _ := locker.OutcomeOf(err)
+	fmt.Println("older:", outcome)
 	fmt.Println("newer:", <-newer)
 	// Output:
 	// another environment: <nil> <nil>
-	// preempted: true
+	// older: superseded
 	// newer: <nil>
 }
 
@@ -107,16 +107,18 @@ func ExamplePreemptiveLocker_Shield() {
 			fmt.Println("never printed")
 			return nil
 		})
-		fmt.Println("a second one is not begun:", errors.Is(err, locker.ErrLockPreempted))
+		outcome, _ := locker.OutcomeOf(err)
+		fmt.Println("a second one is not begun:", outcome)
 		return err
 	})
-	fmt.Println("preempted:", errors.Is(err, locker.ErrLockPreempted))
+	outcome, _ := locker.OutcomeOf(err)
+	fmt.Println("older:", outcome)
 	fmt.Println("newer:", <-newer)
 	// Output:
 	// notified; the migration goes on: true
 	// the migration ended with: <nil>
-	// a second one is not begun: true
-	// preempted: true
+	// a second one is not begun: superseded
+	// older: superseded
 	// newer: <nil>
 }
 
@@ -153,16 +155,15 @@ func ExampleWithObserver() {
 	// Output: map[acquired:2 notified:1 released:2]
 }
 
-// Who holds which lock, in any process: for a page or a command for operators.
+// Which lock is held by which process: for a page or a command for operators.
 func ExamplePostgresLockProvider_ListLocks() {
-	provider, err := locker.NewLockProvider(locker.PostgresLockProviderKind,
-		locker.WithPostgresBackend("postgres://app:password@db.example.com/app?sslmode=verify-full", ""))
+	provider, err := locker.NewPostgresProvider("postgres://app:password@db.example.com/app?sslmode=verify-full")
 	if err != nil {
 		log.Fatal(err)
 	}
-	defer func() { _ = provider.(io.Closer).Close() }()
+	defer func() { _ = provider.Close() }()
 
-	holders, err := provider.(*locker.PostgresLockProvider).ListLocks(context.Background())
+	holders, err := provider.ListLocks(context.Background())
 	if err != nil {
 		log.Print(err)
 		return
@@ -187,14 +188,13 @@ func ExamplePostgresLockProvider_ListLocks() {
 // Asking a holder to stop, wherever it runs: its context is canceled with a
 // cause that matches ErrStopRequested and quotes the reason.
 func ExamplePostgresLockProvider_RequestStop() {
-	provider, err := locker.NewLockProvider(locker.PostgresLockProviderKind,
-		locker.WithPostgresBackend("postgres://app:password@db.example.com/app?sslmode=verify-full", ""))
+	provider, err := locker.NewPostgresProvider("postgres://app:password@db.example.com/app?sslmode=verify-full")
 	if err != nil {
 		log.Fatal(err)
 	}
-	defer func() { _ = provider.(io.Closer).Close() }()
+	defer func() { _ = provider.Close() }()
 
-	asked, err := provider.(*locker.PostgresLockProvider).RequestStop(context.Background(), "octo/cat", 42, "database maintenance")
+	asked, err := provider.RequestStop(context.Background(), "octo/cat", 42, "database maintenance")
 	switch {
 	case err != nil:
 		log.Print(err)
@@ -208,9 +208,9 @@ func ExamplePostgresLockProvider_RequestStop() {
 // The test of docs/testing.md.
 func TestNewerWorkWins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		provider, err := locker.NewLockProvider(locker.FakeLockProviderKind)
+		provider, err := locker.NewFakeProvider()
 		require.NoError(t, err)
-		defer provider.(io.Closer).Close()
+		defer provider.Close()
 		newLocker, err := locker.NewPreemptiveLockerFactory(provider)
 		require.NoError(t, err)
 

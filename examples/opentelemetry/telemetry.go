@@ -2,8 +2,7 @@
 //
 //	t, err := telemetry.New(otel.GetTracerProvider(), otel.GetMeterProvider())
 //	…
-//	provider, err := locker.NewLockProvider(locker.PostgresLockProviderKind,
-//		locker.WithPostgresBackend(uri, ""), locker.WithObserver(t.Observe))
+//	provider, err := locker.NewPostgresProvider(uri, locker.WithObserver(t.Observe))
 //	…
 //	err = t.WatchStats(provider)
 //	…
@@ -34,19 +33,20 @@ const (
 	EventKey   = attribute.Key("locker.event")
 	LockKey    = attribute.Key("locker.key")
 	TokenKey   = attribute.Key("locker.token")
-	OutcomeKey = attribute.Key("locker.outcome")
+	KindKey    = attribute.Key("locker.kind")    // see locker.ObservationKind
+	OutcomeKey = attribute.Key("locker.outcome") // see locker.Outcome
 )
 
 // Telemetry makes these spans and metrics:
 //
 //	lock, release                 spans, with vcs.owner.name, vcs.repository.name, vcs.change.id, locker.event, locker.key,
-//	                              locker.token and error.type
+//	                              locker.token, locker.outcome and error.type
 //	announce, acquire, …          client spans of SQL statements, with db.system.name, db.namespace, db.operation.name,
 //	                              db.query.summary, db.query.text, server.address, server.port, db.response.status_code
 //	                              and error.type
 //	db.client.operation.duration  histogram of these statements
-//	locker.wait.duration          histogram of Lock, with locker.outcome and error.type
-//	locker.hold.duration          histogram of holds, with locker.outcome and error.type
+//	locker.wait.duration          histogram of Lock, with locker.kind and locker.outcome
+//	locker.hold.duration          histogram of holds, the same
 //	locker.events                 counter of everything that happens to locks and sessions, the same
 //	locker.held, locker.waiting, locker.queued, locker.connected
 //	                              state of the session, see WatchStats
@@ -91,8 +91,8 @@ func (t *Telemetry) Trace(ctx context.Context, op locker.Operation) (context.Con
 		semconv.VCSOwnerName(owner), semconv.VCSRepositoryName(repository),
 		semconv.VCSChangeID(strconv.FormatUint(uint64(op.PullRequest), 10)), EventKey.String(op.Event)))
 	return ctx, func(end locker.OperationEnd) {
-		span.SetAttributes(LockKey.Int64(end.Key), TokenKey.Int64(end.Token))
-		fail(span, end.Err, reason(end.Err))
+		span.SetAttributes(LockKey.Int64(end.Key), TokenKey.Int64(end.Token), OutcomeKey.String(outcomeOf(end.Err)))
+		fail(span, end.Err, outcomeOf(end.Err))
 		span.End()
 	}
 }
@@ -110,7 +110,7 @@ func (t *Telemetry) statement(ctx context.Context, op locker.Operation) (context
 	ctx, span := t.tracer.Start(ctx, op.Statement, trace.WithSpanKind(trace.SpanKindClient), trace.WithTimestamp(start),
 		trace.WithAttributes(attributes...), trace.WithAttributes(semconv.DBQueryText(strings.TrimSpace(op.Query))))
 	return ctx, func(end locker.OperationEnd) {
-		errorType := reason(end.Err)
+		errorType := semconv.ErrorTypeOther.Value.AsString() // the connection's
 		var server interface{ SQLState() string }
 		if errors.As(end.Err, &server) {
 			errorType = server.SQLState()
@@ -134,44 +134,24 @@ func fail(span trace.Span, err error, errorType string) {
 	}
 }
 
-// Observe is for locker.WithObserver. No attribute holds a repo, an event or a key: there would be no end of them.
+// Observe is for locker.WithObserver. No attribute of a metric holds a repo, an event or a key, nor do the claim's labels
+// (o.Labels: a commit, a URL) become attributes: every value would make a time series that never ends. Of a span they may
+// well be attributes: set them on the service's own.
 func (t *Telemetry) Observe(o locker.Observation) {
 	ctx := context.Background()
-	attributes := []attribute.KeyValue{OutcomeKey.String(o.Kind.String())}
-	if o.Err != nil {
-		attributes = append(attributes, semconv.ErrorTypeKey.String(reason(o.Err)))
-	}
-	with := metric.WithAttributes(attributes...)
+	with := metric.WithAttributes(KindKey.String(o.Kind.String()), OutcomeKey.String(outcomeOf(o.Err)))
 	t.events.Add(ctx, 1, with)
 	switch o.Kind {
-	case locker.ObservedAcquired, locker.ObservedDisplaced, locker.ObservedFailed:
+	case locker.ObservedAcquired, locker.ObservedDisplaced, locker.ObservedFailed, locker.ObservedSkipped:
 		t.wait.Record(ctx, o.After.Seconds(), with)
 	case locker.ObservedReleased, locker.ObservedRevoked, locker.ObservedLost:
 		t.hold.Record(ctx, o.After.Seconds(), with)
 	}
 }
 
-// reason returns a short name of an error, one of a few, as error.type wants it.
-func reason(err error) string {
-	for _, c := range []struct {
-		sentinel error
-		name     string
-	}{
-		{locker.ErrLockLost, "lost"}, // before the others: the error of a loss may quote them
-		{locker.ErrClaimOutdated, "outdated"},
-		{locker.ErrLockPreempted, "preempted"},
-		{locker.ErrLockTimeout, "timeout"},
-		{locker.ErrMaxLockDuration, "too_long"},
-		{locker.ErrStopRequested, "asked"},
-		{locker.ErrProviderClosed, "closed"},
-		{context.Canceled, "canceled"},
-		{context.DeadlineExceeded, "timeout"},
-	} {
-		if errors.Is(err, c.sentinel) {
-			return c.name
-		}
-	}
-	return semconv.ErrorTypeOther.Value.AsString()
+func outcomeOf(err error) string {
+	outcome, _ := locker.OutcomeOf(err)
+	return outcome.String()
 }
 
 // WatchStats adds the state of a provider's session. Providers without Stats, such as the fake, have none.

@@ -1,6 +1,7 @@
 package telemetry_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"testing"
@@ -10,6 +11,8 @@ import (
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/metric/noop"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 
@@ -27,12 +30,13 @@ func TestErrors(t *testing.T) {
 		description string
 	}{
 		{locker.OperationLock, nil, "", codes.Unset, ""},
-		{locker.OperationLock, locker.ErrLockPreempted, "preempted", codes.Error, locker.ErrLockPreempted.Error()},
-		{locker.OperationLock, locker.ErrClaimOutdated, "outdated", codes.Error, locker.ErrClaimOutdated.Error()},
+		{locker.OperationLock, locker.ErrLockPreempted, "superseded", codes.Error, locker.ErrLockPreempted.Error()},
+		{locker.OperationLock, locker.ErrClaimOutdated, "superseded", codes.Error, locker.ErrClaimOutdated.Error()},
 		{locker.OperationLock, locker.ErrLockTimeout, "timeout", codes.Error, locker.ErrLockTimeout.Error()},
+		{locker.OperationLock, locker.ErrLockBusy, "busy", codes.Error, locker.ErrLockBusy.Error()},
 		{locker.OperationRelease, locker.ErrLockLost, "lost", codes.Error, locker.ErrLockLost.Error()},
 		{locker.OperationLock, context.Canceled, "canceled", codes.Error, context.Canceled.Error()},
-		{locker.OperationLock, errors.New("boom"), "_OTHER", codes.Error, "boom"},
+		{locker.OperationLock, errors.New("boom"), "failed", codes.Error, "boom"},
 		{locker.OperationStatement, nil, "", codes.Unset, ""},
 		{locker.OperationStatement, &pq.Error{Code: "55P03", Message: "canceled"}, "55P03", codes.Error, "pq: canceled (55P03)"},
 		{locker.OperationStatement, errors.New("boom"), "_OTHER", codes.Error, "boom"},
@@ -50,6 +54,9 @@ func TestErrors(t *testing.T) {
 			is[a.Key] = a.Value.Emit()
 		}
 		require.Equal(t, test.errorType, is["error.type"])
+		if test.kind != locker.OperationStatement {
+			require.Equal(t, cmp.Or(test.errorType, "completed"), is["locker.outcome"])
+		}
 		if test.kind == locker.OperationStatement {
 			require.Equal(t, "/run/.s.PGSQL.5432", is["server.address"])
 			require.NotContains(t, is, attribute.Key("server.port"))
@@ -58,6 +65,44 @@ func TestErrors(t *testing.T) {
 			}
 		}
 	}
+}
+
+// Skipped claims are counted and timed. The labels of a claim are in no metric.
+func TestSkipped(t *testing.T) {
+	reader := sdkmetric.NewManualReader()
+	tel, err := telemetry.New(sdktrace.NewTracerProvider(), sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader)))
+	require.NoError(t, err)
+	newLocker, err := locker.NewFakePreemptiveLockerFactory([]locker.LockProviderOption{locker.WithObserver(tel.Observe)})
+	require.NoError(t, err)
+	err = newLocker("o/r", 1, "push").Do(t.Context(), func(context.Context) error {
+		_, err := newLocker("o/r", 1, "test").Mode(locker.SkipIfBusy).Labels(map[string]string{"commit": "ec26c3e"}).Lock(context.Background())
+		require.ErrorIs(t, err, locker.ErrLockBusy)
+		return nil
+	})
+	require.NoError(t, err)
+	var metrics metricdata.ResourceMetrics
+	require.NoError(t, reader.Collect(t.Context(), &metrics))
+	var seen []string
+	for _, m := range metrics.ScopeMetrics[0].Metrics {
+		switch data := m.Data.(type) {
+		case metricdata.Sum[int64]:
+			for _, point := range data.DataPoints {
+				seen = append(seen, m.Name+" "+point.Attributes.Encoded(attribute.DefaultEncoder()))
+			}
+		case metricdata.Histogram[float64]:
+			for _, point := range data.DataPoints {
+				seen = append(seen, m.Name+" "+point.Attributes.Encoded(attribute.DefaultEncoder()))
+			}
+		}
+	}
+	require.ElementsMatch(t, []string{
+		"locker.events locker.kind=acquired,locker.outcome=completed",
+		"locker.events locker.kind=skipped,locker.outcome=busy",
+		"locker.events locker.kind=released,locker.outcome=completed",
+		"locker.wait.duration locker.kind=acquired,locker.outcome=completed",
+		"locker.wait.duration locker.kind=skipped,locker.outcome=busy",
+		"locker.hold.duration locker.kind=released,locker.outcome=completed",
+	}, seen)
 }
 
 // The fake has no Stats.

@@ -1,14 +1,12 @@
 // Package metrics exports what the locks of a provider do as Prometheus metrics. Copy it into your service.
 //
 //	m := metrics.New(registry)
-//	provider, err := locker.NewLockProvider(locker.PostgresLockProviderKind,
-//		locker.WithPostgresBackend(uri, ""), locker.WithObserver(m.Observe))
+//	provider, err := locker.NewPostgresProvider(uri, locker.WithObserver(m.Observe))
 //	…
 //	m.WatchStats(provider)
 package metrics
 
 import (
-	"errors"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -18,9 +16,13 @@ import (
 
 // Metrics counts and times what happens to locks.
 //
-//	locker_events_total{kind,cause}  counter; kind as in locker.ObservationKind, cause as in causeOf
-//	locker_wait_seconds{kind}        histogram of Lock: acquired, displaced, failed
-//	locker_hold_seconds{kind}        histogram of holds: released, revoked, lost
+//	locker_events_total{kind,outcome}  counter; kind as in locker.ObservationKind, outcome as in locker.Outcome
+//	locker_wait_seconds{kind}          histogram of Lock: acquired, displaced, failed, skipped
+//	locker_hold_seconds{kind}          histogram of holds: released, revoked, lost
+//
+// The outcome is that of the observation's error: why a claim was displaced, has failed or was skipped, why a holder was
+// notified, and why a hold that was released had been notified. Without an error it is "completed".
+//
 //	locker_queue, locker_held, locker_waiting, locker_connected, locker_suspended_seconds,
 //	locker_listening                 gauges of the provider, see WatchStats
 type Metrics struct {
@@ -36,7 +38,7 @@ func New(registry prometheus.Registerer) *Metrics {
 		registry: registry,
 		events: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "locker_events_total", Help: "What happened to locks, and why.",
-		}, []string{"kind", "cause"}),
+		}, []string{"kind", "outcome"}),
 		wait: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "locker_wait_seconds", Help: "How long Lock waited, by how it ended.",
 			Buckets: prometheus.ExponentialBuckets(0.001, 4, 9), // 1 ms … 65 s
@@ -50,41 +52,19 @@ func New(registry prometheus.Registerer) *Metrics {
 	return m
 }
 
-// Observe is for locker.WithObserver. No label holds a repo, an event or a key: there would be no end of them.
+// Observe is for locker.WithObserver. No metric's label holds a repo, an event or a key, nor do the claim's own labels
+// (o.Labels: a commit, a URL) become labels of a metric: every value would make a time series that never ends. They belong
+// into a log.
 func (m *Metrics) Observe(o locker.Observation) {
 	kind := o.Kind.String()
-	m.events.WithLabelValues(kind, causeOf(o.Err)).Inc()
+	outcome, _ := locker.OutcomeOf(o.Err)
+	m.events.WithLabelValues(kind, outcome.String()).Inc()
 	switch o.Kind {
-	case locker.ObservedAcquired, locker.ObservedDisplaced, locker.ObservedFailed:
+	case locker.ObservedAcquired, locker.ObservedDisplaced, locker.ObservedFailed, locker.ObservedSkipped:
 		m.wait.WithLabelValues(kind).Observe(o.After.Seconds())
 	case locker.ObservedReleased, locker.ObservedRevoked, locker.ObservedLost:
 		m.hold.WithLabelValues(kind).Observe(o.After.Seconds())
 	}
-}
-
-// causeOf is a short name of an error, one of a few.
-func causeOf(err error) string {
-	for _, c := range []struct {
-		sentinel error
-		name     string
-	}{
-		{locker.ErrLockLost, "lost"}, // before the others: the error of a loss may quote them
-		{locker.ErrClaimOutdated, "outdated"},
-		{locker.ErrLockPreempted, "preempted"},
-		{locker.ErrLockTimeout, "timeout"},
-		{locker.ErrLockNested, "nested"},
-		{locker.ErrMaxLockDuration, "too_long"},
-		{locker.ErrStopRequested, "asked"},
-		{locker.ErrProviderClosed, "closed"},
-	} {
-		if errors.Is(err, c.sentinel) {
-			return c.name
-		}
-	}
-	if err == nil {
-		return "none"
-	}
-	return "other" // a context that ended, or the database
 }
 
 // WatchStats adds gauges of a provider's session. Providers without Stats, such as the fake, have none.

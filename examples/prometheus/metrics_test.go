@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -23,13 +24,14 @@ type withStats struct {
 
 func (p *withStats) Stats() locker.Stats { return p.stats }
 
-// A holder, a waiter that is displaced by a third one, and a late one: scraped over HTTP as Prometheus does.
+// A holder, a waiter that is superseded by a third one, a late one, one that is skipped and one that has to wait for too
+// long: scraped over HTTP as Prometheus does.
 func TestScrape(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	m := metrics.New(registry)
-	fake, err := locker.NewLockProvider(locker.FakeLockProviderKind, locker.WithObserver(m.Observe))
+	fake, err := locker.NewFakeProvider(locker.WithObserver(m.Observe))
 	require.NoError(t, err)
-	defer func() { require.NoError(t, fake.(io.Closer).Close()) }()
+	defer func() { require.NoError(t, fake.Close()) }()
 	m.WatchStats(fake) // it has none
 	provider := &withStats{fake, locker.Stats{Queued: 3, Held: 1, Waiting: 2, Connected: true, Listening: true}}
 	m.WatchStats(provider)
@@ -56,6 +58,10 @@ func TestScrape(t *testing.T) {
 	require.ErrorIs(t, err, locker.ErrClaimOutdated)
 	require.NoError(t, first.Release(ctx))
 	require.NoError(t, <-third)
+	_, err = newLocker("o/r", 1, "test").Mode(locker.SkipIfBusy).Labels(map[string]string{"commit": "ec26c3e"}).Lock(ctx)
+	require.ErrorIs(t, err, locker.ErrLockBusy)
+	_, err = newLocker("o/r", 1, "patient").Mode(locker.LetFinish).Wait(time.Millisecond).Lock(ctx)
+	require.ErrorIs(t, err, locker.ErrLockTimeout)
 	require.NoError(t, last.Release(ctx))
 
 	server := httptest.NewServer(promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
@@ -66,11 +72,14 @@ func TestScrape(t *testing.T) {
 	body, err := io.ReadAll(res.Body)
 	require.NoError(t, err)
 	for _, line := range []string{
-		`locker_events_total{cause="none",kind="acquired"} 2`,
-		`locker_events_total{cause="preempted",kind="displaced"} 1`,
-		`locker_events_total{cause="preempted",kind="notified"} 1`,
-		`locker_events_total{cause="preempted",kind="released"} 1`,
-		`locker_events_total{cause="none",kind="released"} 1`,
+		`locker_events_total{kind="acquired",outcome="completed"} 2`,
+		`locker_events_total{kind="displaced",outcome="superseded"} 2`, // also the late one
+		`locker_events_total{kind="skipped",outcome="busy"} 1`,
+		`locker_events_total{kind="failed",outcome="timeout"} 1`,
+		`locker_events_total{kind="notified",outcome="superseded"} 1`,
+		`locker_events_total{kind="released",outcome="superseded"} 1`,
+		`locker_events_total{kind="released",outcome="completed"} 1`,
+		`locker_wait_seconds_count{kind="skipped"} 1`,
 		`locker_wait_seconds_count{kind="acquired"} 2`,
 		`locker_hold_seconds_count{kind="released"} 2`,
 		`locker_queue 3`,
@@ -82,5 +91,6 @@ func TestScrape(t *testing.T) {
 	} {
 		require.Contains(t, string(body), line+"\n", "%s", body)
 	}
+	require.NotContains(t, string(body), "ec26c3e", "a label of a claim is none of a metric")
 	t.Logf("%s", body)
 }

@@ -66,12 +66,11 @@ func preemption(ctx context.Context, uri string) (spans tracetest.SpanStubs, met
 	if err != nil {
 		return nil, metrics, err
 	}
-	provider, err := locker.NewLockProvider(locker.PostgresLockProviderKind,
-		locker.WithPostgresBackend(uri, ""), locker.WithObserver(t.Observe))
+	provider, err := locker.NewPostgresProvider(uri, locker.WithObserver(t.Observe))
 	if err != nil {
 		return nil, metrics, err
 	}
-	defer func() { err = errors.Join(err, provider.(io.Closer).Close()) }()
+	defer func() { err = errors.Join(err, provider.Close()) }()
 	if err := t.WatchStats(provider); err != nil {
 		return nil, metrics, err
 	}
@@ -100,8 +99,9 @@ func preemption(ctx context.Context, uri string) (spans tracetest.SpanStubs, met
 	}()
 	<-held
 	newer := deploy("push 2", func(context.Context) error { return nil })
-	if err := <-older; !errors.Is(err, locker.ErrLockPreempted) {
-		return nil, metrics, fmt.Errorf("the older deployment was not preempted: %w", err)
+	olderErr := <-older
+	if outcome, _ := locker.OutcomeOf(olderErr); outcome != locker.OutcomeSuperseded {
+		return nil, metrics, fmt.Errorf("the older deployment was not superseded, but %v: %w", outcome, olderErr)
 	}
 	if newer != nil {
 		return nil, metrics, newer
@@ -165,7 +165,7 @@ func printMetrics(out io.Writer, metrics metricdata.ResourceMetrics) {
 			case metricdata.Histogram[float64]:
 				for _, point := range data.DataPoints {
 					set, _ := point.Attributes.Filter(func(a attribute.KeyValue) bool {
-						return a.Key == telemetry.OutcomeKey || a.Key == semconv.ErrorTypeKey || a.Key == semconv.DBOperationNameKey
+						return a.Key == telemetry.KindKey || a.Key == telemetry.OutcomeKey || a.Key == semconv.ErrorTypeKey || a.Key == semconv.DBOperationNameKey
 					})
 					lines = append(lines, fmt.Sprintf("%s{%s}  count %d, sum %.4f s", m.Name, labels(set), point.Count, point.Sum))
 				}
