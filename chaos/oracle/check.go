@@ -14,6 +14,8 @@ type Rules struct {
 	LockTimeout time.Duration // of the workers
 	Preemption  time.Duration // preemption timeout of the workers
 	Session     time.Duration // session timeout of workers that do not say theirs
+	Progress    int           // after as many holds in a row that claims have ended, the next is spared; 0: none is
+	Spared      time.Duration // for how long
 
 	Late      time.Duration // how late a worker may notice what was there to be noticed: scheduling of a busy machine
 	Reconnect time.Duration // how long after a fault a session may be on its way back
@@ -75,6 +77,10 @@ const (
 	RuleNewest     = "an older claim was granted (C3)"
 	RuleSuperseded = "a claim was superseded by none (C4, C26)"
 	RuleHolder     = "a holder was not notified of a newer claim (C5, C8)"
+	RuleDisturbed  = "a holder was notified though no claim preempts"
+	RuleStarved    = "claims have ended too many holds in a row"
+	RuleSkipped    = "a claim was skipped though the key was free"
+	RulePassed     = "a claim that skips took a key that was waited for"
 	RuleWaiter     = "a waiter did not leave for a newer claim (C4, C8)"
 	RuleKept       = "a hold was lost that could have been kept (C24)"
 	RuleLost       = "a holder was not notified of its loss in time (C24)"
@@ -112,6 +118,7 @@ type Verdict struct {
 	Survival   []Survival
 	Absences   []time.Duration // from suspended to reconnected
 	Suspended  int             // sessions, as their providers observed it
+	Spared     int             // holds that were not notified of a claim as soon as others are
 }
 
 // FaultFrozen is the fault of a Detection after SIGSTOP.
@@ -165,6 +172,9 @@ func Check(events []Event, rules Rules) *Verdict {
 		j.tokens(claims)
 		j.newest(claims)
 		j.superseded(claims)
+		j.skipped(claims)
+		j.passed(claims)
+		j.starved(claims)
 		j.successors(claims)
 		j.stuck(claims)
 	}
@@ -410,7 +420,10 @@ func (j *judge) newest(claims []*Claim) {
 				continue
 			}
 			if older.Locked != 0 && newer.Announcing > older.Locked {
-				j.holder(older, newer)
+				if newer.Mode == ModeFinish {
+					continue
+				}
+				j.holder(older, newer, claims)
 				break
 			}
 			if older.Locked == 0 && older.Announced != 0 && older.Waiting != 0 && newer.Announcing > older.Announced {
@@ -427,15 +440,23 @@ func after(announced []*Claim, at int64) []*Claim {
 	return announced[i:]
 }
 
-func (j *judge) granted(older *Claim, announced []*Claim) {
-	grant := older.Waiting
+// twoClocks is how far the database's clock and the history's may be apart.
+const twoClocks = 20 * time.Millisecond
+
+// grant is when the database granted the hold, or the beginning of its wait.
+func (j *judge) grant(c *Claim) int64 {
 	if j.GrantTime != nil {
-		if t, ok := j.GrantTime(older.Token); ok && t > older.Waiting && t <= older.Locked+int64(j.Late) {
-			grant = t
+		if t, ok := j.GrantTime(c.Token); ok && t > c.asked() && t <= c.Locked+int64(j.Late) {
+			return t
 		}
 	}
+	return c.asked()
+}
+
+func (j *judge) granted(older *Claim, announced []*Claim) {
+	grant := j.grant(older)
 	for _, newer := range after(announced, older.Announced) {
-		if newer.Announced >= grant-int64(20*time.Millisecond) { // two clocks are compared
+		if newer.Announced >= grant-int64(twoClocks) {
 			break
 		}
 		if newer == older || newer.Announcing <= older.Announced {
@@ -451,14 +472,34 @@ func (j *judge) granted(older *Claim, announced []*Claim) {
 	}
 }
 
-func (j *judge) holder(older, newer *Claim) {
+func (j *judge) holder(older, newer *Claim, claims []*Claim) {
 	noticed := first(older.Notified, older.HoldEnd())
-	limit := newer.Announced + tenths(heartbeat, j.timeout(older.Worker)) + int64(j.Late)
+	late := tenths(heartbeat, j.timeout(older.Worker)) + int64(j.Late)
+	limit := newer.Announced + late
+	if noticed != 0 && noticed <= newer.Announced+int64(j.Late) {
+		return
+	}
+	if j.mayBeSpared(older, claims) {
+		j.verdict.Spared++
+		limit = max(limit, older.Locked+int64(j.Spared)+late)
+	}
 	if noticed != 0 && noticed <= limit {
 		return
 	}
-	if touched(j.trouble[place(older.Worker)], newer.Announcing, limit) || j.forgot(newer.Announced, limit) != "" {
-		return // the rules of C14 and C24 bound it
+	// What a holder has missed it finds in the row when the trouble is over.
+	for moved := true; moved; {
+		moved = false
+		for _, t := range j.trouble[place(older.Worker)] {
+			if t.touches(newer.Announcing, limit) && (t.to == 0 || t.to+late > limit) {
+				if t.to == 0 {
+					return // the rules of C14 and C24 bound it
+				}
+				limit, moved = t.to+late, true
+			}
+		}
+	}
+	if noticed != 0 && noticed <= limit || j.forgot(newer.Announced, limit) != "" {
+		return
 	}
 	j.violate(Violation{RuleHolder, limit, older.Key, older.ID,
 		fmt.Sprintf("held undisturbed %v after %s was announced", ms(limit-newer.Announced), newer.ID)})
@@ -485,17 +526,25 @@ func (j *judge) superseded(claims []*Claim) {
 		} else if c.EndClass != ClassDisplaced {
 			continue
 		}
-		from := max(c.Attempt, c.Announcing)
-		if !slices.ContainsFunc(claims, func(n *Claim) bool {
-			return n != c && n.How != HowSilent && n.Attempt <= at && n.lastAnnounced() >= from
-		}) {
+		from, rule, text := max(c.Attempt, c.Announcing), RuleSuperseded, "there is no newer claim"
+		held := c.NotifiedClass == ClassDisplaced
+		if held {
+			from = j.grant(c) - int64(twoClocks)
+		}
+		announced := func(n *Claim) bool {
+			return n != c && n.How != HowSilent && n.Mode != ModeSkip && n.Attempt <= at && n.lastAnnounced() >= from
+		}
+		if held && slices.ContainsFunc(claims, announced) {
+			rule, text = RuleDisturbed, "every newer claim lets it finish"
+		}
+		if !slices.ContainsFunc(claims, func(n *Claim) bool { return announced(n) && !(held && n.Mode == ModeFinish) }) {
 			// A row that was deleted is made anew without its newest claim, which may still
 			// wait, and is then found to be newer by a claim that came after the deletion.
 			if j.forgot(c.Attempt-int64(j.LockTimeout), at) == ExcuseRows {
 				j.excuse(ExcuseRows, c, at)
 				continue
 			}
-			j.violate(Violation{RuleSuperseded, at, c.Key, c.ID, "there is no newer claim"})
+			j.violate(Violation{rule, at, c.Key, c.ID, text})
 		}
 	}
 }
@@ -553,7 +602,7 @@ func (j *judge) stuck(claims []*Claim) {
 		watching := map[string]int64{} // since when, by worker
 		for _, c := range claims {     // sorted by their beginning
 			out := first(c.Locked, c.Ended, c.Killed, free.to)
-			if c.asked() >= free.to || out <= free.from || touched(j.trouble[place(c.Worker)], c.asked(), out) {
+			if c.Mode == ModeSkip || c.asked() >= free.to || out <= free.from || touched(j.trouble[place(c.Worker)], c.asked(), out) {
 				continue
 			}
 			waits = append(waits, c)

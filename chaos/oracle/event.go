@@ -53,10 +53,17 @@ const (
 	HowDo     = "do"     // PreemptiveLocker.Do
 )
 
+// What a claim does to others. A claim without a mode preempts.
+const (
+	ModeFinish = "let_finish"   // the holder is not notified
+	ModeSkip   = "skip_if_busy" // it takes a key that is free and not waited for, or ends with ClassBusy
+)
+
 // Classes of Notified and Ended.
 const (
 	ClassReleased  = "released"  // the holder let go
 	ClassDisplaced = "displaced" // a newer claim
+	ClassBusy      = "busy"      // the key was held or waited for, and the claim skips
 	ClassTimeout   = "timeout"
 	ClassLost      = "lost" // the session is lost, or the hold was revoked
 	ClassClosed    = "closed"
@@ -81,6 +88,7 @@ type Event struct {
 	Claim  string `json:"claim,omitempty"`
 	Key    int64  `json:"key,omitempty"`
 	How    string `json:"how,omitempty"`
+	Mode   string `json:"mode,omitempty"` // attempt
 	Token  int64  `json:"token,omitempty"`
 	Start  int64  `json:"start,omitempty"`
 	OK     bool   `json:"ok,omitempty"`       // write: accepted
@@ -118,7 +126,7 @@ func Sort(events []Event) {
 // Claim is everything that is known of one claim. Times are 0 if it did not
 // happen.
 type Claim struct {
-	ID, Worker, How                            string
+	ID, Worker, How, Mode                      string
 	Key, Token                                 int64
 	Attempt, Announcing, Announced             int64
 	Waiting, Locked, Begin, Notified, Over     int64
@@ -147,7 +155,7 @@ func Claims(events []Event) []*Claim {
 		}
 		c := byID[e.Claim]
 		if c == nil {
-			c = &Claim{ID: e.Claim, Worker: e.Worker, Key: e.Key, How: e.How, Attempt: e.At}
+			c = &Claim{ID: e.Claim, Worker: e.Worker, Key: e.Key, How: e.How, Mode: e.Mode, Attempt: e.At}
 			byID[e.Claim] = c
 			byWorker[e.Worker] = append(byWorker[e.Worker], c)
 			all = append(all, c)
