@@ -8,6 +8,7 @@ package broken
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -21,37 +22,54 @@ import (
 
 // The mistakes.
 const (
-	None          = "none"           // the control
-	NoFencing     = "no-fencing"     // tokens are counted by each process for itself
-	TrustNotify   = "trust-notify"   // a waiter takes the key when a message says that it is free
-	UnlockOther   = "unlock-other"   // Unlock, also after a wait that failed, frees whoever holds the key
-	LoseOnCut     = "lose-on-cut"    // one failed heartbeat, and every hold is lost
-	HoldOn        = "hold-on"        // holders are not notified when contact is lost
-	GiveUp        = "give-up"        // the first error ends a claim
-	TakeSuspended = "take-suspended" // a session that has been out of contact for half of its timeout is taken from
-	NeverTake     = "never-take"     // a dead session is never taken from
-	ForgetRelease = "forget-release" // releases soon after a failed heartbeat are lost with their connection, and not repeated
+	None          = "none"            // the control
+	NoFencing     = "no-fencing"      // tokens are counted by each process for itself
+	TrustNotify   = "trust-notify"    // a waiter takes the key when a message says that it is free
+	UnlockOther   = "unlock-other"    // Unlock, also after a wait that failed, frees whoever holds the key
+	LoseOnCut     = "lose-on-cut"     // one failed heartbeat, and every hold is lost
+	HoldOn        = "hold-on"         // holders are not notified when contact is lost
+	GiveUp        = "give-up"         // the first error ends a claim
+	TakeSuspended = "take-suspended"  // a session that has been out of contact for half of its timeout is taken from
+	NeverTake     = "never-take"      // a dead session is never taken from
+	StopForFinish = "stop-for-finish" // a holder is notified of a claim that lets it finish, too
+	NoBound       = "no-bound"        // no hold is spared
+	SkipFree      = "skip-free"       // a claim that skips does so whether or not the key is busy
+	PassWaiters   = "pass-waiters"    // a claim that skips lurks for four seconds, and takes the key before those who wait for it
+	ForgetRelease = "forget-release"  // releases soon after a failed heartbeat are lost with their connection, and not repeated
 )
 
 // Mistakes are all of them.
-var Mistakes = []string{NoFencing, TrustNotify, UnlockOther, LoseOnCut, HoldOn, GiveUp, TakeSuspended, NeverTake, ForgetRelease}
+var Mistakes = []string{NoFencing, TrustNotify, UnlockOther, LoseOnCut, HoldOn, GiveUp, TakeSuspended, NeverTake, StopForFinish, NoBound, SkipFree, PassWaiters, ForgetRelease}
 
 // Channel is where the providers announce releases.
 const Channel = "broken_released"
 
 const schema = `
 CREATE TABLE IF NOT EXISTS broken_locks (
-	key bigint PRIMARY KEY, claim bigint NOT NULL DEFAULT 0, claimant text, holder text, session text, token bigint NOT NULL DEFAULT 0);
-CREATE TABLE IF NOT EXISTS broken_sessions (id text PRIMARY KEY, beats bigint NOT NULL)`
+	key bigint PRIMARY KEY, claim bigint NOT NULL DEFAULT 0, claimant text, holder text, session text, token bigint NOT NULL DEFAULT 0,
+	stop boolean NOT NULL DEFAULT false, spared timestamptz, streak integer NOT NULL DEFAULT 0, waiter text, waiter_session text);
+CREATE TABLE IF NOT EXISTS broken_sessions (id text PRIMARY KEY, beats bigint NOT NULL, at timestamptz NOT NULL)`
+
+// streak is how many holds in a row claims have ended, when the present one ends.
+const streak = `CASE WHEN b.stop AND coalesce(b.spared <= clock_timestamp(), true) THEN b.streak + 1 ELSE 0 END`
 
 const (
 	poll    = 100 * time.Millisecond
 	release = 4 * time.Second // Unlock goes on in the background after it
+	lurk    = 4 * time.Second // of PassWaiters
 )
+
+// Options are a provider's.
+type Options struct {
+	LockTimeout, SessionTimeout time.Duration
+	Progress                    int // holds in a row that claims may end; 0: any number
+	Spared                      time.Duration
+}
 
 // Provider is a locker.LockProvider.
 type Provider struct {
 	mistake string
+	options Options
 	timeout time.Duration // of a wait
 	lease   time.Duration // the session timeout
 	db      *sql.DB
@@ -78,7 +96,7 @@ type watch struct {
 }
 
 // New makes a provider with one of the mistakes.
-func New(mistake, uri string, lockTimeout, sessionTimeout time.Duration) (*Provider, error) {
+func New(mistake, uri string, o Options) (*Provider, error) {
 	db, err := sql.Open("postgres", uri)
 	if err != nil {
 		return nil, err
@@ -87,7 +105,7 @@ func New(mistake, uri string, lockTimeout, sessionTimeout time.Duration) (*Provi
 	if _, err := db.Exec("SELECT pg_advisory_xact_lock(77); " + schema); err != nil {
 		return nil, err
 	}
-	p := &Provider{mistake: mistake, timeout: lockTimeout, lease: sessionTimeout, db: db, session: uuid.NewString(),
+	p := &Provider{mistake: mistake, options: o, timeout: o.LockTimeout, lease: o.SessionTimeout, db: db, session: uuid.NewString(),
 		waiting: map[*lock]chan struct{}{}, held: map[*lock]bool{}, watched: map[string]watch{}}
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	p.heard = pq.NewListener(uri, poll, time.Second, nil)
@@ -141,7 +159,8 @@ func (p *Provider) beat() {
 			session := p.session
 			p.mu.Unlock()
 			start := time.Now()
-			_, err := p.db.ExecContext(p.ctx, `INSERT INTO broken_sessions AS s VALUES ($1, 1) ON CONFLICT (id) DO UPDATE SET beats = s.beats + 1`, session)
+			_, err := p.db.ExecContext(p.ctx, `INSERT INTO broken_sessions AS s VALUES ($1, 1, clock_timestamp())
+				ON CONFLICT (id) DO UPDATE SET beats = s.beats + 1, at = excluded.at`, session)
 			p.mu.Lock()
 			if err == nil && p.session == session {
 				p.good = start
@@ -233,6 +252,8 @@ type lock struct {
 	token int64
 	ch    chan locker.NotificationPayload
 
+	spared time.Time // no claim notifies the holder before
+
 	// guarded by the provider's mu
 	cause error
 }
@@ -274,14 +295,28 @@ func (p *Provider) persist(ctx context.Context, statement func(context.Context) 
 // Notify announces the claim. It may do so more than once; what counts is the
 // last time.
 func (l *lock) Notify(ctx context.Context) error {
-	return l.p.persist(ctx, func(ctx context.Context) error {
-		return l.p.db.QueryRowContext(ctx, `INSERT INTO broken_locks AS b (key, claim, claimant) VALUES ($1, 1, $2)
-			ON CONFLICT (key) DO UPDATE SET claim = b.claim + 1, claimant = $2 RETURNING claim`, l.key, l.event).Scan(&l.claim)
+	mode := locker.ModeFromContext(ctx)
+	if mode == locker.SkipIfBusy {
+		return nil
+	}
+	p := l.p
+	return p.persist(ctx, func(ctx context.Context) error {
+		p.mu.Lock()
+		session := p.session
+		p.mu.Unlock()
+		return p.db.QueryRowContext(ctx, `INSERT INTO broken_locks AS b (key, claim, claimant, waiter, waiter_session) VALUES ($1, 1, $2, $3, $4)
+			ON CONFLICT (key) DO UPDATE SET claim = b.claim + 1, claimant = $2, waiter = $3, waiter_session = $4,
+				stop = b.stop OR $5 AND b.holder <> $3 AND b.holder IS NOT NULL RETURNING claim`,
+			l.key, l.event, l.id.String(), session, mode == locker.Preempt || p.mistake == StopForFinish).Scan(&l.claim)
 	})
 }
 
 func (l *lock) Lock(ctx context.Context) (<-chan locker.NotificationPayload, error) {
 	p := l.p
+	began, skip := time.Now(), locker.ModeFromContext(ctx) == locker.SkipIfBusy
+	if skip && p.mistake == SkipFree {
+		return nil, locker.ErrLockBusy
+	}
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
 	free := make(chan struct{}, 1)
@@ -294,25 +329,34 @@ func (l *lock) Lock(ctx context.Context) (<-chan locker.NotificationPayload, err
 		p.mu.Unlock()
 	}()
 	for trusting := false; ; {
+		pause := poll
 		newest, holder, beats, err := l.look(ctx)
 		switch {
 		case err != nil && p.mistake == GiveUp:
 			return nil, err
 		case err != nil:
-		case newest > l.claim:
+		case newest > l.claim && !skip:
 			l.failed()
 			return nil, locker.ErrLockPreempted
 		default:
-			if got, err := l.take(ctx, p.dead(holder, beats), beats, trusting); got {
+			got, err := l.take(ctx, p.dead(holder, beats), beats, trusting, skip)
+			switch {
+			case got:
 				return l.ch, nil
-			} else if err != nil && p.mistake == GiveUp {
+			case err == errNoSession:
+			case err != nil && p.mistake == GiveUp:
 				return nil, err
+			case err == nil && skip && p.mistake == PassWaiters && time.Since(began) < lurk:
+				pause = poll / 100
+			case err == nil && skip:
+				l.failed()
+				return nil, locker.ErrLockBusy
 			}
 		}
 		select {
 		case <-free:
 			trusting = p.mistake == TrustNotify
-		case <-time.After(poll):
+		case <-time.After(pause):
 		case <-ctx.Done():
 			l.failed()
 			return nil, locker.ErrLockTimeout
@@ -356,18 +400,28 @@ func (p *Provider) dead(session string, beats int64) string {
 }
 
 // take tries to take the key. Who is out of contact takes nothing.
-func (l *lock) take(ctx context.Context, dead string, beats int64, trusting bool) (bool, error) {
+// A claim that skips takes no key that another one waits for.
+func (l *lock) take(ctx context.Context, dead string, beats int64, trusting, skip bool) (bool, error) {
 	p := l.p
 	p.mu.Lock()
 	session, trusted := p.session, !p.good.IsZero()
 	p.mu.Unlock()
 	if !trusted {
-		return false, nil
+		return false, errNoSession
 	}
-	err := p.db.QueryRowContext(ctx, `UPDATE broken_locks SET holder = $2, session = $4, token = token + 1
-		WHERE key = $1 AND claim = $3 AND (holder IS NULL OR holder = $2 OR $7
-			OR session = $5 AND (SELECT beats FROM broken_sessions WHERE id = $5) = $6) RETURNING token`,
-		l.key, l.id.String(), l.claim, session, dead, beats, trusting).Scan(&l.token)
+	progress := sql.NullInt64{Int64: int64(p.options.Progress), Valid: p.options.Progress > 0 && p.mistake != NoBound}
+	const next = `CASE WHEN b.holder IS NULL OR b.holder = $2 THEN b.streak ELSE ` + streak + ` END`
+	var spared bool
+	err := p.db.QueryRowContext(ctx, `UPDATE broken_locks b SET holder = $2, session = $4, token = b.token + 1,
+			stop = b.stop AND b.holder = $2, streak = `+next+`,
+			spared = CASE WHEN b.holder = $2 THEN b.spared WHEN `+next+` >= $8 THEN clock_timestamp() + $9::float8 * interval '1 second' END
+		WHERE b.key = $1 AND (b.claim = $3 OR $10) AND (b.holder IS NULL OR b.holder = $2 OR $7
+			OR b.session = $5 AND (SELECT beats FROM broken_sessions WHERE id = $5) = $6)
+			AND ($11 OR NOT $10 OR b.holder = $2 OR b.waiter IS NULL OR NOT EXISTS (
+				SELECT FROM broken_sessions s WHERE s.id = b.waiter_session AND s.at > clock_timestamp() - $12::float8 * interval '1 second'))
+		RETURNING token, spared IS NOT NULL`,
+		l.key, l.id.String(), l.claim, session, dead, beats, trusting, progress, p.options.Spared.Seconds(), skip, p.mistake == PassWaiters, p.lease.Seconds()).
+		Scan(&l.token, &spared)
 	if err == sql.ErrNoRows {
 		return false, nil
 	}
@@ -383,6 +437,9 @@ func (l *lock) take(ctx context.Context, dead string, beats int64, trusting bool
 		return false, nil
 	}
 	p.held[l] = true
+	if spared {
+		l.spared = time.Now().Add(p.options.Spared)
+	}
 	if p.ctx.Err() != nil { // Close has notified the others already
 		l.notify(locker.ErrProviderClosed)
 	}
@@ -390,21 +447,53 @@ func (l *lock) take(ctx context.Context, dead string, beats int64, trusting bool
 	return true, nil
 }
 
+// errNoSession is the error of a try without a session.
+var errNoSession = errors.New("out of contact")
+
+// failed gives back what a lost answer may have granted, and withdraws the claim.
 func (l *lock) failed() {
-	if l.p.mistake == UnlockOther {
+	p := l.p
+	if p.mistake == UnlockOther {
 		_ = l.Unlock(context.Background())
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.closed {
+		p.running.Go(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), p.lease+release)
+			defer cancel()
+			l.free(ctx, " AND $2 IN (holder, waiter)")
+		})
+	}
+}
+
+// free gives the key back until the server has done it.
+func (l *lock) free(ctx context.Context, mine string) bool {
+	p := l.p
+	const ends = `($3 OR coalesce(b.holder = $2, false))`
+	for ctx.Err() == nil {
+		_, err := p.db.ExecContext(ctx, `UPDATE broken_locks b SET
+				holder = CASE WHEN `+ends+` THEN NULL ELSE b.holder END, session = CASE WHEN `+ends+` THEN NULL ELSE b.session END,
+				stop = b.stop AND NOT `+ends+`, spared = CASE WHEN `+ends+` THEN NULL ELSE b.spared END,
+				streak = CASE WHEN `+ends+` THEN `+streak+` ELSE b.streak END, waiter = nullif(b.waiter, $2)
+			WHERE b.key = $1`+mine, l.key, l.id.String(), p.mistake == UnlockOther)
+		if err == nil || p.ctx.Err() != nil {
+			return true
+		}
+		pause(p.ctx, poll)
+	}
+	return false
 }
 
 // watch ends with the hold.
 func (l *lock) watch() {
 	p := l.p
 	for p.ctx.Err() == nil {
-		var newest int64
-		err := p.db.QueryRowContext(p.ctx, `SELECT claim FROM broken_locks WHERE key = $1`, l.key).Scan(&newest)
+		var stop bool
+		err := p.db.QueryRowContext(p.ctx, `SELECT stop AND holder = $2 FROM broken_locks WHERE key = $1`, l.key, l.id.String()).Scan(&stop)
 		p.mu.Lock()
 		held := p.held[l]
-		if held && err == nil && newest > l.claim {
+		if held && err == nil && stop && !time.Now().Before(l.spared) {
 			l.notify(locker.ErrLockPreempted)
 		}
 		p.mu.Unlock()
@@ -436,13 +525,8 @@ func (l *lock) Unlock(context.Context) error {
 		// Not the provider's context: what is held is released on Close, too.
 		ctx, cancel := context.WithTimeout(context.Background(), p.lease+release)
 		defer cancel()
-		for !forgotten && ctx.Err() == nil {
-			_, err := p.db.ExecContext(ctx, `UPDATE broken_locks SET holder = NULL, session = NULL WHERE key = $1`+mine, l.key, l.id.String())
-			if err == nil || p.ctx.Err() != nil {
-				_, _ = p.db.ExecContext(ctx, `SELECT pg_notify($1, $2)`, Channel, fmt.Sprint(l.key))
-				return
-			}
-			pause(p.ctx, poll)
+		if !forgotten && l.free(ctx, mine) {
+			_, _ = p.db.ExecContext(ctx, `SELECT pg_notify($1, $2)`, Channel, fmt.Sprint(l.key))
 		}
 	})
 	delete(p.held, l)

@@ -57,7 +57,7 @@ func quick(t *testing.T, c config) report {
 			t.Log(l.text.String())
 		}
 	})
-	c.late, c.duration, c.clients, c.progress = 2*time.Second, 5*time.Minute, 3, &l
+	c.late, c.duration, c.clients, c.progress, c.spared, c.out = 2*time.Second, 5*time.Minute, 3, 1, 4*time.Second, &l
 	r, err := run(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)
@@ -101,6 +101,10 @@ func TestOracle(t *testing.T) {
 		{broken.GiveUp, 4 * time.Second, []string{"cut as statements"}, 0, []string{oracle.RuleFailed}},
 		{broken.TakeSuspended, 10 * time.Second, []string{"SIGKILL of a worker", "network silent for 8 s"}, 0, []string{oracle.RuleEarly, oracle.RuleExclusion}},
 		{broken.NeverTake, 4 * time.Second, []string{"SIGKILL of a worker"}, 0, []string{oracle.RuleStuck}},
+		{broken.StopForFinish, 4 * time.Second, []string{"notifications"}, 0, []string{oracle.RuleDisturbed}},
+		{broken.NoBound, 4 * time.Second, []string{"notifications"}, 0, []string{oracle.RuleStarved}},
+		{broken.SkipFree, 4 * time.Second, []string{"notifications"}, 0, []string{oracle.RuleSkipped}},
+		{broken.PassWaiters, 4 * time.Second, []string{"notifications"}, 15 * time.Second, []string{oracle.RulePassed}},
 		{broken.ForgetRelease, 6 * time.Second, []string{"logins refused for 2 s"}, 40 * time.Second, []string{oracle.RuleStuck}},
 	} {
 		t.Run(c.mistake, func(t *testing.T) {

@@ -18,6 +18,7 @@ type line struct {
 	name                                   string
 	runs, claims, holds                    int
 	displaced, timedOut, lost, kept        int
+	letFinish, skipped                     int
 	failed, killed, hung                   int
 	writes, rejected, overlaps, violations int
 	detection                              []time.Duration
@@ -32,6 +33,7 @@ type report struct {
 	violations int
 	rules      map[string]int // violations of each
 	left       []string
+	spared     int             // holds
 	suspended  int             // sessions
 	absences   []time.Duration // from suspended to reconnected
 	resumed    []time.Duration // from SIGCONT to the notification of a loss
@@ -46,6 +48,7 @@ func (d *recording) judge(say func(format string, args ...any)) report {
 	if d.Session != 0 {
 		rules.Session, rules.LockTimeout = d.Session, lockTimeout(d.Session)
 	}
+	rules.Progress, rules.Spared = d.Progress, d.Spared
 	if !d.Broken { // tokens are microseconds of the server's clock
 		rules.GrantTime = func(token int64) (int64, bool) { return token*1000 - d.Offset, true }
 	}
@@ -54,7 +57,7 @@ func (d *recording) judge(say func(format string, args ...any)) report {
 	if !oracle.CheckResource(d.Events, d.Rows, 20*time.Second) {
 		v.Violations = append(v.Violations, oracle.Violation{Rule: "the fenced resource itself does not compare tokens"})
 	}
-	r := report{seeds: []string{fmt.Sprint(d.Seed)}, took: d.Took, excused: map[string]int{}, rules: map[string]int{}, violations: len(v.Violations), left: d.Left, suspended: v.Suspended, absences: v.Absences}
+	r := report{seeds: []string{fmt.Sprint(d.Seed)}, took: d.Took, excused: map[string]int{}, rules: map[string]int{}, violations: len(v.Violations), left: d.Left, spared: v.Spared, suspended: v.Suspended, absences: v.Absences}
 	for _, c := range v.Claims { // the last claim of each key has to succeed
 		if strings.HasSuffix(c.Worker, ".sweep") && c.EndClass != oracle.ClassReleased {
 			r.left = append(r.left, fmt.Sprintf("key %d cannot be had in the end: %s %s", c.Key, c.EndClass, c.Text))
@@ -124,6 +127,9 @@ func (d *recording) count(r *report, v *oracle.Verdict) {
 		if c.Locked != 0 {
 			l.holds++
 		}
+		if c.Mode == oracle.ModeFinish {
+			l.letFinish++
+		}
 		switch {
 		case c.Ended == 0 && c.Killed != 0:
 			l.killed++
@@ -131,6 +137,8 @@ func (d *recording) count(r *report, v *oracle.Verdict) {
 			l.hung++
 		case c.EndClass == oracle.ClassDisplaced:
 			l.displaced++
+		case c.EndClass == oracle.ClassBusy:
+			l.skipped++
 		case c.EndClass == oracle.ClassTimeout:
 			l.timedOut++
 		case c.EndClass == oracle.ClassFailed, c.EndClass == oracle.ClassContext, c.EndClass == oracle.ClassMax:
@@ -189,6 +197,7 @@ func (r *report) add(other report) {
 	r.took += other.took
 	r.violations += other.violations
 	r.left = append(r.left, other.left...)
+	r.spared += other.spared
 	r.suspended += other.suspended
 	r.absences = append(r.absences, other.absences...)
 	r.resumed = append(r.resumed, other.resumed...)
@@ -220,6 +229,8 @@ func (l *line) plus(o *line) {
 	l.holds += o.holds
 	l.displaced += o.displaced
 	l.timedOut += o.timedOut
+	l.letFinish += o.letFinish
+	l.skipped += o.skipped
 	l.lost += o.lost
 	l.kept += o.kept
 	l.failed += o.failed
@@ -286,8 +297,8 @@ func (r *report) summary() string {
 	text := fmt.Sprintf("Seeds %s; %v in all; %d violations; left over at the end: %d.\n",
 		strings.Join(r.seeds, ", "), r.took.Round(time.Second), r.violations, len(r.left))
 	all := r.sum()
-	text += fmt.Sprintf("%d claims: %d superseded or notified of a newer claim, %d lock timeouts, %d killed, %d hung. %d writes to the fenced resource, %d refused.\n",
-		all.claims, all.displaced, all.timedOut, all.killed, all.hung, all.writes, all.rejected)
+	text += fmt.Sprintf("%d claims: %d superseded or notified of a newer claim, %d skipped because the key was busy, %d lock timeouts, %d killed, %d hung. %d let the holder finish; %d holds were spared. %d writes to the fenced resource, %d refused.\n",
+		all.claims, all.displaced, all.skipped, all.timedOut, all.killed, all.hung, all.letFinish, r.spared, all.writes, all.rejected)
 	if len(all.detection) > 0 {
 		median, worst := spread(all.detection)
 		text += fmt.Sprintf("Holders were notified of the loss of their session %s (median), %s (worst) after the network went silent or refused them.\n", median, worst)

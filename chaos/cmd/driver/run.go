@@ -33,11 +33,13 @@ type config struct {
 	provider               string   // empty: the real one
 	binary                 string   // the worker; empty: it is built
 	history                string
+	progress               int           // of the workers' providers: how many holds in a row claims may end; 0: any number
+	spared                 time.Duration // for how long the next one is let finish
 	verbose                bool
 	brief                  time.Duration // not 0: one round of each fault, no longer than this, and no mixture
 	settle                 time.Duration // not 0: how long to go on after each fault
 	late                   time.Duration // how late workers may notice things; 0: the default
-	progress               io.Writer
+	out                    io.Writer     // of what happens
 }
 
 // wants reports whether a fault is to be run.
@@ -66,10 +68,14 @@ type recording struct {
 	Offset  int64         // from the history's clock to the servers' clock, in nanoseconds
 	Late    time.Duration
 	Broken  bool // by a provider that is broken on purpose
-	Phases  []phase
-	Left    []string // what was left over, or could not be done
-	Rows    []oracle.Row
-	Events  []oracle.Event
+
+	Progress int // as many holds in a row may be ended by claims; 0: any number
+	Spared   time.Duration
+
+	Phases []phase
+	Left   []string // what was left over, or could not be done
+	Rows   []oracle.Row
+	Events []oracle.Event
 }
 
 // driver is one run.
@@ -89,6 +95,7 @@ type driver struct {
 func run(ctx context.Context, c config) (report, error) {
 	d := &driver{config: c, rand: rand.New(rand.NewPCG(c.seed, 0)), begun: time.Now()}
 	d.Seed, d.Session, d.Late, d.Broken = c.seed, slices.Max(c.sessions), c.late, c.provider != ""
+	d.Progress, d.Spared = c.progress, c.spared
 	d.Offset = d.begun.UnixNano() - oracle.Now()
 	d.say("seed %d", c.seed)
 	err := d.prepare(ctx)
@@ -120,8 +127,8 @@ func rejudge(name string) (report, error) {
 }
 
 func (d *driver) say(format string, args ...any) {
-	if d.progress != nil {
-		fmt.Fprintf(d.progress, "%7.1fs  %s\n", time.Since(d.begun).Seconds(), fmt.Sprintf(format, args...))
+	if d.out != nil {
+		fmt.Fprintf(d.out, "%7.1fs  %s\n", time.Since(d.begun).Seconds(), fmt.Sprintf(format, args...))
 	}
 }
 
@@ -271,7 +278,8 @@ func Now() Time {
 
 // args are the workers' own.
 func (d *driver) args() []string {
-	args := []string{"-clients", fmt.Sprint(d.clients), "-lock-timeout", fmt.Sprint(lockTimeout(d.Session))}
+	args := []string{"-clients", fmt.Sprint(d.clients), "-lock-timeout", fmt.Sprint(lockTimeout(d.Session)),
+		"-progress", fmt.Sprint(d.config.progress), "-spared", fmt.Sprint(d.spared)}
 	if d.provider != "" {
 		args = append([]string{"-provider", d.provider}, args...)
 	}

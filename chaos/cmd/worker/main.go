@@ -56,6 +56,8 @@ func main() {
 	seed := flag.Uint64("seed", 1, "of the claims' timing")
 	lockTimeout := flag.Duration("lock-timeout", 17*time.Second, "of the provider")
 	sessionTimeout := flag.Duration("session-timeout", 10*time.Second, "of the provider")
+	progress := flag.Int("progress", 0, "of the provider: holds in a row that claims may end; 0: any number")
+	spared := flag.Duration("spared", 5*time.Second, "of the provider: for how long the next one is let finish")
 	sweep := flag.Bool("sweep", false, "lock and release every key once, then end")
 	verbose := flag.Bool("v", false, "the provider's log on standard error")
 	w := &worker{out: os.Stdout, stopping: make(chan struct{})}
@@ -80,7 +82,7 @@ func main() {
 		level = slog.LevelError + 1
 	}
 	idle := runtime.NumGoroutine()
-	if err := w.open(*uri, *fence, *kind, *lockTimeout, *sessionTimeout, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))); err != nil {
+	if err := w.open(*uri, *fence, *kind, *lockTimeout, *sessionTimeout, *progress, *spared, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))); err != nil {
 		fmt.Fprintln(os.Stderr, "worker:", err)
 		os.Exit(2)
 	}
@@ -102,7 +104,7 @@ func main() {
 	w.end(idle)
 }
 
-func (w *worker) open(uri, fence, kind string, lockTimeout, sessionTimeout time.Duration, logger *slog.Logger) (err error) {
+func (w *worker) open(uri, fence, kind string, lockTimeout, sessionTimeout time.Duration, progress int, spared time.Duration, logger *slog.Logger) (err error) {
 	if w.fence, err = sql.Open("postgres", fence); err != nil {
 		return err
 	}
@@ -111,9 +113,9 @@ func (w *worker) open(uri, fence, kind string, lockTimeout, sessionTimeout time.
 	if kind == "real" {
 		w.provider, err = locker.NewLockProvider(locker.PostgresLockProviderKind,
 			locker.WithPostgresBackend(uri, ""), locker.WithLockTimeout(lockTimeout), locker.WithPreemptionTimeout(w.preempt),
-			locker.WithSessionTimeout(sessionTimeout), locker.WithObserver(w.observe), locker.WithLogger(logger))
+			locker.WithSessionTimeout(sessionTimeout), locker.WithProgress(progress, spared), locker.WithObserver(w.observe), locker.WithLogger(logger))
 	} else {
-		w.provider, err = broken.New(kind, uri, lockTimeout, sessionTimeout)
+		w.provider, err = broken.New(kind, uri, broken.Options{LockTimeout: lockTimeout, SessionTimeout: sessionTimeout, Progress: progress, Spared: spared})
 	}
 	if err != nil {
 		return err
@@ -208,6 +210,7 @@ func (w *worker) sweep() {
 
 // plan is what a claim is going to do with its hold.
 type plan struct {
+	mode  locker.ClaimMode
 	hold  time.Duration
 	react time.Duration // after the notification
 }
@@ -230,12 +233,19 @@ func (w *worker) client(r *rand.Rand) {
 			p.hold = 10*time.Second + rand.N(5*time.Second)
 		}
 		switch n := r.IntN(100); {
+		case n < 25:
+			p.mode = locker.LetFinish
+		case n < 40:
+			p.mode = locker.SkipIfBusy
+		}
+		switch n := r.IntN(100); {
 		case n < 5: // ignores its notification: it will be revoked
 			p.react = w.preempt + time.Second
 			w.direct(key, p, true)
 		case n < 65:
 			w.direct(key, p, true)
 		case n < 72:
+			p.mode = locker.Preempt // what is not announced has no mode
 			w.direct(key, p, false)
 		default:
 			w.viaDo(key, p)
@@ -252,9 +262,16 @@ type claim struct {
 	token int64
 }
 
-func (w *worker) claim(key int64, how string) *claim {
+func (w *worker) claim(key int64, how string, mode locker.ClaimMode) *claim {
 	c := &claim{worker: w, id: fmt.Sprintf("%s-%d", w.name, w.claims.Add(1)), key: key, how: how}
-	c.emit(oracle.Event{Kind: oracle.Attempt, How: how})
+	e := oracle.Event{Kind: oracle.Attempt, How: how}
+	switch mode {
+	case locker.LetFinish:
+		e.Mode = oracle.ModeFinish
+	case locker.SkipIfBusy:
+		e.Mode = oracle.ModeSkip
+	}
+	c.emit(e)
 	return c
 }
 
@@ -278,6 +295,8 @@ func classOf(err error) string {
 		return oracle.ClassReleased
 	case errors.Is(err, locker.ErrLockPreempted):
 		return oracle.ClassDisplaced
+	case errors.Is(err, locker.ErrLockBusy):
+		return oracle.ClassBusy
 	case errors.Is(err, locker.ErrLockTimeout):
 		return oracle.ClassTimeout
 	case errors.Is(err, locker.ErrLockLost):
@@ -298,7 +317,8 @@ func (w *worker) direct(key int64, p plan, announce bool) {
 	if !announce {
 		how = oracle.HowSilent
 	}
-	c := w.claim(key, how)
+	c := w.claim(key, how, p.mode)
+	ctx := locker.ContextWithMode(context.Background(), p.mode)
 	bounded, cancel := context.WithTimeout(context.Background(), w.notify)
 	defer cancel()
 	number, err := w.provider.LockKey(bounded, repo, uint(key))
@@ -311,8 +331,8 @@ func (w *worker) direct(key int64, p plan, announce bool) {
 		c.ended(classOf(err), err)
 		return
 	}
-	if announce {
-		bounded, cancel := context.WithTimeout(context.Background(), w.notify)
+	if announce && p.mode != locker.SkipIfBusy {
+		bounded, cancel := context.WithTimeout(ctx, w.notify)
 		defer cancel()
 		c.emit(oracle.Event{Kind: oracle.Announcing})
 		if err := l.Notify(bounded); err != nil {
@@ -322,7 +342,7 @@ func (w *worker) direct(key int64, p plan, announce bool) {
 		c.emit(oracle.Event{Kind: oracle.Announced})
 	}
 	c.emit(oracle.Event{Kind: oracle.Waiting})
-	ch, err := l.Lock(context.Background())
+	ch, err := l.Lock(ctx)
 	at := oracle.Now()
 	if err != nil {
 		c.ended(classOf(err), err)
@@ -398,8 +418,8 @@ func (c *claim) write(belief bool) {
 
 // viaDo makes a claim by way of PreemptiveLocker.Do.
 func (w *worker) viaDo(key int64, p plan) {
-	c := w.claim(key, oracle.HowDo)
-	l := w.newOne(repo, uint(key), c.id)
+	c := w.claim(key, oracle.HowDo, p.mode)
+	l := w.newOne(repo, uint(key), c.id).Mode(p.mode)
 	err := l.Do(context.Background(), func(ctx context.Context) error {
 		at := oracle.Now()
 		c.token = l.Token()
