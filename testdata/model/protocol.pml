@@ -17,6 +17,8 @@
  *   VIEW           the snapshot of an acquire is older than its effect
  *   STRICT         a holder that knows of its lost session still counts as inside
  *   LONGDELAY      a lock delay that outlasts the drain of a lost holder
+ *   MODES          claims also let the holder finish, or skip a busy key
+ *   BOUND=n        after n holds in a row that claims have ended, one is spared
  *   NOKEEP         do not look whether a hold is kept
  *   NOINSIDE       do not look who goes inside
  *   LTL_PREEMPT, LTL_WAITED, LTL_END  the liveness formulas
@@ -45,6 +47,16 @@
  *   ASYNCGRANT     acquire does not wait for the disk (with CRASH)
  *   ASYNCLOCK      the update of the session's row does not (with CRASH)
  *   ASYNCROW       the insert of the session's row does not (with CRASH)
+ *   STOPKEPT       the stop mark is not reset when a hold ends
+ *   FINISHSTOPS    a claim that lets finish sets the stop mark (with MODES)
+ *   FINISHHINT     a holder obeys the hint of such a claim (with MODES)
+ *   SKIPBUSY       a claim that skips ignores a claim that waits (with MODES)
+ *   READOPT        a claim that skips counts as the newest claim of its last reply,
+ *                  and the check of its row compares that (with MODES)
+ *   STREAKKEPT     a hold that no claim has ended does not end the streak (with BOUND)
+ *   STREAKLOST     a take-over ends the streak (with BOUND)
+ *   SPAREDTOLD     a spared hold is notified of a claim (with BOUND)
+ *   SPAREDFIRST    the spared time ends earlier for the client than in the row (with BOUND)
  */
 
 #ifndef N
@@ -83,6 +95,22 @@
 byte row_claim;      /* newest claim */
 byte row_holder;     /* session + 1, 0: none */
 byte row_token;      /* last token */
+bit  row_stop;       /* a claim that preempts was announced during the hold */
+#ifdef MODES
+#define PREEMPT 0
+#define FINISH  1  /* lets the holder finish */
+#define SKIP    2  /* takes a key that is free, or ends */
+byte mode[N];
+bit  soft[N + 1];    /* by the number of a claim: it lets the holder finish */
+byte row_open;       /* client of the newest claim, if that has not ended, + 1 */
+#endif
+#ifdef BOUND
+byte row_streak;     /* holds in a row that claims have ended; BOUND also stands for more */
+byte row_spared;     /* of the hold: no, its time runs, its time is over */
+#define RUNS 1
+#define OVERDUE 2
+bit  spared[N];      /* no claim notifies the holder */
+#endif
 
 /* the rows of the sessions: number of the current lock, 0: no row */
 byte lock[N * G];
@@ -119,9 +147,22 @@ bit asleep[N];
 
 /* Verdicts. They stay 0 unless a property is broken. */
 bit two_inside, hold_lost, older_granted, token_not_rising, not_just_the_newest;
+bit notified_for_none, waiter_passed, starved, spared_for_none;
+
+/* Ghosts: what the properties speak of, whatever the rules are. */
+bit wanted;          /* a claim that preempts was announced during the hold */
+#ifdef BOUND
+bit  told;           /* a claim has notified the hold */
+byte in_a_row;       /* holds in a row that claims have notified, none of them after its spared time */
+byte ended;          /* holds in a row that were wanted while they were not spared */
+#endif
 
 #ifdef CRASH
 byte disk_claim, disk_token, disk_holder, disk_lock[N * G];
+bit  disk_stop;
+#ifdef MODES
+byte disk_open;
+#endif
 byte last_token;     /* a ghost that a crash cannot turn back */
 bit  settled;        /* the crash is over, or there will be none */
 #define SETTLED settled
@@ -174,12 +215,52 @@ bit  settled;        /* the crash is over, or there will be none */
 #define VERY(i, g) (row_holder == SESSION(i, g) + 1)
 #endif
 
+#ifdef MODES
+#define SKIPS(i) (mode[i] == SKIP)
+#else
+#define SKIPS(i) false
+#endif
+
 #ifdef NOCHECK
 #define VALID(i) true
 #else
-#define VALID(i) (row_claim <= claim[i])
+#define VALID(i) (SKIPS(i) || row_claim <= claim[i])
 #endif
-#define FREE(i, g) (row_holder == 0 || VERY(i, g) || TAKEABLE(row_holder - 1))
+
+/*
+ * A claim that skips takes no key for which the newest claim waits, if the
+ * session of that claim lives.
+ */
+#define LIVES(k) (lock[SESSION(k, gen[k])] != 0 && ALIVE(k, lock[SESSION(k, gen[k])]))
+#if defined(MODES) && !defined(SKIPBUSY)
+#define PASSES(i, g) (SKIPS(i) && row_open != 0 && !VERY(i, g) && LIVES(row_open - 1))
+#else
+#define PASSES(i, g) false
+#endif
+#define FREE(i, g) ((row_holder == 0 || VERY(i, g) || TAKEABLE(row_holder - 1)) && !(PASSES(i, g)))
+
+/* A claim asks the holder to stop, unless it lets it finish. */
+#ifdef MODES
+#define PREEMPTS(i) (mode[i] == PREEMPT)
+#else
+#define PREEMPTS(i) true
+#endif
+#ifdef FINISHSTOPS
+#define MARKS(i) true
+#else
+#define MARKS(i) PREEMPTS(i)
+#endif
+#if defined(MODES) && !defined(FINISHHINT)
+#define ASKS(c) (!soft[c])
+#else
+#define ASKS(c) true
+#endif
+
+#if defined(BOUND) && !defined(SPAREDTOLD)
+#define SPARED(i) spared[i]
+#else
+#define SPARED(i) false
+#endif
 
 #ifdef GRANTLOST
 #define TRUSTED(i) true
@@ -219,10 +300,17 @@ bit  settled;        /* the crash is over, or there will be none */
 #define HINTED(i) (hint[i] > claim[i])
 #endif
 
+/* The check of a row believes the stop mark, and compares no claims. */
+#ifdef READOPT
+#define NEWER(i) (row_claim > claim[i])
+#else
+#define NEWER(i) true
+#endif
+
 #ifdef NOBEAT
 #define BEAT(i) false
 #else
-#define BEAT(i) (!cut[i] && row_claim > claim[i])
+#define BEAT(i) (!cut[i] && MINE(i) && row_stop && NEWER(i))
 #endif
 
 #ifdef NOPOLL
@@ -243,6 +331,10 @@ bit  settled;        /* the crash is over, or there will be none */
 inline flush()
 {
 	disk_claim = row_claim; disk_token = row_token; disk_holder = row_holder;
+	disk_stop = row_stop;
+#ifdef MODES
+	disk_open = row_open;
+#endif
 	f = 0;
 	do
 	:: f < N * G -> disk_lock[f] = lock[f]; f++
@@ -266,11 +358,62 @@ inline wake()
 #endif
 }
 
+/* The row's hold ends, by a release or a take-over. */
+inline end_hold()
+{
+#ifdef BOUND
+	if
+	:: row_stop && row_spared != RUNS && row_streak < BOUND -> row_streak++
+	:: row_stop && row_spared != RUNS && row_streak >= BOUND
+#ifdef STREAKKEPT
+	:: else
+#else
+	:: else -> row_streak = 0
+#endif
+	fi;
+	ended = (wanted && row_spared != RUNS -> (ended < BOUND -> ended + 1 : BOUND) : 0);
+	row_spared = 0;
+#endif
+#ifndef STOPKEPT
+	row_stop = 0;
+#endif
+	wanted = 0
+}
+
+inline release(i)
+{
+	end_hold();
+	row_holder = 0;
+#ifdef MODES
+	if
+	:: row_open == i + 1 -> row_open = 0
+	:: else
+	fi;
+#endif
+	wake()
+}
+
 /* Every other client is sent a hint; each copy may get lost. */
 inline announce(i)
 {
 	row_claim = claim[i];
+	if
+	:: row_holder != 0 && !OURS(i) && MARKS(i) -> row_stop = 1
+	:: else
+	fi;
+	if
+	:: row_holder != 0 && !OURS(i) && PREEMPTS(i) -> wanted = 1
+	:: else
+	fi;
+#ifdef MODES
+	row_open = i + 1;
+	if
+	:: mode[i] == FINISH -> printf("%c announces claim %d, which lets the holder finish\n", NAME(i), claim[i])
+	:: else -> printf("%c announces claim %d\n", NAME(i), claim[i])
+	fi;
+#else
 	printf("%c announces claim %d\n", NAME(i), claim[i]);
+#endif
 #ifndef STALEHINT
 	hint[i] = 0; /* whatever is under way to me is older */
 #endif
@@ -295,8 +438,33 @@ inline acquire(i, g)
 			:: row_holder == 0 -> printf("%c is granted token %d\n", NAME(i), row_token)
 			:: else -> printf("%c takes over from %c with token %d\n", NAME(i), NAME((row_holder - 1) / G), row_token)
 			fi;
-			older_granted = (claim[i] < row_claim);
+			older_granted = (!SKIPS(i) && claim[i] < row_claim);
 			assert(!older_granted);
+			claim[i] = (SKIPS(i) -> row_claim : claim[i]);
+			if
+			:: row_holder != 0 -> end_hold()
+#ifdef STREAKLOST
+				; row_streak = 0
+#endif
+			:: else
+			fi;
+#ifdef MODES
+			if
+			:: SKIPS(i) && row_open != 0 && row_open != i + 1 ->
+				k = row_open - 1;
+				waiter_passed = (phase[k] == WAIT && claim[k] == row_claim && !cut[k] && anchor[k] != 0 && !pending[k]);
+				k = 0;
+				assert(!waiter_passed)
+			:: else
+			fi;
+#endif
+#ifdef BOUND
+			row_spared = (row_streak >= BOUND -> RUNS : 0);
+			spared_for_none = (row_spared && ended < BOUND);
+			assert(!spared_for_none);
+			in_a_row = (told -> in_a_row : 0);
+			told = 0;
+#endif
 #ifdef CRASH
 			token_not_rising = (row_token <= last_token);
 			assert(!token_not_rising);
@@ -304,8 +472,11 @@ inline acquire(i, g)
 #endif
 		fi;
 		row_holder = SESSION(i, g) + 1;
+#ifdef READOPT
+		claim[i] = (SKIPS(i) -> row_claim : claim[i]);
+#endif
 		if
-		:: claim[i] > row_claim -> row_claim = claim[i]
+		:: !SKIPS(i) && claim[i] > row_claim -> row_claim = claim[i]
 		:: else
 		fi;
 #if defined(CRASH) && !defined(ASYNCGRANT)
@@ -321,6 +492,9 @@ inline finish(i)
 	d_step {
 		phase[i] = END;
 		hint[i] = 0; pending[i] = 0;
+#ifdef BOUND
+		spared[i] = 0;
+#endif
 #ifndef CRASH
 		cut[i] = 0;
 		if
@@ -331,9 +505,15 @@ inline finish(i)
 	}
 }
 
-/* Lock fails. */
+/* Lock fails. A claim that waits no longer is withdrawn. */
 inline give_up(i)
 {
+#ifdef MODES
+	if
+	:: row_open == i + 1 && !OURS(i) -> row_open = 0
+	:: else
+	fi;
+#endif
 	if
 	:: FOLLOW(i) -> phase[i] = RELEASING; hint[i] = 0
 	:: else -> finish(i)
@@ -361,8 +541,27 @@ inline enter(i)
 		assert(!token_not_rising);
 #endif
 		entered = row_token;
+#ifdef BOUND
+		spared[i] = (row_spared != 0);
+#endif
 		phase[i] = HOLD
 	}
+}
+
+/* A claim notifies the holder. */
+inline notify(i)
+{
+	hint[i] = 0;
+	notified_for_none = !wanted;
+	assert(!notified_for_none);
+#ifdef BOUND
+	in_a_row = (row_spared == OVERDUE && !spared[i] -> 0 : in_a_row + 1);
+	told = 1;
+	starved = (in_a_row > BOUND);
+	assert(!starved);
+	spared[i] = 0;
+#endif
+	phase[i] = DRAIN
 }
 
 /* The row of a new connection's session has its lock, and the client knows. */
@@ -395,13 +594,29 @@ proctype Client(byte i)
 
 	/* The caller asks. */
 	:: atomic { phase[i] == INIT ->
+#ifdef MODES
+		if
+		:: mode[i] = PREEMPT
+		:: mode[i] = FINISH
+		:: mode[i] = SKIP; phase[i] = WAIT; printf("%c asks for the key if it is free\n", NAME(i)); goto asked
+		fi;
+#endif
 		asks++;
 		claim[i] = asks;
+#ifdef MODES
+		soft[asks] = (mode[i] == FINISH);
+#endif
 		phase[i] = WAIT;
 		if
 		:: announce(i)
 		:: slips > 0 -> slips--; late_ask[i] = 1; printf("%c's announcement of claim %d is delayed\n", NAME(i), claim[i])
-		fi }
+		fi;
+asked:		skip }
+#ifdef MODES
+	:: atomic { phase[i] == WAIT && SKIPS(i) && anchor[i] != 0 &&
+			(row_holder != 0 && !(VERY(i, gen[i])) || PASSES(i, gen[i])) ->
+		printf("%c is told that the key is busy\n", NAME(i)); give_up(i) }
+#endif
 
 	/*
 	 * Wait. An attempt that finds the key busy changes nothing, so it is
@@ -409,10 +624,10 @@ proctype Client(byte i)
 	 */
 	:: atomic { phase[i] == WAIT && AWAKE(i) && row_claim > claim[i] && !(VALID(i)) ->
 		printf("%c is refused: a newer claim exists\n", NAME(i)); give_up(i) }
-	:: atomic { phase[i] == WAIT && HINTED(i) ->
+	:: atomic { phase[i] == WAIT && HINTED(i) && !SKIPS(i) ->
 		printf("%c hears of a newer claim while waiting\n", NAME(i)); give_up(i) }
 #ifndef NOREPEAT
-	:: atomic { phase[i] == WAIT && row_claim < claim[i] -> announce(i) }
+	:: atomic { phase[i] == WAIT && row_claim < claim[i] && !SKIPS(i) -> announce(i) }
 #endif
 #ifdef VIEW
 	:: atomic { phase[i] == WAIT && anchor[i] != 0 && VALID(i) ->
@@ -477,7 +692,7 @@ proctype Client(byte i)
 		:: k == N -> break
 		od;
 		enter(i) }
-	:: atomic { phase[i] == DELAY && (HINTED(i) || BEAT(i) || anchor[i] == 0) ->
+	:: atomic { phase[i] == DELAY && (HINTED(i) && ASKS(hint[i]) || BEAT(i) || anchor[i] == 0) ->
 		printf("%c leaves during its lock delay\n", NAME(i)); hint[i] = 0; phase[i] = RELEASING }
 #endif
 
@@ -487,10 +702,21 @@ proctype Client(byte i)
 #else
 	:: atomic { phase[i] == HOLD -> printf("%c is done\n", NAME(i)); hint[i] = 0; phase[i] = RELEASING }
 #endif
-	:: atomic { phase[i] == HOLD && HINTED(i) ->
-		printf("%c is notified by a hint\n", NAME(i)); hint[i] = 0; phase[i] = DRAIN }
-	:: atomic { phase[i] == HOLD && BEAT(i) ->
-		printf("%c is notified by the check of its row\n", NAME(i)); hint[i] = 0; phase[i] = DRAIN }
+	:: atomic { phase[i] == HOLD && HINTED(i) && ASKS(hint[i]) && !SPARED(i) ->
+		printf("%c is notified by a hint\n", NAME(i)); notify(i) }
+	:: atomic { phase[i] == HOLD && BEAT(i) && !SPARED(i) ->
+		printf("%c is notified by the check of its row\n", NAME(i)); notify(i) }
+#ifdef BOUND
+	/* The client has learned later that it is spared than the row, so its time ends later. */
+#ifdef SPAREDFIRST
+	:: d_step { phase[i] == HOLD && spared[i] ->
+#else
+	:: d_step { phase[i] == HOLD && spared[i] && row_spared != RUNS ->
+#endif
+		spared[i] = 0; printf("%c is not spared any longer\n", NAME(i)) }
+	:: d_step { row_spared == RUNS && OURS(i) ->
+		row_spared = OVERDUE; printf("%c's row does not spare it any longer\n", NAME(i)) }
+#endif
 #ifndef NOKEEP
 	:: d_step { (phase[i] == HOLD || phase[i] == DRAIN) && !cut[i] && !MINE(i) ->
 		printf("%c is connected, but its row does not name it\n", NAME(i));
@@ -505,7 +731,7 @@ proctype Client(byte i)
 	/* Release until it is known; without a session this may also fail for ever. */
 	:: atomic { phase[i] == RELEASING && (OURS(i) || FINAL(i)) ->
 		if
-		:: OURS(i) -> row_holder = 0; wake(); printf("%c releases\n", NAME(i))
+		:: OURS(i) -> release(i); printf("%c releases\n", NAME(i))
 		:: !OURS(i)
 		:: slips > 0 && late_clear[i] == 0 ->
 			printf("%c's release is delayed\n", NAME(i)); slips--; late_clear[i] = gen[i] + 1; goto again
@@ -529,7 +755,7 @@ again:		skip }
 #ifdef CRASH
 #ifndef NORECONCILE
 			if
-			:: phase[i] == END && OURS(i) -> row_holder = 0; wake(); printf("%c finds a forgotten release\n", NAME(i))
+			:: phase[i] == END && OURS(i) -> release(i); printf("%c finds a forgotten release\n", NAME(i))
 			:: else
 			fi
 #endif
@@ -550,7 +776,11 @@ again:		skip }
 		late_lock[i] = 0;
 #ifndef NOTRUST
 		if
-		:: phase[i] == HOLD || phase[i] == DRAIN -> phase[i] = LOST; hint[i] = 0
+		:: phase[i] == HOLD || phase[i] == DRAIN ->
+			phase[i] = LOST; hint[i] = 0
+#ifdef BOUND
+			; spared[i] = 0
+#endif
 		:: else
 		fi;
 #endif
@@ -573,8 +803,7 @@ again:		skip }
 
 	/* It may clear what an acquire of the old session was granted. */
 	:: atomic { phase[i] == WAIT && pending[i] && anchor[i] != 0 && OURS(i) && !MINE(i) ->
-		row_holder = 0;
-		wake();
+		release(i);
 		printf("%c releases the grant of its old session\n", NAME(i)) }
 	:: atomic { phase[i] == WAIT && pending[i] && anchor[i] != 0 && OURS(i) && !MINE(i) && slips > 0 && late_clear[i] == 0 ->
 		slips--;
@@ -640,7 +869,7 @@ end:	do
 		late_take[i] = 0 }
 	:: atomic { late_clear[i] != 0 ->
 		if
-		:: CLEARS(i, late_clear[i] - 1) -> row_holder = 0; wake(); printf("%c's delayed release takes effect\n", NAME(i))
+		:: CLEARS(i, late_clear[i] - 1) -> release(i); printf("%c's delayed release takes effect\n", NAME(i))
 		:: true
 		fi;
 		late_clear[i] = 0 }
@@ -662,10 +891,14 @@ proctype Server()
 {
 	byte k, f;
 	do
-	:: d_step { row_claim != disk_claim || row_token != disk_token || row_holder != disk_holder -> flush() }
+	:: d_step { row_claim != disk_claim || row_token != disk_token || row_holder != disk_holder || row_stop != disk_stop -> flush() }
 	:: break
 	:: d_step {
 		row_claim = disk_claim; row_token = disk_token; row_holder = disk_holder;
+		row_stop = disk_stop;
+#ifdef MODES
+		row_open = disk_open;
+#endif
 		k = 0;
 		do
 		:: k < N * G -> lock[k] = disk_lock[k]; k++
@@ -754,7 +987,7 @@ init
 
 /* All clients are alike, so what holds for the first holds for every one. */
 #ifdef LTL_PREEMPT
-ltl preempt { [] ((phase[0] == HOLD && row_claim > claim[0]) -> <> (phase[0] != HOLD)) }
+ltl preempt { [] ((phase[0] == HOLD && OURS(0) && wanted) -> <> (phase[0] != HOLD)) }
 #endif
 #ifdef LTL_WAITED
 ltl waited { [] ((phase[0] == HOLD && phase[1] == WAIT && claim[1] > claim[0]) -> <> (phase[0] != HOLD || phase[1] != WAIT)) }
