@@ -45,7 +45,7 @@ func ExampleOutcomeOf() {
 		switch outcome, finished := locker.OutcomeOf(err); outcome {
 		case locker.OutcomeCompleted:
 			fmt.Printf("%s: done\n", event)
-		case locker.OutcomeSuperseded:
+		case locker.OutcomeSuperseded, locker.OutcomePreempted:
 			fmt.Printf("%s: newer work took over: nothing to do\n", event)
 		case locker.OutcomeLost:
 			fmt.Printf("%s: two may have run concurrently: look what is half done (finished: %v)\n", event, finished)
@@ -353,7 +353,7 @@ type Deployer struct {
 // failure.
 func (d *Deployer) Deploy(ctx context.Context, repo string, pr uint, event string) error {
 	err := d.Lockers(repo, pr, event).Do(ctx, func(ctx context.Context) error { return d.Run(ctx, repo, pr) })
-	if outcome, _ := locker.OutcomeOf(err); outcome == locker.OutcomeSuperseded {
+	if outcome, _ := locker.OutcomeOf(err); outcome == locker.OutcomeSuperseded || outcome == locker.OutcomePreempted {
 		return nil
 	}
 	return err
@@ -545,7 +545,7 @@ func ExampleNewPostgresPreemptiveLockerFactory() {
 	err = newLocker("octo/cat", 42, "synchronize").Do(context.Background(), func(ctx context.Context) error {
 		return deploy(ctx, "octo/cat", 42)
 	})
-	if outcome, _ := locker.OutcomeOf(err); outcome > locker.OutcomeSuperseded { // the larger, the worse
+	if outcome, _ := locker.OutcomeOf(err); outcome > locker.OutcomePreempted { // the larger, the worse
 		log.Print(err)
 	}
 }

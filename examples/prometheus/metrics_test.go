@@ -76,8 +76,8 @@ func TestScrape(t *testing.T) {
 		`locker_events_total{kind="displaced",outcome="superseded"} 2`, // also the late one
 		`locker_events_total{kind="skipped",outcome="busy"} 1`,
 		`locker_events_total{kind="failed",outcome="timeout"} 1`,
-		`locker_events_total{kind="notified",outcome="superseded"} 1`,
-		`locker_events_total{kind="released",outcome="superseded"} 1`,
+		`locker_events_total{kind="notified",outcome="preempted"} 1`,
+		`locker_events_total{kind="released",outcome="preempted"} 1`,
 		`locker_events_total{kind="released",outcome="completed"} 1`,
 		`locker_wait_seconds_count{kind="skipped"} 1`,
 		`locker_wait_seconds_count{kind="acquired"} 2`,

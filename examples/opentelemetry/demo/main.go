@@ -100,8 +100,8 @@ func preemption(ctx context.Context, uri string) (spans tracetest.SpanStubs, met
 	<-held
 	newer := deploy("push 2", func(context.Context) error { return nil })
 	olderErr := <-older
-	if outcome, _ := locker.OutcomeOf(olderErr); outcome != locker.OutcomeSuperseded {
-		return nil, metrics, fmt.Errorf("the older deployment was not superseded, but %v: %w", outcome, olderErr)
+	if outcome, _ := locker.OutcomeOf(olderErr); outcome != locker.OutcomePreempted {
+		return nil, metrics, fmt.Errorf("the older deployment was not preempted, but %v: %w", outcome, olderErr)
 	}
 	if newer != nil {
 		return nil, metrics, newer

@@ -57,8 +57,8 @@ const (
 	failed       = "failed"
 )
 
-// superseded is the outcome of a notification by a newer claim.
-const superseded = "superseded"
+// preempted is the outcome of a notification by a newer claim.
+const preempted = "preempted"
 
 // What the driver adds.
 const (
@@ -254,7 +254,7 @@ func (p *pull) see(e Event) (broken []string) {
 		if e.By == e.Delivery {
 			complain("%s was disturbed by its own redelivery", e.Event)
 		}
-		if e.Kind == toldToStop && e.Outcome == superseded {
+		if e.Kind == toldToStop && e.Outcome == preempted {
 			if e.By == "" {
 				complain("%s was told to stop, and not for which delivery", e.Event)
 			}

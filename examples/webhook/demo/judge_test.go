@@ -37,7 +37,7 @@ func tell(t *testing.T, lines string) []Event {
 			e.Event = "push " + f[4]
 			e.Mode, e.By = told["mode"], told["by"]
 			if e.By != "" && e.Kind == toldToStop {
-				e.Outcome = superseded
+				e.Outcome = preempted
 			}
 			if e.Kind == sent {
 				e.Page = "https://x/" + e.Delivery
