@@ -42,7 +42,7 @@ type delivery struct {
 	arrived time.Time
 }
 
-// event names the delivery to other replicas and to whoever reads their logs: it is the text that a run is told
+// event names the delivery to other replicas and in their logs: it is the text that a run is told
 // when this delivery takes its place. It has the repository's name, because d.repo tells people nothing.
 func (d delivery) event() string {
 	return fmt.Sprintf("%s %.7s delivery %.8s of %s#%d", d.action, d.head, d.id, d.name, d.pr)

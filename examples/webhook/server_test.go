@@ -126,7 +126,7 @@ func recorded(t testing.TB, action string) []byte {
 	return body
 }
 
-// push answers a recorded push as if it had been made just now; in a bubble that is a moment of the bubble's.
+// push returns a recorded push as if it had been made just now; in a bubble that is a moment of the bubble's.
 func push(t testing.TB) []byte {
 	t.Helper()
 	const then = `"updated_at": "2019-05-15T15:20:33Z"`
@@ -135,7 +135,7 @@ func push(t testing.TB) []byte {
 	return bytes.Replace(body, []byte(then), []byte(`"updated_at": "`+time.Now().UTC().Format(time.RFC3339)+`"`), 1)
 }
 
-// signed answers a request as GitHub sends it.
+// signed returns a request as GitHub sends it.
 func signed(id string, body []byte) *http.Request {
 	r := httptest.NewRequest(http.MethodPost, "/webhook", bytes.NewReader(body))
 	r.Header.Set("Content-Type", "application/json")
@@ -617,7 +617,7 @@ func TestLateDelivery(t *testing.T) {
 	require.Equal(t, []string{"received", "started", "finished", "received", "turned away"}, s.events.of(pushed))
 }
 
-// While one closes the environment a late push arrives: whoever works is not disturbed.
+// While one closes the environment a late push arrives: the job that runs is not disturbed.
 func TestLateDeliveryDisturbsNoOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)

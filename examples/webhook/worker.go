@@ -51,7 +51,7 @@ func newWorker(provider locker.LockProvider, modes modes, duration, windDown tim
 	return w, nil
 }
 
-// accept starts the delivery's job and returns immediately. It answers false, and does nothing, once shutdown has
+// accept starts the delivery's job and returns immediately. It returns false, and does nothing, once shutdown has
 // begun.
 func (w *worker) accept(d delivery) bool {
 	log := w.events.With("repo", d.name, "lock", d.repo, "pr", d.pr, "job", d.job(), "event", d.event(), "delivery", d.id,
