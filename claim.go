@@ -39,6 +39,22 @@ func (m ClaimMode) String() string {
 	return names[m]
 }
 
+// MarshalText returns what String does, and an error for an unknown mode.
+func (m ClaimMode) MarshalText() ([]byte, error) {
+	return []byte(m.String()), (terms{mode: m}).check()
+}
+
+// UnmarshalText accepts what String returns, for flags and configuration files.
+func (m *ClaimMode) UnmarshalText(text []byte) error {
+	for known := Preempt; known <= SkipIfBusy; known++ {
+		if known.String() == string(text) {
+			*m = known
+			return nil
+		}
+	}
+	return fmt.Errorf("locker: unknown claim mode %q: want %q, %q or %q", text, Preempt, LetFinish, SkipIfBusy)
+}
+
 // terms are what a caller says about its claim, besides the event. They travel in the
 // context, through providers of any kind.
 type terms struct {

@@ -1,6 +1,7 @@
 package locker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -82,7 +83,8 @@ type ConflictError struct {
 	Repo        string
 	PullRequest uint
 	// Winner is the newer claim that has won, in an error that matches
-	// [ErrLockPreempted]. A holder that learns of a claim from its row is told the newest.
+	// [ErrLockPreempted]. It may be superseded itself before it holds the key. A holder
+	// that learns of a claim from its row is told the newest.
 	Winner *ClaimInfo
 	// Waiter is the newest claim that waits for the key, in an error that matches
 	// [ErrLockTimeout] or [ErrLockBusy].
@@ -117,6 +119,16 @@ type ForeignLock struct {
 	PID         int // of the server process, as in pg_stat_activity
 	Application string
 	User        string
+}
+
+// Other returns the claim that is in the way: the winner, otherwise the holder, otherwise
+// the waiter. Its fields are zero if none is known.
+func (e *ConflictError) Other() ClaimInfo {
+	other := cmp.Or(e.Winner, e.Holder, e.Waiter)
+	if other == nil {
+		return ClaimInfo{}
+	}
+	return *other
 }
 
 // Error says which claim is in the way, followed by the text of the sentinel.

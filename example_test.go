@@ -102,8 +102,8 @@ func ExamplePreemptiveLocker_Do() {
 	fmt.Printf("stopped: %v, finished: %v\n", outcome, finished)
 	fmt.Println("newer:", <-newer)
 	// Output:
-	// stopping: superseded
-	// stopped: superseded, finished: false
+	// stopping: preempted
+	// stopped: preempted, finished: false
 	// newer: <nil>
 }
 

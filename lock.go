@@ -295,7 +295,7 @@ func (l *lock) expire() {
 			l.armLocked(l.shielded)
 			break
 		}
-		l.lost = annotate(ErrLockLost, "revoked %v after it was notified (%v)", l.conf.preemptionTimeout, l.cause)
+		l.lost = annotate(ErrLockLost, "revoked %v after it was notified", l.conf.preemptionTimeout)
 		l.endLocked()
 		news = l.revoke
 	case over:

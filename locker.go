@@ -307,9 +307,9 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 // Do locks, runs f and releases. The context given to f is derived from ctx. It is
 // canceled when the holder is notified, and context.Cause then matches the sentinel of
 // the cause: [ErrLockPreempted], [ErrMaxLockDuration], [ErrLockLost],
-// [ErrProviderClosed], [ErrStopRequested] or ctx's own error. f should return soon after
-// that, with the error of its context: once the preemption timeout has passed the lock is
-// taken away. [TokenFromContext] returns the fencing token.
+// [ErrProviderClosed] or [ErrStopRequested]. If ctx is done, it is ctx's own cause. f should
+// return soon after that, with the error or the cause of its context: once the preemption
+// timeout has passed the lock is taken away. [TokenFromContext] returns the fencing token.
 //
 // Do returns when f has returned, and releases whatever ctx is. Its error matches f's
 // error and, if f was disturbed, the cause, also if f returned nil. It can match several
@@ -342,6 +342,7 @@ func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) e
 	defer func() { // also on a panic and on runtime.Goexit
 		close(returned)
 		parts := doError{hold: fmt.Sprintf("%q#%d for %q", p.repo, p.pr, p.event), work: err, cause: <-watched}
+		parts.told = context.Cause(fctx)
 		cancel(nil)
 		lose(nil)
 		parts.release = p.Release(context.WithoutCancel(ctx))

@@ -293,6 +293,8 @@ func labelsComeBack(e *env) {
 	e.EqualValues(number, c.PullRequest)
 	e.Nil(c.Winner)
 	e.Nil(c.Foreign)
+	e.Equal(*c.Holder, c.Other())
+	e.Zero((&ConflictError{}).Other())
 	e.Equal("holder", c.Holder.Event)
 	e.Equal(one, c.Holder.Labels)
 	e.Equal(hostName, c.Holder.Host)
@@ -464,11 +466,11 @@ func progressIsBounded(e *env) {
 	e.NoError(holder.Unlock(e.ctx))
 
 	// A hold that nothing was to end begins the count again.
-	l, ch := e.hold(p, key, "undisturbed")
-	e.NoError(l.Unlock(e.ctx))
-	l, ch = e.hold(p, key, "undisturbed")
-	e.NoError(l.Unlock(e.ctx))
-	l, ch = e.hold(p, key, "notified")
+	for range 2 {
+		l, _ := e.hold(p, key, "undisturbed")
+		e.NoError(l.Unlock(e.ctx))
+	}
+	l, ch := e.hold(p, key, "notified")
 	e.Error(e.announced(q, key, "newer").Unlock(e.ctx))
 	e.payload(ch)
 	e.NoError(l.Unlock(e.ctx))
@@ -656,7 +658,8 @@ func TestOutcomeOf(t *testing.T) {
 	for want, err := range map[Outcome]error{
 		OutcomeCompleted:  nil,
 		OutcomeBusy:       fmt.Errorf("job: %w", ErrLockBusy),
-		OutcomeSuperseded: ErrClaimOutdated,
+		OutcomeOutdated:   ErrClaimOutdated,
+		OutcomeSuperseded: fmt.Errorf("job: %w", ErrLockPreempted),
 		OutcomeCanceled:   context.Canceled,
 		OutcomeTimeout:    ErrLockTimeout,
 		OutcomeStopped:    annotate(ErrStopRequested, "maintenance"),
@@ -693,6 +696,57 @@ func TestOutcomeOf(t *testing.T) {
 	require.Equal(t, "unknown", Outcome(-1).String())
 	require.Equal(t, "let_finish", LetFinish.String())
 	require.Equal(t, "ClaimMode(7)", ClaimMode(7).String())
+}
+
+// The worst of all that is joined counts, in any order, and the caller's own cause is no
+// failure.
+func TestOutcomeOfMany(t *testing.T) {
+	preempted := (&doError{work: context.Canceled, cause: ErrLockPreempted}).error()
+	lost := fmt.Errorf("job 2: %w", (&doError{work: nil, release: ErrLockLost}).error())
+	for _, err := range []error{stderrors.Join(preempted, lost), stderrors.Join(lost, preempted), fmt.Errorf("%w, %w", preempted, lost)} {
+		outcome, finished := OutcomeOf(err)
+		require.Equal(t, OutcomeLost, outcome)
+		require.False(t, finished)
+	}
+	outcome, _ := OutcomeOf(stderrors.Join(preempted, ErrLockBusy))
+	require.Equal(t, OutcomePreempted, outcome)
+
+	p, err := NewFakeProvider()
+	require.NoError(t, err)
+	f, err := NewPreemptiveLockerFactory(p)
+	require.NoError(t, err)
+	shutdown := errors.New("the service is shut down")
+	ctx, cancel := context.WithCancelCause(context.Background())
+	err = f("a/b", 1, "job").Do(ctx, func(ctx context.Context) error {
+		cancel(shutdown)
+		<-ctx.Done()
+		return context.Cause(ctx)
+	})
+	require.ErrorIs(t, err, shutdown)
+	require.ErrorIs(t, err, context.Canceled)
+	outcome, finished := OutcomeOf(err)
+	require.Equal(t, OutcomeCanceled, outcome)
+	require.False(t, finished)
+	require.Equal(t, shutdown.Error(), err.Error(), "it is told once")
+
+	// The failure of another lock is the function's.
+	err = f("a/b", 1, "outer").Do(context.Background(), func(context.Context) error { return lost })
+	outcome, _ = OutcomeOf(err)
+	require.Equal(t, OutcomeFailed, outcome)
+	require.NoError(t, p.Close())
+}
+
+func TestClaimModeText(t *testing.T) {
+	for _, mode := range modes {
+		text, err := mode.MarshalText()
+		require.NoError(t, err)
+		var got ClaimMode = 99
+		require.NoError(t, got.UnmarshalText(text))
+		require.Equal(t, mode, got)
+	}
+	_, err := ClaimMode(99).MarshalText()
+	require.Error(t, err)
+	require.ErrorContains(t, new(ClaimMode).UnmarshalText([]byte("fifo")), `"fifo"`)
 }
 
 // A command that is ended by the signal of its context has stopped because it was told to.

@@ -16,6 +16,9 @@ const (
 	OutcomeCompleted Outcome = iota + 1
 	// OutcomeBusy means that the claim was skipped: see [ErrLockBusy].
 	OutcomeBusy
+	// OutcomeOutdated means that the claim came too late, or once more: see
+	// [ErrClaimOutdated].
+	OutcomeOutdated
 	// OutcomeSuperseded means that a newer claim won before the function was run: see
 	// [ErrLockPreempted].
 	OutcomeSuperseded
@@ -43,7 +46,7 @@ const (
 
 // String returns a name that is fit for a metric's label, such as "completed".
 func (o Outcome) String() string {
-	names := [...]string{"unknown", "completed", "busy", "superseded", "preempted", "canceled", "timeout", "stopped", "closed", "expired", "failed", "lost"}
+	names := [...]string{"unknown", "completed", "busy", "outdated", "superseded", "preempted", "canceled", "timeout", "stopped", "closed", "expired", "failed", "lost"}
 	if o < 0 || int(o) >= len(names) {
 		o = 0
 	}
@@ -64,42 +67,68 @@ func (o Outcome) String() string {
 // given back all the same, and the error is worth a line in a log.
 //
 // OutcomeOf also accepts the errors of Lock, Unlock, Release and Notify, the cause of a
-// context of Do, and the error of an [Observation]. For them finished is true if err is
-// nil.
+// context of Do, the error of an [Observation], and errors that wrap or join any of these.
+// For them finished is true if err is nil. What the function says about other locks is
+// the function's: if it fails because an inner Do was preempted, the outer one has failed.
 func OutcomeOf(err error) (outcome Outcome, finished bool) {
 	if err == nil {
 		return OutcomeCompleted, true
 	}
-	var d *doError
-	if !errors.As(err, &d) {
-		return classify(err), false
+	if d, ok := err.(*doError); ok {
+		return d.outcome(), d.work == nil
 	}
-	outcome = OutcomeCompleted
-	if d.work != nil && !(d.cause != nil && stopping(d.work, d.cause)) {
+	if d := (*doError)(nil); errors.As(err, &d) { // further down
+		switch e := err.(type) {
+		case interface{ Unwrap() error }:
+			return OutcomeOf(e.Unwrap())
+		case interface{ Unwrap() []error }:
+			finished = true
+			for _, part := range e.Unwrap() {
+				o, f := OutcomeOf(part)
+				outcome, finished = max(outcome, o), finished && f
+			}
+			return outcome, finished
+		}
+	}
+	return classify(err), false
+}
+
+// outcome returns the worst of the parts.
+func (e *doError) outcome() Outcome {
+	outcome := OutcomeCompleted
+	if e.work != nil && !e.stopped() {
 		outcome = OutcomeFailed
 	}
-	if d.cause != nil {
-		outcome = max(outcome, classify(d.cause))
+	if e.cause != nil {
+		outcome = max(outcome, classify(e.cause))
 	}
 	if outcome == OutcomeSuperseded {
 		outcome = OutcomePreempted
 	}
-	if errors.Is(d.release, ErrLockLost) {
+	if errors.Is(e.release, ErrLockLost) {
 		outcome = OutcomeLost
 	}
-	return outcome, d.work == nil
+	return outcome
 }
 
-// stopping reports whether a function that was notified has returned err because of it.
-func stopping(err, cause error) bool {
+// stopped reports whether the function was notified and has returned because of it.
+func (e *doError) stopped() bool {
+	if e.cause == nil {
+		return false
+	}
 	var command interface{ ExitCode() int } // an exec.ExitError
-	if errors.As(err, &command) {
+	if errors.As(e.work, &command) {
 		switch command.ExitCode() {
 		case -1, 128 + 2, 128 + 9, 128 + 15: // ended by a signal, or by one that a shell reports
 			return true
 		}
 	}
-	return errors.Is(err, cause) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+	for _, reason := range []error{e.cause, e.told, context.Canceled, context.DeadlineExceeded} {
+		if reason != nil && errors.Is(e.work, reason) {
+			return true
+		}
+	}
+	return false
 }
 
 // classify returns the worst that an error matches.
@@ -115,6 +144,7 @@ func classify(err error) Outcome {
 		{ErrLockTimeout, OutcomeTimeout},
 		{context.Canceled, OutcomeCanceled},
 		{context.DeadlineExceeded, OutcomeCanceled},
+		{ErrClaimOutdated, OutcomeOutdated},
 		{ErrLockPreempted, OutcomeSuperseded},
 		{ErrLockBusy, OutcomeBusy},
 	} {
@@ -133,6 +163,7 @@ type doError struct {
 	hold    string // which hold it was, for the text
 	work    error  // the function's
 	cause   error  // why the function was notified
+	told    error  // the cause of the function's context, which is the caller's own if that was canceled
 	release error
 }
 
@@ -161,7 +192,7 @@ func (e *doError) Error() string {
 	if e.work != nil {
 		texts = append(texts, e.work.Error())
 	}
-	if e.cause != nil && !errors.Is(e.work, e.cause) {
+	if e.cause != nil && !errors.Is(e.work, e.cause) && !(e.told != nil && errors.Is(e.work, e.told)) {
 		texts = append(texts, fmt.Sprintf("locker: hold %s: %v", e.hold, e.cause))
 	}
 	if e.release != nil {

@@ -88,7 +88,7 @@ func (w *worker) run(d delivery, log *slog.Logger) {
 	case locker.OutcomeCompleted:
 	case locker.OutcomeBusy:
 		log.Info("skipped", "reason", reason, "by", rival(err).Labels["delivery"])
-	case locker.OutcomeSuperseded, locker.OutcomePreempted, locker.OutcomeCanceled, locker.OutcomeStopped:
+	case locker.OutcomeOutdated, locker.OutcomeSuperseded, locker.OutcomePreempted, locker.OutcomeCanceled, locker.OutcomeStopped:
 		switch {
 		case started:
 			// The work itself has said that it was told to stop, and why.
@@ -129,18 +129,11 @@ func (w *worker) claim(d delivery) *locker.PreemptiveLocker {
 	return lock
 }
 
-// rival returns the other claim of an error: the newer one that has won or, if there is none, the holder's or the
-// newest that waits. All its fields are zero if it is not known, as after an outage.
+// rival returns the other claim of an error. All its fields are zero if it is not known, as after an outage.
 func rival(err error) locker.ClaimInfo {
 	var conflict *locker.ConflictError
-	switch {
-	case !errors.As(err, &conflict):
-	case conflict.Winner != nil:
-		return *conflict.Winner
-	case conflict.Holder != nil:
-		return *conflict.Holder
-	case conflict.Waiter != nil:
-		return *conflict.Waiter
+	if errors.As(err, &conflict) {
+		return conflict.Other()
 	}
 	return locker.ClaimInfo{}
 }
@@ -153,7 +146,7 @@ func report(err error) (conclusion, summary string) {
 		return "success", "done"
 	case locker.OutcomeBusy:
 		return "skipped", "skipped: at work is " + about(err)
-	case locker.OutcomeSuperseded, locker.OutcomePreempted:
+	case locker.OutcomeOutdated, locker.OutcomeSuperseded, locker.OutcomePreempted:
 		return "cancelled", "superseded by " + about(err)
 	case locker.OutcomeCanceled, locker.OutcomeClosed:
 		return "cancelled", "the service was shut down"
