@@ -127,9 +127,9 @@ func operationsSQL(t *testing.T, comment string) string {
 	return query
 }
 
-// TestPostgresResetOrder: one order in nanoseconds keeps out all later ones in
+// TestPostgresResetSequence: one number in nanoseconds keeps out all later ones in
 // microseconds, until an operator resets it (C48).
-func TestPostgresResetOrder(t *testing.T) {
+func TestPostgresResetSequence(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
 	uri := newDatabase(t)
@@ -146,7 +146,7 @@ func TestPostgresResetOrder(t *testing.T) {
 			require.NoError(t, err)
 			require.True(t, known)
 		},
-		"one, by hand": func(t *testing.T) { pgExec(t, db, operationsSQL(t, "forget the highest order of one pull request")) },
+		"one, by hand": func(t *testing.T) { pgExec(t, db, operationsSQL(t, "forget the highest number of one pull request")) },
 		"all in a unit, by hand": func(t *testing.T) {
 			pgExec(t, db, operationsSQL(t, "forget all that are in nanoseconds"))
 		},
@@ -158,7 +158,7 @@ func TestPostgresResetOrder(t *testing.T) {
 			var pr, top, newest int64
 			var at time.Time
 			var event string
-			require.NoError(t, db.QueryRow(operationsSQL(t, "the highest orders")).Scan(new(string), &pr, &top, &newest, &event, &at))
+			require.NoError(t, db.QueryRow(operationsSQL(t, "the highest numbers")).Scan(new(string), &pr, &top, &newest, &event, &at))
 			require.Equal(t, []int64{7, wrong, wrong}, []int64{pr, top, newest})
 
 			reset(t)

@@ -956,7 +956,7 @@ func TestChecksGoOnAfterReconnect(t *testing.T) {
 	close(unblock)
 	pgUntil(t, "the session is reconnected", func() bool { return len(seen.of(ObservedReconnected)) == 1 })
 
-	pgExec(t, db, `UPDATE env_lock_state SET claim = claim + 1, claim_id = gen_random_uuid(), claim_event = 'without a notification'`)
+	pgExec(t, db, `UPDATE env_lock_state SET claim = claim + 1, claim_id = gen_random_uuid(), claim_event = 'without a notification', holder_stop = true`)
 	require.Equal(t, "without a notification", pgReceive(t, "the holder is notified by its row", ch).Message)
 }
 
