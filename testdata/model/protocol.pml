@@ -19,7 +19,7 @@
  *   LONGDELAY      a lock delay that outlasts the drain of a lost holder
  *   MODES          claims also let the holder finish, or skip a busy key
  *   BOUND=n        after n holds in a row that claims have ended, one is spared
- *   NOKEEP         do not look whether a hold is kept
+ *   NOKEEP         do not look whether a hold is kept, and why it is notified
  *   NOINSIDE       do not look who goes inside
  *   LTL_PREEMPT, LTL_WAITED, LTL_END  the liveness formulas
  * Mutants: each takes one rule away, and must be caught
@@ -552,8 +552,10 @@ inline enter(i)
 inline notify(i)
 {
 	hint[i] = 0;
+#if !defined(NOKEEP) && !defined(NOINSIDE)
 	notified_for_none = !wanted;
 	assert(!notified_for_none);
+#endif
 #ifdef BOUND
 	in_a_row = (row_spared == OVERDUE && !spared[i] -> 0 : in_a_row + 1);
 	told = 1;
