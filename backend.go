@@ -114,7 +114,8 @@ type keyState struct {
 // event is what a backend tells the locks of a key.
 type event struct {
 	kind    eventKind
-	from    standing   // claimed, newest: the claim; gone: the claim that held
+	hold    uuid.UUID  // newest, gone: the claim that holds, or held
+	from    standing   // claimed, newest: the newer claim
 	claim   *ClaimInfo // claimed, newest: the same claim
 	finish  bool       // claimed: it lets the holder finish
 	message string     // manual: the operator's text

@@ -77,7 +77,7 @@ func ExamplePreemptiveLocker_withoutPullRequest() {
 	fmt.Println("newer:", <-newer)
 	// Output:
 	// another environment: <nil> <nil>
-	// older: superseded
+	// older: preempted
 	// newer: <nil>
 }
 
@@ -117,8 +117,8 @@ func ExamplePreemptiveLocker_Shield() {
 	// Output:
 	// notified; the migration goes on: true
 	// the migration ended with: <nil>
-	// a second one is not begun: superseded
-	// older: superseded
+	// a second one is not begun: preempted
+	// older: preempted
 	// newer: <nil>
 }
 

@@ -261,9 +261,9 @@ func (s *memorySession) restore() {
 		switch {
 		case row.holder != c.id || row.session != ref.id:
 			lost++
-			s.hub.dispatch(c.key, event{kind: evGone, from: standing{id: c.id}, cause: errors.New("the row of the key does not name the hold any longer")})
+			s.hub.dispatch(c.key, event{kind: evGone, hold: c.id, cause: errors.New("the row of the key does not name the hold any longer")})
 		case row.stop:
-			s.hub.dispatch(c.key, event{kind: evNewest, from: row.newest, claim: row.claim.clone()})
+			s.hub.dispatch(c.key, event{kind: evNewest, hold: c.id, from: row.newest, claim: row.claim.clone()})
 		}
 	}
 	s.hub.broadcast(event{kind: evReleased})

@@ -433,7 +433,9 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 			if skip && (blocker == 0 || time.Now().Before(a.retryAt)) {
 				return nil, 0, doubt, l.explained(ctx, ErrLockBusy)
 			}
-			l.adopt(a.newest)
+			if !skip { // which is compared with no other claim
+				l.adopt(a.newest)
+			}
 		}
 		inVain = 0
 		l.sleep(ctx, a.retryAt)
@@ -773,7 +775,7 @@ func (l *lock) handleWaitingLocked(ev event) {
 	case evManual:
 		return
 	case evGone:
-		l.gone = l.gone || ev.from.id == l.claim.id
+		l.gone = l.gone || ev.hold == l.claim.id
 		return
 	case evLost:
 		l.lostUpTo = max(l.lostUpTo, ev.session)
@@ -799,9 +801,8 @@ func (l *lock) handleWaitingLocked(ev event) {
 // handleHeldLocked reports whether the hold is lost, and returns what to call once mu is
 // free.
 func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
-	theirs := ev.from.id != l.claim.id && (ev.from.id != l.standing.id || ev.from.number > l.standing.number)
 	switch {
-	case ev.kind == evLost && ev.session < l.session, ev.kind == evGone && ev.from.id != l.claim.id:
+	case ev.kind == evLost && ev.session < l.session, (ev.kind == evGone || ev.kind == evNewest) && ev.hold != l.claim.id:
 		return false, nil
 	case ev.kind == evLost, ev.kind == evGone:
 		what := "key taken away"
@@ -820,7 +821,8 @@ func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
 	case ev.kind == evManual:
 		news = l.notifyLocked(annotate(ErrStopRequested, "%q", ev.message),
 			NotificationPayload{ID: l.claim.id, Message: ev.message, LockKey: l.claim.key})
-	case theirs && (ev.kind == evNewest || ev.kind == evClaimed && !ev.finish && ev.from.number > l.standing.number):
+	case ev.from.id == l.claim.id:
+	case ev.kind == evNewest, ev.kind == evClaimed && !ev.finish && ev.from.number > l.standing.number:
 		news = l.preemptLocked(ev)
 	}
 	return false, news

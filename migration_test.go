@@ -937,7 +937,7 @@ func migrationGone(m *migration) {
 	a, err := p.session.acquire(context.Background(), l.stop, l.request(terms{}, 0))
 	require.NoError(m, err)
 	require.Equal(m, granted, a.outcome)
-	p.session.hub.dispatch(key, event{kind: evGone, from: standing{id: l.claim.id}})
+	p.session.hub.dispatch(key, event{kind: evGone, hold: l.claim.id})
 	ch, _, err := l.hold(context.Background(), a)
 	require.NoError(m, err)
 	require.Nil(m, ch)

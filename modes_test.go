@@ -497,6 +497,36 @@ func progressIsBounded(e *env) {
 	}
 }
 
+// The answer to the first attempt of a claim that was never announced is lost. Before the
+// second one a claim that preempts is announced. The row says that the holder is to stop,
+// and the holder believes it, although that claim is older than the answer.
+func TestStopBeforeTheAnswer(t *testing.T) {
+	for _, mode := range []ClaimMode{SkipIfBusy, Preempt} {
+		synctest.Test(t, func(t *testing.T) {
+			p, err := NewFakeProvider()
+			require.NoError(t, err)
+			ctx := context.Background()
+			holder, err := p.New(ctx, 7, "holder")
+			require.NoError(t, err)
+			newer, err := p.New(ctx, 7, "newer")
+			require.NoError(t, err)
+			s := p.session
+			ref, _ := s.trust.current()
+			s.db.mu.Lock()
+			s.db.grantLocked(s.db.rowLocked(7), lockOf(holder).claim, ref, progress{}, new(answer))
+			s.db.mu.Unlock()
+			require.NoError(t, newer.Notify(ctx))
+			ch, err := holder.Lock(ContextWithMode(ctx, mode))
+			require.NoError(t, err)
+			s.suspend() // the check of rows, as with every heartbeat of the other provider
+			s.restore()
+			require.Equal(t, "newer", (<-ch).Message)
+			require.NoError(t, holder.Unlock(ctx))
+			require.NoError(t, p.Close())
+		})
+	}
+}
+
 // outcomes: what Do's error says, the worst first.
 func outcomes(e *env) {
 	p, q := e.process(WithPreemptionTimeout(short)), e.process()

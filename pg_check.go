@@ -103,10 +103,10 @@ func (s *session) checkRows(ctx context.Context, l *link, ref sessionRef, all bo
 			case first:
 				alive, first = same, false
 			case !same:
-				news = append(news, found{key.Int64, event{kind: evGone, from: standing{id: id.UUID},
+				news = append(news, found{key.Int64, event{kind: evGone, hold: id.UUID,
 					cause: errors.New("the row of the key does not name the hold any longer")}})
 			default:
-				news = append(news, found{key.Int64, event{kind: evNewest, from: standing{number.Int64, newest.UUID}, claim: decodeClaim(text)}})
+				news = append(news, found{key.Int64, event{kind: evNewest, hold: id.UUID, from: standing{number.Int64, newest.UUID}, claim: decodeClaim(text)}})
 			}
 		})
 		if err != nil {

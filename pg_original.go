@@ -244,7 +244,7 @@ func (s *session) relockKeys(own *line, ref sessionRef) (lost int, err error) {
 		for _, key := range refused {
 			lost++
 			k.giveUp([]claim{holders[key]})
-			s.hub.dispatch(key, event{kind: evGone, from: standing{id: holders[key].id},
+			s.hub.dispatch(key, event{kind: evGone, hold: holders[key].id,
 				cause: errors.New("the key's advisory lock was taken while the session was suspended")})
 		}
 	}
