@@ -224,7 +224,6 @@ var exported = []string{
 	"const FakeLockProviderKind",
 	"const LetFinish",
 	"const ObservedAcquired",
-	"const ObservedDisplaced",
 	"const ObservedFailed",
 	"const ObservedLost",
 	"const ObservedNotified",
@@ -232,6 +231,7 @@ var exported = []string{
 	"const ObservedReleased",
 	"const ObservedRevoked",
 	"const ObservedSkipped",
+	"const ObservedSuperseded",
 	"const ObservedSuspended",
 	"const OperationLock",
 	"const OperationRelease",
@@ -557,13 +557,13 @@ func TestAPIKinds(t *testing.T) {
 }
 
 func TestAPIObservationKinds(t *testing.T) {
-	for i, want := range []string{"unknown", "acquired", "displaced", "failed", "notified", "released", "revoked", "lost",
+	for i, want := range []string{"unknown", "acquired", "superseded", "failed", "notified", "released", "revoked", "lost",
 		"suspended", "reconnected", "skipped", "unknown"} {
 		require.Equal(t, want, locker.ObservationKind(i).String())
 	}
 	require.Equal(t, "unknown", locker.ObservationKind(-1).String())
 	require.Equal(t, []locker.ObservationKind{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, []locker.ObservationKind{locker.ObservedAcquired,
-		locker.ObservedDisplaced, locker.ObservedFailed, locker.ObservedNotified, locker.ObservedReleased,
+		locker.ObservedSuperseded, locker.ObservedFailed, locker.ObservedNotified, locker.ObservedReleased,
 		locker.ObservedRevoked, locker.ObservedLost, locker.ObservedSuspended, locker.ObservedReconnected, locker.ObservedSkipped})
 }
 

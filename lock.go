@@ -97,7 +97,7 @@ func (l *lock) Notify(ctx context.Context) error {
 		})
 	}
 	if errors.Is(err, ErrClaimOutdated) { // Lock, which observes all else, is not called after this
-		l.observe(ObservedDisplaced, 0, err)
+		l.observe(ObservedSuperseded, 0, err)
 	}
 	return annotate(err, "locker: announce %q on key %d", l.claim.event, l.claim.key)
 }
@@ -355,7 +355,7 @@ func (l *lock) leave(err error) {
 	switch {
 	case errors.Is(err, errKeyMoved): // it was on the wrong key; another lock is tried
 	case errors.Is(err, ErrLockPreempted):
-		l.observe(ObservedDisplaced, waited, err)
+		l.observe(ObservedSuperseded, waited, err)
 	case errors.Is(err, ErrLockBusy):
 		l.observe(ObservedSkipped, waited, err)
 	default:

@@ -75,7 +75,7 @@ var contract = []contractCase{
 	{"C5 own and foreign claims do not disturb", notDisturbed},
 	{"C5 a claim that comes with the grant is not missed", claimedWithGrant},
 	{"C6 a lock without a claim disturbs nobody", unannouncedDisturbsNobody},
-	{"C6 a waiter without a claim is displaced by a later one", unannouncedIsDisplaced},
+	{"C6 a waiter without a claim is superseded by a later one", unannouncedIsDisplaced},
 	{"C6 a holder without a claim is told of a later one", unannouncedHolderIsTold},
 	{"C5 C6 the claim that was the newest is announced again", adoptedClaimAgain},
 	{"C7 the newest of many wins", newestWins},

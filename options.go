@@ -213,8 +213,8 @@ type ObservationKind int
 const (
 	// ObservedAcquired means that Lock succeeded, After a wait.
 	ObservedAcquired ObservationKind = iota + 1
-	// ObservedDisplaced means that a waiter was superseded, After a wait.
-	ObservedDisplaced
+	// ObservedSuperseded means that a waiter was superseded, After a wait.
+	ObservedSuperseded
 	// ObservedFailed means that Lock failed for another reason, After a wait.
 	ObservedFailed
 	// ObservedNotified means that the holder was notified, After a part of the hold. Err
@@ -240,7 +240,7 @@ const (
 
 // String returns a name that is fit for a metric's label.
 func (k ObservationKind) String() string {
-	names := [...]string{"unknown", "acquired", "displaced", "failed", "notified", "released", "revoked", "lost", "suspended", "reconnected", "skipped"}
+	names := [...]string{"unknown", "acquired", "superseded", "failed", "notified", "released", "revoked", "lost", "suspended", "reconnected", "skipped"}
 	if k < 0 || int(k) >= len(names) {
 		k = 0
 	}

@@ -189,7 +189,7 @@ func observations(e *env) {
 
 	want := map[string][]ObservationKind{
 		"a":       {ObservedAcquired, ObservedNotified, ObservedReleased},
-		"b":       {ObservedDisplaced},
+		"b":       {ObservedSuperseded},
 		"c":       {ObservedAcquired, ObservedReleased},
 		"revoked": {ObservedAcquired, ObservedNotified, ObservedRevoked},
 		"failed":  {ObservedFailed},

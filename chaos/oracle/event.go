@@ -61,9 +61,9 @@ const (
 
 // Classes of Notified and Ended.
 const (
-	ClassReleased  = "released"  // the holder let go
-	ClassDisplaced = "displaced" // a newer claim
-	ClassBusy      = "busy"      // the key was held or waited for, and the claim skips
+	ClassReleased  = "released"   // the holder let go
+	ClassDisplaced = "superseded" // a newer claim
+	ClassBusy      = "busy"       // the key was held or waited for, and the claim skips
 	ClassTimeout   = "timeout"
 	ClassLost      = "lost" // the session is lost, or the hold was revoked
 	ClassClosed    = "closed"

@@ -142,7 +142,7 @@ func (t *Telemetry) Observe(o locker.Observation) {
 	with := metric.WithAttributes(KindKey.String(o.Kind.String()), OutcomeKey.String(outcomeOf(o.Err)))
 	t.events.Add(ctx, 1, with)
 	switch o.Kind {
-	case locker.ObservedAcquired, locker.ObservedDisplaced, locker.ObservedFailed, locker.ObservedSkipped:
+	case locker.ObservedAcquired, locker.ObservedSuperseded, locker.ObservedFailed, locker.ObservedSkipped:
 		t.wait.Record(ctx, o.After.Seconds(), with)
 	case locker.ObservedReleased, locker.ObservedRevoked, locker.ObservedLost:
 		t.hold.Record(ctx, o.After.Seconds(), with)

@@ -31,7 +31,7 @@ func TestErrors(t *testing.T) {
 	}{
 		{locker.OperationLock, nil, "", codes.Unset, ""},
 		{locker.OperationLock, locker.ErrLockPreempted, "superseded", codes.Error, locker.ErrLockPreempted.Error()},
-		{locker.OperationLock, locker.ErrClaimOutdated, "superseded", codes.Error, locker.ErrClaimOutdated.Error()},
+		{locker.OperationLock, locker.ErrClaimOutdated, "outdated", codes.Error, locker.ErrClaimOutdated.Error()},
 		{locker.OperationLock, locker.ErrLockTimeout, "timeout", codes.Error, locker.ErrLockTimeout.Error()},
 		{locker.OperationLock, locker.ErrLockBusy, "busy", codes.Error, locker.ErrLockBusy.Error()},
 		{locker.OperationRelease, locker.ErrLockLost, "lost", codes.Error, locker.ErrLockLost.Error()},

@@ -17,10 +17,10 @@ import (
 // Metrics counts and times what happens to locks.
 //
 //	locker_events_total{kind,outcome}  counter; kind as in locker.ObservationKind, outcome as in locker.Outcome
-//	locker_wait_seconds{kind}          histogram of Lock: acquired, displaced, failed, skipped
+//	locker_wait_seconds{kind}          histogram of Lock: acquired, superseded, failed, skipped
 //	locker_hold_seconds{kind}          histogram of holds: released, revoked, lost
 //
-// The outcome is that of the observation's error: why a claim was displaced, has failed or was skipped, why a holder was
+// The outcome is that of the observation's error: why a claim was superseded, has failed or was skipped, why a holder was
 // notified, and why a hold that was released had been notified. Without an error it is "completed".
 //
 //	locker_queue, locker_held, locker_waiting, locker_connected, locker_suspended_seconds,
@@ -60,7 +60,7 @@ func (m *Metrics) Observe(o locker.Observation) {
 	outcome, _ := locker.OutcomeOf(o.Err)
 	m.events.WithLabelValues(kind, outcome.String()).Inc()
 	switch o.Kind {
-	case locker.ObservedAcquired, locker.ObservedDisplaced, locker.ObservedFailed, locker.ObservedSkipped:
+	case locker.ObservedAcquired, locker.ObservedSuperseded, locker.ObservedFailed, locker.ObservedSkipped:
 		m.wait.WithLabelValues(kind).Observe(o.After.Seconds())
 	case locker.ObservedReleased, locker.ObservedRevoked, locker.ObservedLost:
 		m.hold.WithLabelValues(kind).Observe(o.After.Seconds())

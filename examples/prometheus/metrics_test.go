@@ -73,7 +73,8 @@ func TestScrape(t *testing.T) {
 	require.NoError(t, err)
 	for _, line := range []string{
 		`locker_events_total{kind="acquired",outcome="completed"} 2`,
-		`locker_events_total{kind="displaced",outcome="superseded"} 2`, // also the late one
+		`locker_events_total{kind="superseded",outcome="superseded"} 1`,
+		`locker_events_total{kind="superseded",outcome="outdated"} 1`,
 		`locker_events_total{kind="skipped",outcome="busy"} 1`,
 		`locker_events_total{kind="failed",outcome="timeout"} 1`,
 		`locker_events_total{kind="notified",outcome="preempted"} 1`,
