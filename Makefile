@@ -3,8 +3,9 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 GO ?= go
 WITH_POSTGRES := scripts/with-postgres
+WITH_PEERS := scripts/with-peers
 
-.PHONY: help test test-matrix demo demo-postgres lint fuzz bench size model chaos compose-check ci clean
+.PHONY: help test test-matrix demo demo-postgres lint fuzz bench bench-peers size model chaos compose-check ci clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +30,9 @@ fuzz: ## every fuzz target for a few seconds (FUZZTIME=1m for longer)
 
 bench: ## the benchmark against PostgreSQL
 	$(WITH_POSTGRES) $(GO) run ./internal/bench
+
+bench-peers: ## the same work on Redis, etcd and advisory locks (ARGS=-quick for a look)
+	cd peers && LOCKER_POSTGRES_VIA="$${LOCKER_POSTGRES_VIA:-programs packages}" ../$(WITH_PEERS) ../$(WITH_POSTGRES) $(GO) run . $(ARGS)
 
 size: ## what a ten-line program costs with Datadog and without it
 	$(WITH_POSTGRES) $(GO) run ./internal/size

@@ -1,0 +1,86 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// advisoryClient is what programs write by hand: a pool, and pg_advisory_lock on a connection that the hold keeps.
+type advisoryClient struct{ pool *pgxpool.Pool }
+
+func openAdvisory(ctx context.Context, uri string, o options) (client, error) {
+	config, err := pgxpool.ParseConfig(uri)
+	if err != nil {
+		return nil, err
+	}
+	config.MaxConns = int32(o.Connections)
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	return &advisoryClient{pool}, nil
+}
+
+func (c *advisoryClient) lock(ctx context.Context, key int) (hold, error) {
+	conn, err := c.pool.Acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := conn.Exec(ctx, "SELECT pg_advisory_lock($1)", int64(key)); err != nil {
+		conn.Release() // which closes it, if the context has ended the statement
+		return nil, err
+	}
+	return &advisoryHold{conn, int64(key)}, nil
+}
+
+func (c *advisoryClient) try(ctx context.Context, key int) (hold, error) {
+	conn, err := c.pool.Acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var got bool
+	err = conn.QueryRow(ctx, "SELECT pg_try_advisory_lock($1)", int64(key)).Scan(&got)
+	if err == nil && !got {
+		err = errHeld
+	}
+	if err != nil {
+		conn.Release()
+		return nil, err
+	}
+	return &advisoryHold{conn, int64(key)}, nil
+}
+
+func (c *advisoryClient) Close() error {
+	c.pool.Close()
+	return nil
+}
+
+type advisoryHold struct {
+	conn *pgxpool.Conn
+	key  int64
+}
+
+// release returns the connection to the pool in any case; the pool closes it if it is broken.
+func (h *advisoryHold) release(ctx context.Context) error {
+	defer h.conn.Release()
+	var was bool
+	if err := h.conn.QueryRow(ctx, "SELECT pg_advisory_unlock($1)", h.key).Scan(&was); err != nil {
+		return err
+	}
+	if !was {
+		return errors.New("the lock was not held")
+	}
+	return nil
+}
+
+func (h *advisoryHold) token() int64 { return 0 }
+
+// alive asks the connection: nothing else says that it has ended.
+func (h *advisoryHold) alive(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	return h.conn.Ping(ctx) == nil
+}
