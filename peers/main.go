@@ -68,7 +68,7 @@ func main() {
 		}
 		b := &bench{ctx: ctx, quick: *quick, ttl: 10 * time.Second, cut: 5 * time.Second, held: 1000, holds: 100}
 		if b.quick {
-			b.ttl, b.cut, b.held, b.holds = 4*time.Second, time.Second, 200, 20
+			b.ttl, b.cut, b.held, b.holds = 4*time.Second, time.Second, 100, 20
 		}
 		return b.run(*only, *names, *out)
 	}()

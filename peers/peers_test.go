@@ -278,3 +278,18 @@ func TestRelay(t *testing.T) {
 	require.NoError(t, r.admit())
 	require.NoError(t, say(dial()))
 }
+
+// TestGuide: docs/peers.md and results.md show the results that are kept.
+func TestGuide(t *testing.T) {
+	r, err := load(defaultOut)
+	require.NoError(t, err)
+	require.NotEmpty(t, r.Runs)
+	for _, name := range []string{guide, defaultOut + ".md"} {
+		text, err := os.ReadFile(name)
+		require.NoError(t, err)
+		assert.True(t, strings.Contains(string(text), r.markdown()), "%s is not up to date: go run . -plot", name)
+	}
+	for _, p := range r.Runs[0].Peers {
+		assert.NotNil(t, peerByID(p.ID), p.ID)
+	}
+}

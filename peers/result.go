@@ -160,8 +160,12 @@ func (r *results) markdown() string {
 			fmt.Fprintf(&b, "\n%s is left out: %s.\n", p.Name, p.LeftOut)
 		}
 	}
-	fmt.Fprintf(&b, "\n### Speed\n\n")
-	b.WriteString(r.table([]column{
+	section := func(title string, measured func(*peerResult) bool, table string) {
+		if slices.ContainsFunc(newest.Peers, measured) {
+			b.WriteString("\n### " + title + "\n\n" + table)
+		}
+	}
+	section("Speed", func(p *peerResult) bool { return p.CycleMS != nil }, r.table([]column{
 		{"on disk before the answers to `Lock`; `Unlock`", func(p *peerResult) string { return p.Durable }},
 		{"cycle alone", func(p *peerResult) string { return p.CycleMS.show("ms") }},
 		{"16 callers", func(p *peerResult) string { return p.Rates[16].show("/s") }},
@@ -177,17 +181,15 @@ func (r *results) markdown() string {
 			return p.NotifiedMS.show("ms")
 		}},
 	}, true))
-	fmt.Fprintf(&b, "\n### Many held by one process\n\n")
-	b.WriteString(r.table([]column{
+	section("Many held by one process", func(p *peerResult) bool { return p.Held != nil }, r.table([]column{
 		{"locks", of(func(p *peerResult) *heldResult { return p.Held }, func(h *heldResult) string { return short(float64(h.Count)) })},
 		{"connections to the store", of(func(p *peerResult) *heldResult { return p.Held }, func(h *heldResult) string { return short(float64(h.Connections)) })},
 		{"memory of the client", of(func(p *peerResult) *heldResult { return p.Held }, func(h *heldResult) string { return mib(h.ClientBytes) })},
 		{"goroutines of the client", of(func(p *peerResult) *heldResult { return p.Held }, func(h *heldResult) string { return short(float64(h.Goroutines)) })},
 		{"memory of the store", of(func(p *peerResult) *heldResult { return p.Held }, func(h *heldResult) string { return mib(h.StoreBytes) })},
 	}, false))
-	fmt.Fprintf(&b, "\n### Faults\n\n")
 	cut := short(newest.Cut)
-	b.WriteString(r.table([]column{
+	section("Faults", func(p *peerResult) bool { return p.Kill != nil }, r.table([]column{
 		{"a hold of the dead ends by", func(p *peerResult) string { return p.Expiry }},
 		{"SIGKILL of the holder → the next may work", of(func(p *peerResult) *killResult { return p.Kill }, func(k *killResult) string { return k.Seconds.show("s") })},
 		{"writes of the dead can be refused", of(func(p *peerResult) *killResult { return p.Kill }, (*killResult).fence)},

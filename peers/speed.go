@@ -119,11 +119,11 @@ func (b *bench) alone(all []*runner) error {
 
 // many: many callers in one process, each with a key of its own.
 func (b *bench) many(all []*runner) error {
-	d := 700 * time.Millisecond
+	d, repeat := 700*time.Millisecond, 5
 	if b.quick {
-		d = 150 * time.Millisecond
+		d, repeat = 150*time.Millisecond, 1
 	}
-	for range b.count(5) {
+	for range repeat {
 		for _, level := range levels {
 			for _, r := range all {
 				rate, err := perSecond(level, d, func(i int) error { return cycle(b.ctx, r.a, i) })
