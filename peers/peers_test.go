@@ -107,7 +107,7 @@ func TestAdapters(t *testing.T) {
 		require.NoError(t, err, "another key is free")
 		require.NoError(t, other.release(ctx))
 
-		time.Sleep(o.TTL + o.TTL/2) // a lease that nobody refreshes is over then
+		time.Sleep(o.TTL + o.TTL/2) // a lease that is not refreshed is over then
 		assert.True(t, first.alive(ctx))
 		_, err = b.try(ctx, 1)
 		require.ErrorIs(t, err, errHeld, "after the TTL")

@@ -69,7 +69,7 @@ func (c *redsyncClient) Close() error { return c.redis.Close() }
 
 type redsyncHold struct {
 	mutex  *redsync.Mutex
-	keeper *keeper // nil: nobody refreshes it
+	keeper *keeper // nil: it is not refreshed
 }
 
 // refresh reports that the lock is not ours any longer, or an error that tells nothing about that.
@@ -142,7 +142,7 @@ func (c *redislockClient) Close() error { return c.redis.Close() }
 type redislockHold struct {
 	lock   *redislock.Lock
 	ttl    time.Duration
-	keeper *keeper // nil: nobody refreshes it
+	keeper *keeper // nil: it is not refreshed
 }
 
 func (h *redislockHold) refresh(ctx context.Context) (bool, error) {

@@ -25,7 +25,7 @@ const pooled = 64
 
 var levels = []int{16, 256}
 
-// speed: nobody is in the way, then one waits for the other.
+// speed: first every caller has a key of its own, then one waits for the other.
 func (b *bench) speed() (err error) {
 	stores, closeStores, err := b.stores(speedConnections)
 	if err != nil {

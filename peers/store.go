@@ -241,7 +241,7 @@ func startProcess(ctx context.Context, p program) (store, error) {
 	return s, nil
 }
 
-// freePorts finds ports that nobody listens at.
+// freePorts finds ports that are not in use.
 func freePorts(n int) (ports []int, err error) {
 	for range n {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
