@@ -296,6 +296,7 @@ var exported = []string{
 	"type ClaimMode, method String",
 	"type ClaimMode, method UnmarshalText",
 	"type ConflictError",
+	"type ConflictError, field Err",
 	"type ConflictError, field Foreign",
 	"type ConflictError, field Holder",
 	"type ConflictError, field Key",

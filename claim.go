@@ -60,8 +60,9 @@ func (m *ClaimMode) UnmarshalText(text []byte) error {
 type terms struct {
 	sequence *int64
 	mode     ClaimMode
-	moded    bool   // mode was given
-	labels   string // as JSON; "" if there are none
+	moded    bool          // mode was given
+	labels   string        // as JSON; "" if there are none
+	wait     time.Duration // of PreemptiveLocker.Wait, for a lock behind a provider of another kind; 0 if there is none
 }
 
 type termsKey struct{}
@@ -186,7 +187,7 @@ func decodeLabels(text string) map[string]string {
 // highest. That was announced at since, which is zero if the newest claim has another
 // number or none.
 func outdated(key int64, sequence, top int64, since time.Time, newest *ClaimInfo) error {
-	c := &ConflictError{Key: key, Winner: newest, sentinel: ErrClaimOutdated}
+	c := &ConflictError{Key: key, Winner: newest, Err: ErrClaimOutdated}
 	if sequence == top {
 		c.detail = fmt.Sprintf("a claim with the same sequence number %d is not over (newest claim: %q)", sequence, newest.Event)
 		return c

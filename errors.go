@@ -73,10 +73,13 @@ func (timeoutError) Timeout() bool   { return true }
 func (timeoutError) Is(e error) bool { return e == context.DeadlineExceeded }
 
 // ConflictError describes the other claim of an error: find it with errors.As. It is in
-// the errors that match [ErrLockPreempted], [ErrLockTimeout] and [ErrLockBusy], also in
-// the cause of a holder that was notified because of a newer claim. What is not known is
-// nil or zero: after an outage, for example, a timeout has no holder.
+// the errors of this package's locks that match [ErrLockPreempted], [ErrLockTimeout] and
+// [ErrLockBusy], also in the cause of a holder that was notified because of a newer claim.
+// It is not in an error that came before the key was known. What is not known is nil or
+// zero: after an outage, for example, a timeout has no holder.
 type ConflictError struct {
+	// Err is the sentinel that the error matches.
+	Err error
 	Key int64
 	// Repo and PullRequest are those of the [PreemptiveLocker], and zero for a lock that
 	// was made for a key.
@@ -96,8 +99,7 @@ type ConflictError struct {
 	// lock of the key.
 	Foreign *ForeignLock
 
-	sentinel error
-	detail   string
+	detail string
 }
 
 // ClaimInfo describes a claim of any process.
@@ -107,8 +109,8 @@ type ClaimInfo struct {
 	Labels map[string]string // see [PreemptiveLocker.Labels]
 	Host   string            // of the process; "" if it is not known
 	PID    int
-	// Since is when the claim was made or, of a holder, when it was granted the key, by
-	// the clock of the database server.
+	// Since is when the claim was made or, of a holder, when it was granted the key. It is
+	// by the clock of the database server, except for the holder in its own cause.
 	Since time.Time
 	// Token is the fencing token of a holder.
 	Token int64
@@ -131,14 +133,22 @@ func (e *ConflictError) Other() ClaimInfo {
 	return *other
 }
 
-// Error says which claim is in the way, followed by the text of the sentinel.
-func (e *ConflictError) Error() string { return e.detail + ": " + e.sentinel.Error() }
+// Error says which claim is in the way, if that is known, and the text of Err.
+func (e *ConflictError) Error() string {
+	switch {
+	case e.Err == nil:
+		return e.detail
+	case e.detail == "":
+		return e.Err.Error()
+	}
+	return e.detail + ": " + e.Err.Error()
+}
 
-// Unwrap returns the sentinel that the error matches.
-func (e *ConflictError) Unwrap() error { return e.sentinel }
+// Unwrap returns Err.
+func (e *ConflictError) Unwrap() error { return e.Err }
 
-// Cause returns the sentinel, for github.com/pkg/errors.
-func (e *ConflictError) Cause() error { return e.sentinel }
+// Cause returns Err, for github.com/pkg/errors.
+func (e *ConflictError) Cause() error { return e.Err }
 
 func (c *ClaimInfo) clone() *ClaimInfo {
 	if c == nil {

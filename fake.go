@@ -351,7 +351,9 @@ func (s *memorySession) announce(ctx context.Context, stop <-chan struct{}, n an
 	switch {
 	case n.take && row.holder == uuid.Nil:
 		m.grantLocked(row, c, ref, s.conf.progress, &a)
-	case row.holder != uuid.Nil && row.holder != c.id && n.terms.mode == Preempt:
+	case row.holder == c.id:
+		row.stop = false // it is the newest again
+	case row.holder != uuid.Nil && n.terms.mode == Preempt:
 		row.stop = true
 	}
 	news := event{kind: evClaimed, from: a.newest, claim: row.claim.clone(), finish: n.terms.mode == LetFinish}

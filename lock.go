@@ -149,7 +149,8 @@ func (l *lock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
 	if err := l.usable(ctx); err != nil {
 		return nil, err
 	}
-	ch, err := l.lockKey(ctx, lockCall{asked: time.Now(), terms: termsFromContext(ctx)})
+	t := termsFromContext(ctx)
+	ch, err := l.lockKey(ctx, lockCall{asked: time.Now(), wait: t.wait, terms: t})
 	return ch, annotate(err, "locker: lock key %d", l.claim.key)
 }
 
@@ -381,16 +382,22 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 	}
 	var trouble error // why the database could not be asked, the last time
 	var blocker int64
+	var retryAt time.Time // when the holder's session, which is dead, may be taken over
 	skip, announce := call.terms.mode == SkipIfBusy, call.announce
 	for inVain := 0; ; {
 		if err := l.waitEnded(ctx, trouble); err != nil {
-			if trouble == nil && errors.Is(err, ErrLockTimeout) {
+			switch {
+			case !errors.Is(err, ErrLockTimeout):
+			case trouble == nil:
 				err = l.explained(ctx, ErrLockTimeout)
+			default:
+				err = l.conflict(ErrLockTimeout, keyState{}, "%v", trouble)
 			}
 			return nil, 0, doubt, err
 		}
 		var a answer
 		var err error
+		ripe := blocker != 0 && !time.Now().Before(retryAt)
 		if announce && !skip {
 			announce = false
 			a, err = l.announce(ctx, l.stop, announcement{asked: call.asked, terms: call.terms, take: true, pull: call.pull})
@@ -411,7 +418,10 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 		if err != nil {
 			return nil, 0, doubt, err
 		}
-		trouble, blocker = nil, a.blocker
+		if ripe && a.blocker == blocker {
+			a.retryAt = time.Time{} // something else is in the way, too
+		}
+		trouble, blocker, retryAt = nil, a.blocker, a.retryAt
 		switch a.outcome {
 		case granted:
 			ch, waited, err := l.hold(ctx, a)
@@ -430,7 +440,7 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 				continue
 			}
 		default:
-			if skip && (blocker == 0 || time.Now().Before(a.retryAt)) {
+			if skip && (retryAt.IsZero() || time.Now().Before(retryAt)) {
 				return nil, 0, doubt, l.explained(ctx, ErrLockBusy)
 			}
 			if !skip { // which is compared with no other claim
@@ -457,7 +467,7 @@ func (l *lock) explained(ctx context.Context, sentinel error) error {
 	case ctx.Err() != nil:
 		return contextError(ctx)
 	case err != nil:
-		return sentinel
+		return l.conflict(sentinel, keyState{}, "")
 	case k.holder != nil:
 		dead := ""
 		if !k.alive {
@@ -470,14 +480,14 @@ func (l *lock) explained(ctx context.Context, sentinel error) error {
 	case k.newest != nil && k.newest.ID != l.claim.id:
 		return l.conflict(sentinel, k, "waited for by %v", k.newest)
 	}
-	return sentinel
+	return l.conflict(sentinel, k, "")
 }
 
 // conflict returns an error that matches the sentinel and describes the other claims.
 func (l *lock) conflict(sentinel error, k keyState, format string, args ...any) error {
 	c := &ConflictError{
 		Key: l.claim.key, Holder: k.holder.clone(), Foreign: k.foreign,
-		sentinel: sentinel, detail: fmt.Sprintf(format, args...),
+		Err: sentinel, detail: fmt.Sprintf(format, args...),
 	}
 	switch {
 	case k.newest == nil, k.newest.ID == l.claim.id, k.holder != nil && k.newest.ID == k.holder.ID:
@@ -759,6 +769,9 @@ func (l *lock) handle(ev event) {
 	}
 	if !lost {
 		return
+	}
+	if ev.kind == evGone { // its row may still say that the claim waits
+		l.backend.withdraw(l.claim)
 	}
 	l.backend.events().unsubscribe(l)
 	l.observe(ObservedLost, time.Since(l.began), cause)

@@ -575,8 +575,11 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (Preemp
 	if err == nil {
 		lock, ch, err = p.claim(ctx, calls, key, call)
 	}
-	if timer != nil && !timer.Stop() && (err == nil || errors.Is(err, context.Canceled)) {
-		err = ErrLockTimeout // the calls were canceled, or will be
+	if timer != nil && !timer.Stop() { // the calls were canceled, or will be
+		switch classify(err) {
+		case OutcomeFailed, OutcomeCanceled:
+			err = ErrLockTimeout
+		}
 	}
 	return lock, ch, err
 }
@@ -625,6 +628,9 @@ func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock Preemptable
 	case own != nil:
 		return own.lockKey(ctx, call)
 	}
+	if call.wait > 0 {
+		call.terms.wait = max(1, time.Until(call.asked.Add(call.wait)))
+	}
 	return lock.Lock(contextWithTerms(p.abortable(ctx), call.terms))
 }
 
@@ -641,7 +647,7 @@ func (p *PreemptiveLocker) delay(ctx context.Context, lock PreemptableLock, ch <
 	case <-timer.C:
 		return nil
 	case n, ok := <-ch:
-		return annotate(causeOf(lock, n, ok), "during the lock delay")
+		return &delayError{causeOf(lock, n, ok)}
 	case <-ctx.Done():
 		return contextError(ctx)
 	}

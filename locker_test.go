@@ -160,6 +160,8 @@ var contract = []contractCase{
 	{"C52 labels come back", labelsComeBack},
 	{"C52 errors say who", errorsSayWho},
 	{"C53 the worst outcome counts", outcomes},
+	{"C53 C11 a function that was never run", outcomeOfDelay},
+	{"C49 C24 a hold that was taken away", goneIsNotWaitedFor},
 	{"C21 ordinary errors are plain", plainErrors},
 	{"C15 the token in the function's context", tokenInContext},
 

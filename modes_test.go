@@ -244,7 +244,11 @@ func boundedWait(e *env) {
 	e.quiet(p, ch)
 
 	own := &relay{q, func(context.Context, string) error { return nil }}
+	longer := e.locker(own, "waits for longer than the provider's lock timeout").Mode(LetFinish).Wait(3 * unit)
 	start := time.Now()
+	e.matchesOnly(e.failed(e.start(e.ctx, longer)), ErrLockTimeout, context.DeadlineExceeded)
+	e.took(start, 3*unit)
+	start = time.Now()
 	err := e.failed(e.start(e.ctx, e.locker(own, "waits").Mode(LetFinish).Wait(unit)))
 	e.matchesOnly(err, ErrLockTimeout, context.DeadlineExceeded)
 	e.took(start, unit)
@@ -592,6 +596,60 @@ func outcomeOfNow(l *PreemptiveLocker) Outcome {
 	return classify(own.lost)
 }
 
+// A function that was never run, because the lock was taken away during the lock delay,
+// was not preempted: its claim was superseded.
+func outcomeOfDelay(e *env) {
+	p, q := e.process(patient), e.process(patient)
+	ran := false
+	delayed := e.locker(p, "delayed", WithLockDelay(time.Hour))
+	ended := make(chan error, 1)
+	go func() { ended <- delayed.Do(e.ctx, func(context.Context) error { ran = true; return nil }) }()
+	e.eventually(func() bool { e.pass(time.Second); return e.isHeldBy("delayed") })
+	newer := e.locker(q, "newer")
+	out := e.start(e.ctx, newer)
+	err := receive(e, ended)
+	outcome, finished := OutcomeOf(err)
+	e.Equal(OutcomeSuperseded, outcome, "%v", err)
+	e.False(finished)
+	e.False(ran)
+	e.acquired(out)
+	e.NoError(newer.Release(e.ctx))
+}
+
+func (e *env) isHeldBy(event string) bool {
+	_, err := e.locker(e.opened[0], "look").Mode(SkipIfBusy).Lock(e.ctx)
+	var c *ConflictError
+	return stderrors.As(err, &c) && c.Holder != nil && c.Holder.Event == event
+}
+
+// A hold that was taken away does not leave its key waited for.
+func goneIsNotWaitedFor(e *env) {
+	p, q := e.process(patient), e.process(patient)
+	key := e.key()
+	holder, ch := e.hold(p, key, "holder")
+	e.suspend(p)
+	if e.fake() {
+		e.store.mu.Lock()
+		e.store.rowLocked(key).end()
+		e.store.mu.Unlock()
+	} else {
+		_, err := e.admin.Exec(`UPDATE env_lock_state SET holder_id = NULL, holder_session = NULL WHERE lock_key = $1`, key)
+		e.NoError(err)
+	}
+	e.restore(p)
+	e.payload(ch)
+	e.closed(ch)
+	e.eventually(func() bool {
+		l := e.lock(q, key, "skips")
+		_, err := l.Lock(ContextWithMode(e.ctx, SkipIfBusy))
+		if err == nil {
+			e.NoError(l.Unlock(e.ctx))
+		}
+		return err == nil
+	})
+	e.ErrorIs(holder.Unlock(e.ctx), ErrLockLost)
+}
+
 func tokenInContext(e *env) {
 	p := e.process()
 	e.Zero(TokenFromContext(e.ctx))
@@ -766,6 +824,84 @@ func TestOutcomeOfMany(t *testing.T) {
 	require.NoError(t, p.Close())
 }
 
+// chain is an error of several, whose method As looks at the first alone, and which a
+// method Unwrap leads on.
+type chain []error
+
+func (c chain) Error() string        { return c[0].Error() }
+func (c chain) As(target any) bool   { return stderrors.As(c[0], target) }
+func (c chain) Is(target error) bool { return stderrors.Is(c[0], target) }
+func (c chain) Unwrap() error {
+	if len(c) == 1 {
+		return nil
+	}
+	return c[1:]
+}
+
+func TestOutcomeOfOddErrors(t *testing.T) {
+	lost := (&doError{hold: "x", work: errors.New("boom"), cause: ErrLockPreempted, release: ErrLockLost}).error()
+	preempted := (&doError{hold: "x", work: context.Canceled, cause: ErrLockPreempted}).error()
+	for _, err := range []error{chain{lost}, chain{lost, preempted}, chain{preempted, lost}} {
+		outcome, finished := OutcomeOf(err)
+		require.Equal(t, OutcomeLost, outcome)
+		require.False(t, finished)
+	}
+	var none *exec.ExitError
+	outcome, _ := OutcomeOf((&doError{work: none, cause: ErrLockPreempted}).error())
+	require.Equal(t, OutcomeFailed, outcome)
+
+	require.NotPanics(t, func() { _ = (&ConflictError{}).Error() })
+	own := &ConflictError{Err: ErrLockBusy}
+	require.ErrorIs(t, own, ErrLockBusy)
+	require.EqualError(t, own, ErrLockBusy.Error())
+}
+
+// A claim that skips does not wait for a key whose dead holder was watched for long
+// enough, if another claim waits for the key, and tries once.
+func TestSkipDoesNotSpin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := newMemory()
+		process := func() *FakeLockProvider {
+			p, err := NewFakeProvider(patient)
+			require.NoError(t, err)
+			p.once.Do(func() {})
+			p.session = store.open(&p.conf)
+			return p
+		}
+		p, q, s := process(), process(), process()
+		ctx := context.Background()
+		lock := func(p *FakeLockProvider) PreemptableLock {
+			l, err := p.New(ctx, 5, "claim")
+			require.NoError(t, err)
+			return l
+		}
+		skips := func() error { _, err := lock(s).Lock(ContextWithMode(ctx, SkipIfBusy)); return err }
+		holder := lock(p)
+		require.NoError(t, holder.Notify(ctx))
+		_, err := holder.Lock(ctx)
+		require.NoError(t, err)
+		p.session.suspend()
+		require.ErrorIs(t, skips(), ErrLockBusy)
+		time.Sleep(50 * time.Second)
+		waits := lock(q)
+		require.NoError(t, waits.Notify(ctx))
+		left := make(chan error, 1)
+		go func() { _, err := waits.Lock(ctx); left <- err }()
+		time.Sleep(15 * time.Second) // s has watched the holder for long enough, q has not
+		start := time.Now()
+		require.ErrorIs(t, skips(), ErrLockBusy)
+		require.Zero(t, time.Since(start))
+		require.NoError(t, waits.Unlock(ctx))
+		require.Error(t, <-left)
+		require.NoError(t, skips())
+		p.session.restore()
+		_ = holder.Unlock(ctx)
+		for _, p := range []*FakeLockProvider{p, q, s} {
+			require.NoError(t, p.Close())
+		}
+	})
+}
+
 func TestClaimModeText(t *testing.T) {
 	for _, mode := range modes {
 		text, err := mode.MarshalText()
@@ -847,10 +983,15 @@ func TestTypedConstructors(t *testing.T) {
 	f, err := NewFakeProvider(WithLockTimeout(-1))
 	require.Error(t, err)
 	require.Nil(t, f)
-	for _, bad := range []LockProviderOption{WithProgress(-1, time.Second), WithProgress(1, 0), WithProgress(1, -1), WithProgress(math.MaxInt, 0)} {
+	for _, bad := range []LockProviderOption{WithProgress(-1, time.Second), WithProgress(1, 0), WithProgress(1, -1), WithProgress(math.MaxInt, time.Second)} {
 		_, err := NewFakeProvider(bad)
 		require.ErrorContains(t, err, "locker: progress: ")
 	}
+	f, err = NewFakeProvider(WithMaxLockDuration(math.MaxInt64), WithProgress(1, math.MaxInt64))
+	require.NoError(t, err)
+	require.EqualValues(t, math.MaxInt64, f.conf.lockTimeout)
+	require.EqualValues(t, math.MaxInt64, f.conf.finishTimeout)
+	require.NoError(t, f.Close())
 	f, err = NewFakeProvider(WithProgress(0, 0))
 	require.NoError(t, err)
 	require.NoError(t, f.Close())

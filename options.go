@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -285,8 +286,8 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 		return c, fmt.Errorf("locker: idle timeout is below %v: %v", minIdleTimeout, c.idleTimeout)
 	}
 	switch p := c.progress; {
-	case p.n < 0:
-		return c, fmt.Errorf("locker: progress: the number of holds is negative: %d", p.n)
+	case p.n < 0, p.n > math.MaxInt32:
+		return c, fmt.Errorf("locker: progress: the number of holds is not between 0 and %d: %d", math.MaxInt32, p.n)
 	case p.n == 0:
 		c.progress = progress{}
 	case p.max <= 0:
@@ -295,8 +296,8 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 	if c.finishTimeout == 0 { // otherwise it was checked before
 		c.finishTimeout = waits
 		if waits == 0 {
-			c.lockTimeout = defaultLockTimeout + c.progress.max
-			c.finishTimeout = c.maxLockDuration + c.preemptionTimeout + defaultLockTimeout
+			c.lockTimeout = sum(defaultLockTimeout, c.progress.max)
+			c.finishTimeout = sum(sum(c.maxLockDuration, c.preemptionTimeout), defaultLockTimeout)
 		}
 	}
 	if c.logger == nil {
@@ -309,6 +310,15 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 		}
 	}
 	return c, nil
+}
+
+// sum adds durations that are not negative, and returns the longest one there is if their
+// sum is longer.
+func sum(a, b time.Duration) time.Duration {
+	if a > math.MaxInt64-b {
+		return math.MaxInt64
+	}
+	return a + b
 }
 
 // PreemptiveLockerConfig contains values for adjusting how the

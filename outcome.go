@@ -77,20 +77,25 @@ func OutcomeOf(err error) (outcome Outcome, finished bool) {
 	if d, ok := err.(*doError); ok {
 		return d.outcome(), d.work == nil
 	}
-	if d := (*doError)(nil); errors.As(err, &d) { // further down
-		switch e := err.(type) {
-		case interface{ Unwrap() error }:
-			return OutcomeOf(e.Unwrap())
-		case interface{ Unwrap() []error }:
-			finished = true
-			for _, part := range e.Unwrap() {
-				o, f := OutcomeOf(part)
-				outcome, finished = max(outcome, o), finished && f
-			}
-			return outcome, finished
+	var d *doError
+	if !errors.As(err, &d) {
+		return classify(err), false
+	}
+	var parts []error
+	switch e := err.(type) {
+	case interface{ Unwrap() error }:
+		parts = []error{e.Unwrap()}
+	case interface{ Unwrap() []error }:
+		parts = e.Unwrap()
+	}
+	outcome, finished = d.outcome(), d.work == nil // it may be reached by the error's own method As alone
+	for _, part := range parts {
+		if part != nil {
+			o, f := OutcomeOf(part)
+			outcome, finished = max(outcome, o), finished && f
 		}
 	}
-	return classify(err), false
+	return outcome, finished
 }
 
 // outcome returns the worst of the parts.
@@ -117,7 +122,7 @@ func (e *doError) stopped() bool {
 		return false
 	}
 	var command interface{ ExitCode() int } // an exec.ExitError
-	if errors.As(e.work, &command) {
+	if errors.As(e.work, &command) && !isNil(command) {
 		switch command.ExitCode() {
 		case -1, 128 + 2, 128 + 9, 128 + 15: // ended by a signal, or by one that a shell reports
 			return true
@@ -131,8 +136,12 @@ func (e *doError) stopped() bool {
 	return false
 }
 
-// classify returns the worst that an error matches.
+// classify returns the worst that an error matches, and OutcomeCompleted for nil.
 func classify(err error) Outcome {
+	if err == nil {
+		return OutcomeCompleted
+	}
+	outcome := OutcomeFailed
 	for _, c := range []struct {
 		sentinel error
 		outcome  Outcome
@@ -149,14 +158,29 @@ func classify(err error) Outcome {
 		{ErrLockBusy, OutcomeBusy},
 	} {
 		if errors.Is(err, c.sentinel) {
-			if conflict := (*ConflictError)(nil); c.outcome == OutcomeSuperseded && errors.As(err, &conflict) && conflict.Holder != nil {
-				return OutcomePreempted // it is the cause of a holder
-			}
-			return c.outcome
+			outcome = c.outcome
+			break
 		}
 	}
-	return OutcomeFailed
+	var delayed *delayError
+	var conflict *ConflictError
+	switch {
+	case errors.As(err, &delayed): // the function was never run
+		if outcome == OutcomeLost {
+			outcome = OutcomeFailed
+		}
+	case outcome == OutcomeSuperseded && errors.As(err, &conflict) && conflict.Holder != nil:
+		outcome = OutcomePreempted // it is the cause of a holder
+	}
+	return outcome
 }
+
+// delayError is why Lock has failed during the lock delay.
+type delayError struct{ err error }
+
+func (e *delayError) Error() string { return "during the lock delay: " + e.err.Error() }
+func (e *delayError) Unwrap() error { return e.err }
+func (e *delayError) Cause() error  { return e.err }
 
 // doError is the error of a Do: up to three parts, each of which may be nil.
 type doError struct {

@@ -145,11 +145,11 @@ LEFT JOIN env_lock_sessions x ON x.id = s.holder_session`
 	sqlValid = `(w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id)`
 
 	// Who holds keys, who waits for them, and which other program has their advisory
-	// locks: for errors.
+	// locks: for errors. The statements of this library have such a lock for moments.
 	sqlExplain = `
 SELECT w.key, CASE WHEN s.claim_open AND ` + sqlClaimerLives + ` THEN ` + sqlNewest + ` END,
     CASE WHEN s.holder_id IS NOT NULL THEN ` + sqlHolder + ` END,
-    date_part('epoch', clock_timestamp() - s.held_since), NOT pg_try_advisory_xact_lock_shared(coalesce(x.lock, s.holder_session, 0)), f.pid, f.application_name, f.usename
+    date_part('epoch', clock_timestamp() - s.held_since), CASE WHEN s.holder_id IS NOT NULL THEN NOT pg_try_advisory_xact_lock_shared(coalesce(x.lock, s.holder_session, 0)) END, f.pid, f.application_name, f.usename
 FROM unnest($1::bigint[]) AS w(key)
 LEFT JOIN env_lock_state s ON s.lock_key = w.key
 LEFT JOIN env_lock_sessions x ON x.id = s.holder_session
@@ -158,6 +158,7 @@ LEFT JOIN LATERAL (
     WHERE s.holder_id IS NULL AND l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND l.pid <> pg_backend_pid()
         AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
         AND (l.classid::bigint << 32) | l.objid::bigint = w.key
+        AND a.query NOT LIKE '%env_lock_state%'
     LIMIT 1) f ON true`
 
 	// With WithOriginalReplicas: the keys whose rows let a claim try to take them.
@@ -198,9 +199,9 @@ WITH asked AS (
     RETURNING s.lock_key
 )
 SELECT s.lock_key, a.lock_key IS NOT NULL, ` + sqlNoFlush + `,
-    CASE WHEN NOT $4::boolean AND s.holder_id IS NULL AND s.claim_open AND w.finish IS NOT TRUE THEN pg_notify(s.lock_key::text,
+    CASE WHEN NOT $4::boolean AND s.holder_id IS NULL AND s.claim_open AND w.finish IS NOT TRUE AND s.claim_id = w.id THEN pg_notify(s.lock_key::text,
         format('{"id":"%s","event":%s,"lockKey":%s}', s.claim_id, to_json(s.claim_event), s.lock_key))::text END
-FROM unnest($1::bigint[], $5::boolean[]) AS w(key, finish)
+FROM unnest($1::bigint[], $2::uuid[], $5::boolean[]) AS w(key, id, finish)
 JOIN env_lock_state s ON s.lock_key = w.key
 LEFT JOIN asked a ON a.lock_key = s.lock_key`
 
@@ -314,7 +315,8 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
 //   - A claim that takes ($6) gets the key immediately if the row names no holder and
 //     no waiter. The row decides that, too; the key's own lock keeps out holders of the
 //     original library.
-//   - A claim that preempts writes into the row that the holder is to stop. What the row
+//   - A claim that preempts writes into the row that the holder is to stop. A holder that
+//     announces its claim again is the newest, and goes on. What the row
 //     of a free key says about a hold does not count: an operator, or a replica of an
 //     earlier version, may have freed it.
 //   - Every copy of a claim carries the time at which its caller asked for it, on the
@@ -336,7 +338,7 @@ func sqlAnnounce(full bool) string {
 		again = `w.late AND s.claim_id = w.id`
 	)
 	names, arrays, columns := "", "", ""
-	set, labels, stops := "claim_order = NULL, spared_until = CASE WHEN s.holder_id IS NOT NULL THEN s.spared_until END", "NULL", ""
+	set, labels, stops := "claim_order = NULL, spared_until = CASE WHEN s.holder_id IS NOT NULL THEN s.spared_until END", "NULL", "true"
 	payload := pq.QuoteLiteral(payloadPlain) + `, s.lock_key, s.claim, s.claim_id, to_json(s.claim_event)`
 	condition := ` AND (NOT w.late OR s.claim_id = w.id OR s.claimed_at IS NULL
         OR s.claimed_at <= w.asked OR s.claimed_at > statement_timestamp())`
@@ -344,7 +346,7 @@ func sqlAnnounce(full bool) string {
 		names, arrays, columns = ", ord, labels, finish", ", $13::bigint[], $14::text[], $15::boolean[]", " u.ord, u.labels::json AS labels, u.finish,"
 		set, labels, stops = `claim_order = w.ord, top_order = coalesce(w.ord, s.top_order),
     spared_until = CASE WHEN s.holder_id IS NOT NULL THEN s.spared_until
-        WHEN `+takes+` AND $16::integer <= s.streak THEN statement_timestamp() + $17::interval END`, "w.labels", " AND w.finish IS NOT TRUE"
+        WHEN `+takes+` AND $16::integer <= s.streak THEN statement_timestamp() + $17::interval END`, "w.labels", "w.finish IS NOT TRUE"
 		payload = pq.QuoteLiteral(payloadFull) + `, s.lock_key, s.claim, s.claim_id, to_json(s.claim_event),
             coalesce(s.claim_labels::text, 'null'), to_json(w.finish IS TRUE)`
 		condition = strings.Replace(condition, "(NOT w.late", "(w.ord IS NOT NULL OR NOT w.late", 1) +
@@ -379,7 +381,8 @@ UPDATE env_lock_state s SET
     holder_session = CASE WHEN ` + takes + ` THEN $8::bigint ELSE s.holder_session END,
     holder_event = CASE WHEN ` + takes + ` THEN w.event ELSE s.holder_event END,
     holder_labels = CASE WHEN ` + takes + ` THEN ` + labels + ` ELSE s.holder_labels END,
-    holder_stop = s.holder_id IS NOT NULL AND (s.holder_stop OR s.holder_id <> w.id AND NOT (` + again + `)` + stops + `)
+    holder_stop = s.holder_id IS NOT NULL AND CASE WHEN ` + again + ` THEN s.holder_stop
+        ELSE s.holder_id <> w.id AND (s.holder_stop OR ` + stops + `) END
 FROM want w
 WHERE s.lock_key = w.key` + condition + `
 RETURNING s.lock_key, s.claim, CASE WHEN w.take AND s.holder_id = w.id AND s.holder_session = $8::bigint THEN s.token END,
