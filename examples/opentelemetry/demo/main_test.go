@@ -99,13 +99,13 @@ func TestPreemption(t *testing.T) {
 	}
 	require.Equal(t, statements, measured)
 	require.Equal(t, map[string]int64{
-		"locker.events locker.kind=acquired,locker.outcome=completed":         2,
+		"locker.events locker.kind=acquired,locker.outcome=completed":        2,
 		"locker.events locker.kind=notified,locker.outcome=preempted":        1,
 		"locker.events locker.kind=released,locker.outcome=preempted":        1,
-		"locker.events locker.kind=released,locker.outcome=completed":         1,
-		"locker.wait.duration locker.kind=acquired,locker.outcome=completed":  2,
+		"locker.events locker.kind=released,locker.outcome=completed":        1,
+		"locker.wait.duration locker.kind=acquired,locker.outcome=completed": 2,
 		"locker.hold.duration locker.kind=released,locker.outcome=preempted": 1,
-		"locker.hold.duration locker.kind=released,locker.outcome=completed":  1,
+		"locker.hold.duration locker.kind=released,locker.outcome=completed": 1,
 		"locker.held ": 0, "locker.waiting ": 0, "locker.queued ": 0, "locker.connected ": 1,
 	}, seen)
 
