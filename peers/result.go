@@ -9,6 +9,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+
+	"github.com/preemptable/locker/internal/table"
 )
 
 // results is the result file: the newest run and the one before it.
@@ -233,7 +235,7 @@ func (r *results) compared() string {
 		name, _, _ := strings.Cut(string(p.Store), ",")
 		lines = append(lines, []string{p.Name, p.Versions, fmt.Sprintf("%s %s: %s", name, s.Version, s.Settings), p.Client, p.Refresh})
 	}
-	return align(lines)
+	return table.Align(lines)
 }
 
 type column struct {
@@ -278,7 +280,7 @@ func (r *results) table(columns []column, floor bool) string {
 		}
 		lines = append(lines, line)
 	}
-	return align(lines)
+	return table.Align(lines)
 }
 
 // before finds a peer in the run before the newest one.
@@ -349,26 +351,4 @@ func short(v float64) string {
 	default:
 		return fmt.Sprintf("%.3f", v)
 	}
-}
-
-// align pads the cells of a Markdown table.
-func align(lines [][]string) string {
-	width := make([]int, len(lines[0]))
-	for _, line := range lines {
-		for i, cell := range line {
-			width[i] = max(width[i], len([]rune(cell)))
-		}
-	}
-	var b strings.Builder
-	for _, line := range lines {
-		for i, cell := range line {
-			fill := " "
-			if cell == "---" {
-				fill = "-"
-			}
-			b.WriteString("| " + cell + strings.Repeat(fill, width[i]-len([]rune(cell))) + " ")
-		}
-		b.WriteString("|\n")
-	}
-	return b.String()
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/preemptable/locker"
 	"github.com/preemptable/locker/internal/pgserver"
+	"github.com/preemptable/locker/internal/table"
 )
 
 // profile shows where the time of one cycle goes, as seen from outside of the library:
@@ -118,7 +119,7 @@ func (b *bench) profile(out string) {
 	}
 	version := server.Version()
 	fmt.Fprintf(&b2, "# Where the time of one cycle goes\n\n%s, PostgreSQL %s, stock settings. Medians of %d rounds of %d.\n\n%s\n",
-		time.Now().UTC().Format("2006-01-02 15:04 UTC"), version, len(times[0]), n, align(lines))
+		time.Now().UTC().Format("2006-01-02 15:04 UTC"), version, len(times[0]), n, table.Align(lines))
 
 	// What the check of rows that goes with a heartbeat costs with many locks held.
 	locks := make([]*locker.PreemptiveLocker, 10_000)

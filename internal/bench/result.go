@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/preemptable/locker/internal/table"
 )
 
 // result is what a run leaves behind.
@@ -167,29 +169,7 @@ func (r *result) table() string {
 	fmt.Fprintf(&b, ". A commit that waits for the disk takes %s ms longer than one that does not. The run took %d s.\n\n", short(r.FlushMS), r.Seconds)
 	b.WriteString("The floor is raw PostgreSQL in the same run, in turns with ours. A figure is the median of its rounds' medians, in brackets\n" +
 		"the smallest and the largest of them; p99 and worst are of all samples.\n\n")
-	b.WriteString(align(lines))
-	return b.String()
-}
-
-// align pads the cells of a Markdown table.
-func align(lines [][]string) string {
-	width := make([]int, len(lines[0]))
-	for _, line := range lines {
-		for i, cell := range line {
-			width[i] = max(width[i], len([]rune(cell)))
-		}
-	}
-	var b strings.Builder
-	for _, line := range lines {
-		for i, cell := range line {
-			fill := " "
-			if cell == "---" {
-				fill = "-"
-			}
-			b.WriteString("| " + cell + strings.Repeat(fill, width[i]-len([]rune(cell))) + " ")
-		}
-		b.WriteString("|\n")
-	}
+	b.WriteString(table.Align(lines))
 	return b.String()
 }
 
