@@ -1,9 +1,9 @@
 // Command bench measures the library against the floor that raw PostgreSQL sets for it, on a server of its own with stock
 // settings, and prints one table. It uses nothing but the library's public API.
 //
-//	go run ./internal/bench            # the table; also written to testdata/bench/results.{md,json,svg}
+//	go run ./internal/bench            # the table; also written to docs/bench/results.{md,json,svg}
 //	go run ./internal/bench -quick     # a tenth of everything, nothing written
-//	go run ./internal/bench -profile   # where the time of one cycle goes; written to testdata/bench/profile.md
+//	go run ./internal/bench -profile   # where the time of one cycle goes; written to docs/bench/profile.md
 //	go run ./internal/bench -plot      # results.svg, and the figures in docs/capacity.md, from results.json again
 //
 // -soak=1000000, or BENCH_SOAK=1000000 in the environment, is the whole soak; -only=cycle,held runs some sections:
@@ -38,7 +38,7 @@ type bench struct {
 	result result
 }
 
-const defaultOut = "testdata/bench/results"
+const defaultOut = "docs/bench/results"
 
 func main() {
 	quick := flag.Bool("quick", false, "a tenth of everything; writes no file unless -out is given")
@@ -57,7 +57,7 @@ func main() {
 	switch {
 	case given["out"]:
 	case *profile: // another file
-		*out = "testdata/bench/profile"
+		*out = "docs/bench/profile"
 	}
 	if (*quick || *only != "") && !given["out"] {
 		*out = ""
