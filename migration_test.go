@@ -22,11 +22,11 @@ import (
 )
 
 // What docs/migration.md says about services of the original library on the same
-// database. The other side is testdata/standin, in processes of its own.
+// database. The other side is internal/standin, in processes of its own.
 func TestMigration(t *testing.T) {
 	t.Parallel()
 	program := filepath.Join(t.TempDir(), "standin")
-	out, err := exec.Command("go", "build", "-o", program, "./testdata/standin").CombinedOutput()
+	out, err := exec.Command("go", "build", "-o", program, "./internal/standin").CombinedOutput()
 	require.NoError(t, err, "%s", out)
 
 	for _, test := range []struct {
@@ -257,7 +257,7 @@ func (m *migration) count(query string, args ...any) (n int) {
 	return n
 }
 
-// standin is a process of testdata/standin.
+// standin is a process of internal/standin.
 type standin struct {
 	t    testing.TB
 	cmd  *exec.Cmd
