@@ -90,7 +90,7 @@ const (
 type answer struct {
 	outcome outcome
 	newest  standing   // the newest claim of the key
-	winner  *ClaimInfo // superseded: the newest claim
+	winner  *ClaimInfo // superseded, of an announcement: the newest claim
 	// granted only:
 	token   int64
 	session uint64 // the generation of the session that holds the key
@@ -104,7 +104,8 @@ type answer struct {
 
 // keyState is a key as an error describes it.
 type keyState struct {
-	newest  *ClaimInfo // nil if it does not wait any longer
+	newest  *ClaimInfo
+	open    bool       // the newest claim waits or holds
 	holder  *ClaimInfo // nil if the key is free
 	heldFor time.Duration
 	alive   bool // the holder's session is connected

@@ -380,6 +380,31 @@ func errorsSayWho(e *env) {
 	c = conflictOf(e, err)
 	e.Equal(repo, c.Repo)
 	e.Equal("waits", c.Winner.Event)
+
+	// A waiter returns the newer claim, whether or not it has heard of it.
+	r, s := e.process(patient), e.process(patient)
+	for _, heard := range []bool{true, false} {
+		old := e.start(e.ctx, e.locker(r, "old"))
+		e.eventually(func() bool { return e.waiting(r) })
+		if !heard {
+			e.suspend(r)
+		}
+		newer := e.locker(s, "newer").Labels(map[string]string{"commit": "c0ffee"})
+		out := e.start(e.ctx, newer)
+		e.eventually(func() bool { return e.waiting(s) })
+		if !heard {
+			e.restore(r)
+		}
+		c = conflictOf(e, e.failed(old))
+		e.Equal(ErrLockPreempted, c.Err)
+		e.Equal("newer", c.Winner.Event)
+		e.Equal(map[string]string{"commit": "c0ffee"}, c.Winner.Labels)
+		e.Equal(hostName, c.Winner.Host)
+		e.Nil(c.Holder)
+		e.ErrorContains(c, `superseded by the newer claim "newer"`)
+		e.NoError(newer.Release(e.ctx))
+		e.failed(out)
+	}
 	e.NoError(holder.Release(e.ctx))
 }
 

@@ -99,7 +99,7 @@ type ConflictError struct {
 	// lock of the key.
 	Foreign *ForeignLock
 
-	detail string
+	detail string // "" if the fields above say everything
 }
 
 // ClaimInfo describes a claim of any process.
@@ -133,15 +133,23 @@ func (e *ConflictError) Other() ClaimInfo {
 	return *other
 }
 
-// Error says which claim is in the way, if that is known, and the text of Err.
+// Error returns which claim is in the way, if that is known, and the text of Err.
 func (e *ConflictError) Error() string {
+	detail := e.detail
+	if detail == "" && e.Winner != nil {
+		verb := "superseded"
+		if e.Holder != nil {
+			verb = "preempted"
+		}
+		detail = verb + " by the newer claim " + e.Winner.String()
+	}
 	switch {
 	case e.Err == nil:
-		return e.detail
-	case e.detail == "":
+		return detail
+	case detail == "":
 		return e.Err.Error()
 	}
-	return e.detail + ": " + e.Err.Error()
+	return detail + ": " + e.Err.Error()
 }
 
 // Unwrap returns Err.

@@ -405,7 +405,7 @@ func (s *memorySession) acquire(ctx context.Context, stop <-chan struct{}, r req
 	free := row.holder == uuid.Nil || row.holder == r.id || lock == r.blocker && s.watches.over(lock) && !m.live[lock]
 	switch {
 	case !r.first && row.newest != r.standing && row.newest.number >= r.standing.number && row.newest.id != r.id:
-		a.outcome, a.winner = superseded, row.claim.clone()
+		a.outcome = superseded
 	case free && !(r.skip && row.holder != r.id && row.newest.id != r.id && m.waitsLocked(row)):
 		m.grantLocked(row, r.claim, ref, s.conf.progress, &a)
 	default:
@@ -429,8 +429,8 @@ func (s *memorySession) explain(ctx context.Context, stop <-chan struct{}, key i
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	row := m.rowLocked(key)
-	if m.waitsLocked(row) {
-		k.newest = row.claim.clone()
+	if row.newest.id != uuid.Nil {
+		k.newest, k.open = row.claim.clone(), m.waitsLocked(row)
 	}
 	if row.holder != uuid.Nil {
 		k.holder, k.heldFor, k.alive = row.hold.clone(), time.Since(row.hold.Since), m.live[m.lockOfLocked(row.session)]

@@ -66,6 +66,7 @@ type lock struct {
 	stop      chan struct{} // waiting: closed when ended is set; over: when Unlock has waited for long enough
 	gone      bool          // waiting: a grant since the last request does not count: the key was taken from the claim
 	missed    *event        // a claim that asks the holder to stop. waiting: the newest that was heard of; it may have come after the grant. held: it waits for spared
+	heard     *ClaimInfo    // waiting: the claim that was heard of last; other locks share it
 	wake      chan struct{} // waiting: capacity 1, a reason to try again; made when Lock sleeps for the first time
 	left      chan struct{} // waiting: closed when Lock has left; made by the Unlock that waits for it
 }
@@ -391,7 +392,7 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 			case trouble == nil:
 				err = l.explained(ctx, ErrLockTimeout)
 			default:
-				err = l.conflict(ErrLockTimeout, keyState{}, "%v", trouble)
+				err = l.conflict(ErrLockTimeout, keyState{}, trouble.Error())
 			}
 			return nil, 0, doubt, err
 		}
@@ -434,7 +435,7 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 			doubt = true
 			continue // the hold was lost before it began
 		case superseded:
-			return nil, 0, doubt, l.conflict(ErrLockPreempted, keyState{newest: a.winner}, "superseded by the newer claim %v", a.winner)
+			return nil, 0, doubt, l.supersededBy(ctx, a)
 		case again:
 			if inVain++; inVain < maxInVain {
 				continue
@@ -458,43 +459,69 @@ const explainTimeout = 500 * time.Millisecond
 // explained returns the error of a wait that has ended with the sentinel, and says who
 // has the key, if the database can be asked soon.
 func (l *lock) explained(ctx context.Context, sentinel error) error {
-	var k keyState
-	err := within(ctx, explainTimeout, func(stop <-chan struct{}) (err error) {
-		k, err = l.backend.explain(ctx, stop, l.claim.key)
-		return err
-	})
-	switch {
-	case ctx.Err() != nil:
+	k := l.explain(ctx)
+	if ctx.Err() != nil {
 		return contextError(ctx)
-	case err != nil:
-		return l.conflict(sentinel, keyState{}, "")
+	}
+	if !k.open {
+		k.newest = nil
+	}
+	detail := ""
+	switch {
 	case k.holder != nil:
 		dead := ""
 		if !k.alive {
 			dead = ", whose session is not connected"
 		}
-		return l.conflict(sentinel, k, "held for %v by %v%s, token %d", k.heldFor.Round(time.Millisecond), k.holder, dead, k.holder.Token)
+		detail = fmt.Sprintf("held for %v by %v%s, token %d", k.heldFor.Round(time.Millisecond), k.holder, dead, k.holder.Token)
 	case k.foreign != nil:
-		return l.conflict(sentinel, k, "the advisory lock of the key is held by the server process %d (application %q, user %q), which does not use this library",
+		detail = fmt.Sprintf("the advisory lock of the key is held by the server process %d (application %q, user %q), which does not use this library",
 			k.foreign.PID, k.foreign.Application, k.foreign.User)
 	case k.newest != nil && k.newest.ID != l.claim.id:
-		return l.conflict(sentinel, k, "waited for by %v", k.newest)
+		detail = fmt.Sprintf("waited for by %v", k.newest)
 	}
-	return l.conflict(sentinel, k, "")
+	return l.conflict(sentinel, k, detail)
 }
 
-// conflict returns an error that matches the sentinel and describes the other claims.
-func (l *lock) conflict(sentinel error, k keyState, format string, args ...any) error {
-	c := &ConflictError{
-		Key: l.claim.key, Holder: k.holder.clone(), Foreign: k.foreign,
-		Err: sentinel, detail: fmt.Sprintf(format, args...),
+// supersededBy returns the error of a wait that the answer has ended. The newer claim has
+// mostly been heard of. If its notification was lost, the database is asked.
+func (l *lock) supersededBy(ctx context.Context, a answer) error {
+	winner := a.winner
+	if winner == nil {
+		l.mu.Lock()
+		if l.heard != nil && l.heard.ID == a.newest.id {
+			winner = l.heard.clone()
+		}
+		l.mu.Unlock()
 	}
+	if winner == nil {
+		winner = l.explain(ctx).newest
+	}
+	return l.conflict(ErrLockPreempted, keyState{newest: winner}, "")
+}
+
+// explain asks the database about the key, if that responds soon.
+func (l *lock) explain(ctx context.Context) (k keyState) {
+	err := within(ctx, explainTimeout, func(stop <-chan struct{}) (err error) {
+		k, err = l.backend.explain(ctx, stop, l.claim.key)
+		return err
+	})
+	if err != nil {
+		return keyState{}
+	}
+	return k
+}
+
+// conflict returns an error that matches the sentinel and describes the other claims. The
+// caller of Lock may change them.
+func (l *lock) conflict(sentinel error, k keyState, detail string) error {
+	c := &ConflictError{Key: l.claim.key, Holder: k.holder, Foreign: k.foreign, Err: sentinel, detail: detail}
 	switch {
 	case k.newest == nil, k.newest.ID == l.claim.id, k.holder != nil && k.newest.ID == k.holder.ID:
 	case sentinel == ErrLockPreempted:
-		c.Winner = k.newest.clone()
+		c.Winner = k.newest
 	default:
-		c.Waiter = k.newest.clone()
+		c.Waiter = k.newest
 	}
 	l.complete(c)
 	return c
@@ -796,6 +823,7 @@ func (l *lock) handleWaitingLocked(ev event) {
 		if ev.from.id == l.claim.id {
 			return
 		}
+		l.heard = ev.claim
 		if !ev.finish && (l.missed == nil || ev.from.number > l.missed.from.number) {
 			newest := ev // only this copy is kept
 			l.missed = &newest
@@ -855,7 +883,7 @@ func (l *lock) preemptLocked(ev event) func() {
 	}
 	self := &ClaimInfo{ID: l.claim.id, Event: l.claim.event, Labels: decodeLabels(l.labels),
 		Host: hostName, PID: processID, Since: l.began, Token: l.token}
-	cause := l.conflict(ErrLockPreempted, keyState{newest: ev.claim, holder: self}, "preempted by the newer claim %v", ev.claim)
+	cause := l.conflict(ErrLockPreempted, keyState{newest: ev.claim.clone(), holder: self}, "")
 	return l.notifyLocked(cause, NotificationPayload{ID: ev.from.id, Message: ev.claim.Event, LockKey: l.claim.key})
 }
 

@@ -80,6 +80,26 @@ func (a *array) addUUID(v uuid.UUID) {
 	*a = append(*a, v[:]...)
 }
 
+// elements returns the arguments of a statement for one row. It reports whether there is
+// one row only: all arrays have one element or none, the first has one.
+func elements(args []any) ([]any, bool) {
+	only := make([]any, len(args))
+	for i, arg := range args {
+		only[i] = arg
+		a, ok := arg.(array)
+		switch {
+		case !ok, a == nil && i > 0:
+		case a.len() != 1:
+			return nil, false
+		case int32(binary.BigEndian.Uint32(a[arrayHeader:])) < 0:
+			only[i] = nil
+		default:
+			only[i] = a[arrayHeader+4:]
+		}
+	}
+	return only, true
+}
+
 func int64Array(values []int64) array {
 	a := newArray(oid.T_int8, len(values), 8)
 	for _, v := range values {

@@ -65,3 +65,45 @@ func TestPostgresArrays(t *testing.T) {
 	require.Equal(t, "{NULL,NULL,NULL,t,f,NULL,t}", pgGet[string](t, db, `SELECT $1::boolean[]`, none))
 	require.True(t, pgGet[bool](t, db, `SELECT $1::boolean[] IS NULL`, array(nil)))
 }
+
+// The form of a statement for one row gets the only element of each array, and is used
+// for nothing else.
+func TestPostgresForOne(t *testing.T) {
+	t.Parallel()
+	for _, text := range []string{sqlAnnouncePlain, sqlAnnounceFull, sqlAcquire, sqlRelease} {
+		one := sqlForOne[text]
+		require.NotContains(t, one, "unnest")
+		require.NotContains(t, one, "[]")
+		require.NotEqual(t, text, one)
+	}
+	dsn, err := sessionDSN(newDatabase(t))
+	require.NoError(t, err)
+	db := pgDB(t, dsn)
+	text, flag, padded := newArray(oid.T_text, 1, 0), newArray(oid.T_bool, 1, 0), array(nil)
+	text.addText("")
+	flag.addBool(true)
+	args, ok := elements([]any{int64Array([]int64{math.MinInt64}), text, flag, array(nil), "as it is"})
+	require.True(t, ok)
+	var number int64
+	var empty, same string
+	var yes bool
+	var missing *int64
+	require.NoError(t, db.QueryRow(forOne(`SELECT u.* FROM unnest($1::bigint[], $2::text[], $3::boolean[], $4::bigint[], $5::text) AS u(a, b, c, d, e)`), args...).
+		Scan(&number, &empty, &yes, &missing, &same))
+	require.Equal(t, int64(math.MinInt64), number)
+	require.Equal(t, "", empty)
+	require.True(t, yes)
+	require.Nil(t, missing)
+	require.Equal(t, "as it is", same)
+
+	padded.addAt(1, oid.T_int8) // has the element NULL
+	args, ok = elements([]any{int64Array([]int64{1}), padded})
+	require.True(t, ok)
+	require.Nil(t, args[1])
+	for _, several := range [][]any{
+		{int64Array(nil)}, {int64Array([]int64{1, 2})}, {int64Array([]int64{1}), int64Array([]int64{1, 2})},
+	} {
+		_, ok = elements(several)
+		require.False(t, ok)
+	}
+}

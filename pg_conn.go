@@ -232,6 +232,11 @@ func (l *link) exec(ctx context.Context, text string, args ...any) (err error) {
 func (l *link) each(ctx context.Context, text string, args, row []any, f func()) (err error) {
 	ctx, end := l.trace(ctx, text, true)
 	defer func() { finishTrace(end, OperationEnd{Err: err}) }()
+	if one := sqlForOne[text]; one != "" {
+		if only, ok := elements(args); ok {
+			text, args = one, only
+		}
+	}
 	s, err := l.prepared(ctx, text)
 	if err != nil {
 		return err

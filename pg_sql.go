@@ -3,6 +3,7 @@ package locker
 import (
 	_ "embed"
 	"fmt"
+	"regexp"
 	"strings"
 	"time"
 
@@ -91,7 +92,7 @@ RETURNING s.lock_key, ` + sqlNoFlush
 	// WithProgress's.
 	//
 	// The commit is flushed: that makes the token durable, and with it every claim
-	// before. For a key that was not taken the statement returns its newest claim, its
+	// before. For a key that was not taken the statement returns its newest claim's number, its
 	// holder's session and whether that lives. $8 and $9 are the session and its lock:
 	// without the lock nothing is taken.
 	sqlAcquire = `
@@ -129,7 +130,6 @@ WITH want AS MATERIALIZED (
 SELECT w.key, t.token, t.spared, t.lock_key IS NULL AND s.lock_key IS NULL,
     t.lock_key IS NOT NULL OR ` + sqlValid + `,
     coalesce(t.claim, s.claim), coalesce(t.claim_id, s.claim_id),
-    CASE WHEN t.lock_key IS NULL AND NOT ` + sqlValid + ` THEN ` + sqlNewest + ` END,
     s.holder_id IS NOT NULL,
     s.holder_id IS NULL OR s.claim_id = w.id AND (s.claimer_session IS DISTINCT FROM $8::bigint OR NOT s.claim_open),
     CASE WHEN s.holder_id IS NOT NULL THEN coalesce(x.lock, s.holder_session, 0) END,
@@ -147,7 +147,7 @@ LEFT JOIN env_lock_sessions x ON x.id = s.holder_session`
 	// Who holds keys, who waits for them, and which other program has their advisory
 	// locks: for errors. The statements of this library have such a lock for moments.
 	sqlExplain = `
-SELECT w.key, CASE WHEN s.claim_open AND ` + sqlClaimerLives + ` THEN ` + sqlNewest + ` END,
+SELECT w.key, CASE WHEN s.claim_id <> '00000000-0000-0000-0000-000000000000' THEN ` + sqlNewest + ` END, s.claim_open AND ` + sqlClaimerLives + `,
     CASE WHEN s.holder_id IS NOT NULL THEN ` + sqlHolder + ` END,
     date_part('epoch', clock_timestamp() - s.held_since), CASE WHEN s.holder_id IS NOT NULL THEN NOT pg_try_advisory_xact_lock_shared(coalesce(x.lock, s.holder_session, 0)) END, f.pid, f.application_name, f.usename
 FROM unnest($1::bigint[]) AS w(key)
@@ -390,6 +390,24 @@ RETURNING s.lock_key, s.claim, CASE WHEN w.take AND s.holder_id = w.id AND s.hol
     CASE WHEN s.waiting OR s.holder_id IS DISTINCT FROM w.id THEN ` + sqlNoFlush + ` END,
     CASE WHEN NOT $10::boolean AND (s.waiting OR s.holder_id <> w.id) THEN pg_notify('` + notifyChannel + `',
         format(` + payload + `))::text END`
+}
+
+// sqlForOne has the statements of a cycle in the form for one row, by the form for any
+// number: with scalars instead of arrays. Setting up the arrays takes the server a tenth
+// of such a statement.
+var sqlForOne = func() map[string]string {
+	forms := map[string]string{}
+	for _, text := range []string{sqlAnnouncePlain, sqlAnnounceFull, sqlAcquire, sqlRelease} {
+		forms[text] = forOne(text)
+	}
+	return forms
+}()
+
+func forOne(text string) string {
+	text = strings.ReplaceAll(text, "($1::bigint[])[1]", "$1::bigint")
+	return regexp.MustCompile(`unnest\(([^)]*)\)`).ReplaceAllStringFunc(text, func(rows string) string {
+		return "(SELECT " + strings.ReplaceAll(strings.TrimPrefix(rows, "unnest("), "[]", "")
+	})
 }
 
 // settings returns the query that sets up every connection of a session with the

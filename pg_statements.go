@@ -353,9 +353,8 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 	var valid, alive, spared sql.NullBool
 	var number, token, blocker sql.NullInt64
 	var id uuid.NullUUID
-	var newest sql.NullString
 	var timeout sql.NullFloat64
-	row := []any{&key, &token, &spared, &absent, &valid, &number, &id, &newest, &held, &hidden, &blocker, &timeout, &alive, &mine}
+	row := []any{&key, &token, &spared, &absent, &valid, &number, &id, &held, &hidden, &blocker, &timeout, &alive, &mine}
 	err := l.each(ctx, sqlAcquire, args, row, func() {
 		o := find(batch, key)
 		a := &o.answer
@@ -371,7 +370,7 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 			missing = append(missing, key)
 			return
 		case !valid.Bool:
-			a.outcome, a.winner = superseded, decodeClaim(newest)
+			a.outcome = superseded
 			return
 		}
 		a.outcome = busy
@@ -437,11 +436,11 @@ func explainKeys(ctx context.Context, l *link, batch []*op) error {
 	var key int64
 	var newest, holder, application, user sql.NullString
 	var age sql.NullFloat64
-	var alive sql.NullBool
+	var open, alive sql.NullBool
 	var pid sql.NullInt64
-	return l.each(ctx, sqlExplain, []any{keys}, []any{&key, &newest, &holder, &age, &alive, &pid, &application, &user}, func() {
+	return l.each(ctx, sqlExplain, []any{keys}, []any{&key, &newest, &open, &holder, &age, &alive, &pid, &application, &user}, func() {
 		k := &find(batch, key).keyState
-		k.newest, k.holder, k.heldFor, k.alive = decodeClaim(newest), decodeClaim(holder), seconds(age.Float64), alive.Bool
+		k.newest, k.open, k.holder, k.heldFor, k.alive = decodeClaim(newest), open.Bool, decodeClaim(holder), seconds(age.Float64), alive.Bool
 		if pid.Valid {
 			k.foreign = &ForeignLock{PID: int(pid.Int64), Application: application.String, User: user.String}
 		}
