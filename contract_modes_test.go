@@ -20,8 +20,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Modes of claims, labels, the bound of a wait, progress, and what errors say about the
-// other claim: cases of TestContract, on both providers.
+// The cases of TestContract for the modes of claims, labels, the bound of a wait, progress, and the
+// errors that describe the other claim. They run on both providers.
 
 var modes = []ClaimMode{Preempt, LetFinish, SkipIfBusy}
 
@@ -34,8 +34,8 @@ func (e *env) claimIn(p LockProvider, key int64, event string, mode ClaimMode) (
 	return l, e.start(ctx, l)
 }
 
-// everyMode: the newer claim's mode decides, whatever those of the holder and the
-// waiter are, and whether or not the holder hears of it before it looks at its row.
+// everyMode tests that the newer claim's mode decides, whatever those of the holder and the waiter
+// are. It does not matter whether the holder receives the message or finds the claim in its row.
 func everyMode(e *env) {
 	p, q, r := e.process(patient), e.process(patient), e.process(patient)
 	for _, heard := range []bool{true, false} {
@@ -58,7 +58,8 @@ func (e *env) oneOfEveryMode(p, q, r LockProvider, holds, waits, comes ClaimMode
 	if !heard {
 		e.suspend(p)
 	}
-	var left <-chan attempt // the claim that waits in the end
+	// left is the claim that waits in the end.
+	var left <-chan attempt
 	var last PreemptableLock
 	stop := ""
 	for i, c := range []struct {
@@ -85,7 +86,8 @@ func (e *env) oneOfEveryMode(p, q, r LockProvider, holds, waits, comes ClaimMode
 	}
 	if !heard {
 		e.restore(p)
-		if stop != "" { // the row tells the newest claim
+		// The row names the newest claim.
+		if stop != "" {
 			stop = lockOf(last).claim.event
 		}
 	}
@@ -107,8 +109,8 @@ func (e *env) oneOfEveryMode(p, q, r LockProvider, holds, waits, comes ClaimMode
 	e.free(q, key)
 }
 
-// A later claim that preempts notifies the holder, although one that lets it finish has
-// been in between.
+// A later claim that preempts notifies the holder, although a claim that lets it finish was
+// announced in between.
 func preemptAfterLetFinish(e *env) {
 	p, q := e.process(), e.process()
 	e.lockerKey(p)
@@ -145,7 +147,7 @@ func (e *env) waiting(p LockProvider) bool {
 	return false
 }
 
-// skipping: a claim that skips is seen by no other claim.
+// skipping tests that a claim that skips is seen by no other claim.
 func skipping(e *env) {
 	p, q := e.process(patient), e.process(patient)
 	key := e.lockerKey(p)
@@ -195,7 +197,7 @@ func skipping(e *env) {
 	}
 }
 
-// A key whose holder's session is dead is busy until it was watched being dead.
+// A key whose holder's session is dead is busy until the session has been watched being dead.
 func skipAfterDeath(e *env) {
 	p, q := e.process(), e.process()
 	key := e.key()
@@ -220,7 +222,7 @@ func skipAfterDeath(e *env) {
 	e.restore(p)
 }
 
-// boundedWait: the bound of the wait is not the lock timeout, and does not end the hold.
+// boundedWait tests that the bound of the wait is not the lock timeout, and does not end the hold.
 func boundedWait(e *env) {
 	unit := time.Hour // of virtual time
 	if !e.fake() {
@@ -263,7 +265,7 @@ func boundedWait(e *env) {
 	e.notASentinel(e.failed(e.start(e.ctx, e.locker(q, "negative").Wait(-1))))
 }
 
-// Settings that come after Lock are an error of Release, and have no effect.
+// A setting that is changed after Lock has no effect, and Release returns an error.
 func settingTooLate(e *env) {
 	p := e.process()
 	for name, set := range map[string]func(*PreemptiveLocker) *PreemptiveLocker{
@@ -282,7 +284,7 @@ func settingTooLate(e *env) {
 	}
 }
 
-// labels come back to the claims that lose.
+// labelsComeBack tests that the labels come back to the claims that lose.
 func labelsComeBack(e *env) {
 	p, q := e.process(patient), e.process(patient)
 	key := e.lockerKey(p)
@@ -319,7 +321,8 @@ func labelsComeBack(e *env) {
 	e.Equal("holder", c.Holder.Event)
 	e.Equal(one, c.Holder.Labels)
 	e.Equal(holder.Token(), c.Holder.Token)
-	c.Winner.Labels["actor"] = "changed" // what an error tells belongs to its reader
+	// An error's labels belong to its reader.
+	c.Winner.Labels["actor"] = "changed"
 
 	newest := e.locker(p, "newest").Labels(one)
 	last := e.start(e.ctx, newest)
@@ -334,7 +337,7 @@ func labelsComeBack(e *env) {
 	e.acquired(last)
 	e.NoError(newest.Release(e.ctx))
 
-	// Raw locks, and none.
+	// Raw locks with labels, and without.
 	l := e.lock(p, key, "raw")
 	e.NoError(l.Notify(ContextWithLabels(e.ctx, one)))
 	e.acquire(l)
@@ -348,7 +351,7 @@ func labelsComeBack(e *env) {
 	e.Nil(conflictOf(e, err).Holder.Labels)
 	e.NoError(l.Unlock(e.ctx))
 
-	// As many as fit, and one byte more.
+	// Labels of the greatest length, and of one byte more.
 	fits := map[string]string{"a": strings.Repeat("x", maxLabels-len(`{"a":""}`))}
 	e.NoError(e.locker(p, strings.Repeat("\x01", maxPayload)).Labels(fits).Do(e.ctx, func(context.Context) error { return nil }))
 	fits["a"] += "x"
@@ -364,7 +367,8 @@ func conflictOf(e *env, err error) *ConflictError {
 	return c
 }
 
-// A timeout says who holds the key, and a claim that came too late which is the newest.
+// A timeout's error names the holder. The error of a claim that came too late names the newest
+// claim.
 func errorsSayWho(e *env) {
 	timeout := WithLockTimeout(short)
 	p, q := e.process(patient), e.process(timeout, patient)
@@ -408,7 +412,7 @@ func errorsSayWho(e *env) {
 	e.NoError(holder.Release(e.ctx))
 }
 
-// progressing: of n + 1 holds in a row one is not notified by a claim.
+// progressing tests that of n + 1 successive holds at least one is not notified because of a claim.
 func progressing(e *env) {
 	max := 10 * time.Minute
 	if !e.fake() {
@@ -452,8 +456,8 @@ func causeAfter(e *env, l PreemptableLock, ch <-chan NotificationPayload) error 
 	return lockOf(l).Cause()
 }
 
-// A hold that is spared is notified of the claim after max, and the next is spared as
-// well. Everything else ends it before.
+// A hold that is spared is notified of the claim after max, and the next one is spared as well.
+// Every other cause ends it before.
 func progressIsBounded(e *env) {
 	max := 10 * time.Minute
 	if !e.fake() {
@@ -485,7 +489,7 @@ func progressIsBounded(e *env) {
 	e.Error(last.Unlock(e.ctx))
 	e.NoError(newer.Unlock(e.ctx))
 
-	// What the row says counts when the message was lost.
+	// If the message was lost, the row decides.
 	holder, ch = spared()
 	e.suspend(p)
 	newer = e.announced(q, key, "missed")
@@ -494,7 +498,7 @@ func progressIsBounded(e *env) {
 	e.Error(newer.Unlock(e.ctx))
 	e.NoError(holder.Unlock(e.ctx))
 
-	// A hold that nothing was to end begins the count again.
+	// A hold that no claim asked to stop resets the count.
 	for range 2 {
 		l, _ := e.hold(p, key, "undisturbed")
 		e.NoError(l.Unlock(e.ctx))
@@ -526,9 +530,9 @@ func progressIsBounded(e *env) {
 	}
 }
 
-// The answer to the first attempt of a claim that was never announced is lost. Before the
-// second one a claim that preempts is announced. The row says that the holder is to stop,
-// and the holder believes it, although that claim is older than the answer.
+// The response to the first attempt of a claim, which was never announced, is lost. Before the
+// second attempt a claim that preempts is announced. The row asks the holder to stop, and the
+// holder is notified, although that claim is older than the response.
 func TestStopBeforeTheAnswer(t *testing.T) {
 	for _, mode := range []ClaimMode{SkipIfBusy, Preempt} {
 		synctest.Test(t, func(t *testing.T) {
@@ -547,7 +551,8 @@ func TestStopBeforeTheAnswer(t *testing.T) {
 			require.NoError(t, newer.Notify(ctx))
 			ch, err := holder.Lock(ContextWithMode(ctx, mode))
 			require.NoError(t, err)
-			s.suspend() // the check of rows, as with every heartbeat of the other provider
+			// The check of rows, as with every heartbeat of the other provider.
+			s.suspend()
 			s.restore()
 			require.Equal(t, "newer", (<-ch).Message)
 			require.NoError(t, holder.Unlock(ctx))
@@ -556,7 +561,7 @@ func TestStopBeforeTheAnswer(t *testing.T) {
 	}
 }
 
-// outcomes: what Do's error says, the worst first.
+// outcomes tests what OutcomeOf returns for errors of Do: the worst first.
 func outcomes(e *env) {
 	p, q := e.process(WithPreemptionTimeout(short)), e.process()
 	boom := errors.New("boom")
@@ -613,7 +618,7 @@ func outcomes(e *env) {
 	e.False(finished)
 }
 
-// outcomeOfNow is what a Do would say if its function returned now.
+// outcomeOfNow returns the outcome of a Do whose function would return now.
 func outcomeOfNow(l *PreemptiveLocker) Outcome {
 	own := lockOf(l.lock)
 	own.mu.Lock()
@@ -621,8 +626,8 @@ func outcomeOfNow(l *PreemptiveLocker) Outcome {
 	return classify(own.lost)
 }
 
-// A function that was never run, because the lock was taken away during the lock delay,
-// was not preempted: its claim was superseded.
+// A function that was never run, because the lock was taken away during the lock delay, was not
+// preempted. Its claim was superseded.
 func outcomeOfDelay(e *env) {
 	p, q := e.process(patient), e.process(patient)
 	ran := false
@@ -647,7 +652,7 @@ func (e *env) isHeldBy(event string) bool {
 	return stderrors.As(err, &c) && c.Holder != nil && c.Holder.Event == event
 }
 
-// A hold that was taken away does not leave its key waited for.
+// A hold that was taken away does not leave its key marked as waited for.
 func goneIsNotWaitedFor(e *env) {
 	p, q := e.process(patient), e.process(patient)
 	key := e.key()
@@ -692,7 +697,7 @@ func tokenInContext(e *env) {
 	}))
 }
 
-// Ordinary outcomes are one line in a log, and say the package's name once.
+// The error of an ordinary outcome is one line in a log, and has the name of the package once.
 func plainErrors(e *env) {
 	timeout := WithLockTimeout(short)
 	p, q := e.process(patient), e.process(timeout, patient)
@@ -722,8 +727,8 @@ func plainErrors(e *env) {
 	e.NoError(holder.Release(e.ctx))
 }
 
-// A stream of claims against work that takes longer: without the bound nothing ever
-// finishes, with it every fourth hold does.
+// A stream of claims against work that takes longer. Without the bound only the last hold finishes.
+// With it every fourth hold does.
 func TestProgressOfAStream(t *testing.T) {
 	for _, n := range []int{0, 3} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
@@ -811,8 +816,7 @@ func TestOutcomeOf(t *testing.T) {
 	require.Equal(t, "ClaimMode(7)", ClaimMode(7).String())
 }
 
-// The worst of all that is joined counts, in any order, and the caller's own cause is no
-// failure.
+// The worst of several joined errors counts, in any order. The caller's own cause is no failure.
 func TestOutcomeOfMany(t *testing.T) {
 	preempted := (&doError{work: context.Canceled, cause: ErrLockPreempted}).error()
 	lost := fmt.Errorf("job 2: %w", (&doError{work: nil, release: ErrLockLost}).error())
@@ -842,15 +846,15 @@ func TestOutcomeOfMany(t *testing.T) {
 	require.False(t, finished)
 	require.Equal(t, shutdown.Error(), err.Error(), "it is told once")
 
-	// The failure of another lock is the function's.
+	// The failure of another lock counts as the function's.
 	err = f("a/b", 1, "outer").Do(context.Background(), func(context.Context) error { return lost })
 	outcome, _ = OutcomeOf(err)
 	require.Equal(t, OutcomeFailed, outcome)
 	require.NoError(t, p.Close())
 }
 
-// chain is an error of several, whose method As looks at the first alone, and which a
-// method Unwrap leads on.
+// chain is several errors in one. Its method As looks only at the first, and its method Unwrap
+// returns the rest.
 type chain []error
 
 func (c chain) Error() string        { return c[0].Error() }
@@ -881,8 +885,8 @@ func TestOutcomeOfOddErrors(t *testing.T) {
 	require.EqualError(t, own, ErrLockBusy.Error())
 }
 
-// A claim that skips does not wait for a key whose dead holder was watched for long
-// enough, if another claim waits for the key, and tries once.
+// A claim that skips tries once. It does not wait for a key whose dead holder has been watched for
+// long enough, if another claim waits for the key.
 func TestSkipDoesNotSpin(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := newMemory()
@@ -912,7 +916,8 @@ func TestSkipDoesNotSpin(t *testing.T) {
 		require.NoError(t, waits.Notify(ctx))
 		left := make(chan error, 1)
 		go func() { _, err := waits.Lock(ctx); left <- err }()
-		time.Sleep(15 * time.Second) // s has watched the holder for long enough, q has not
+		// By then s has watched the holder for long enough, and q has not.
+		time.Sleep(15 * time.Second)
 		start := time.Now()
 		require.ErrorIs(t, skips(), ErrLockBusy)
 		require.Zero(t, time.Since(start))
@@ -940,7 +945,7 @@ func TestClaimModeText(t *testing.T) {
 	require.ErrorContains(t, new(ClaimMode).UnmarshalText([]byte("fifo")), `"fifo"`)
 }
 
-// A command that is ended by the signal of its context has stopped because it was told to.
+// A command that was ended by the signal of its context has stopped because it was asked to.
 func TestOutcomeOfCommand(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	c := exec.CommandContext(ctx, "sleep", "1000")
@@ -959,7 +964,7 @@ func TestOutcomeOfCommand(t *testing.T) {
 	require.EqualError(t, told, ErrStopRequested.Error(), "once")
 }
 
-// Claims that wait for a holder which is not notified wait for longer by default.
+// Claims that may wait for a holder which is not notified wait for longer by default.
 func TestDefaultWaits(t *testing.T) {
 	for _, c := range []struct {
 		options       []LockProviderOption
@@ -979,7 +984,8 @@ func TestDefaultWaits(t *testing.T) {
 				require.NoError(t, err)
 				row := p.session.db
 				row.mu.Lock()
-				row.rowLocked(1).holder = lockOf(holder).claim.id // a hold without an end
+				// The row names a hold that does not end.
+				row.rowLocked(1).holder = lockOf(holder).claim.id
 				row.rowLocked(1).session = lockOf(holder).claim.key
 				row.live[1] = true
 				row.mu.Unlock()

@@ -6,14 +6,13 @@ import (
 	"time"
 )
 
-// Sessions that are suspended, reconnect or are lost: cases of TestContract, on both
+// The cases of TestContract for sessions that are suspended, reconnected or lost. They run on both
 // providers.
 
 // gap is a time for which a session can be suspended without being lost.
 func (e *env) gap() time.Duration { return e.sessionTimeout() / 4 }
 
-// wait lets d pass: in a bubble, or in real time until a condition that cannot hold
-// earlier.
+// wait lets d pass, in a bubble or in real time.
 func (e *env) wait(d time.Duration) {
 	end := time.Now().Add(d)
 	if e.fake() {
@@ -29,13 +28,15 @@ func holdOutlivesConnection(e *env) {
 	holder, ch := e.hold(p, key, "holder")
 	e.acquireAndRelease(q)
 	token := lockOf(holder).Token()
-	waiter := e.lock(q, key, "waiter") // it disturbs nothing
+	// The waiter was not announced: the holder is not notified.
+	waiter := e.lock(q, key, "waiter")
 	out := e.start(e.ctx, waiter)
 	e.waits(waiter)
 	e.suspend(p)
 	e.wait(e.gap())
 	e.restore(p)
-	e.wait(e.sessionTimeout()) // the watch that began meanwhile would be over
+	// A watch that began during the gap would have ended by now.
+	e.wait(e.sessionTimeout())
 	e.pending(out)
 	e.quiet(p, ch)
 	e.Equal(token, lockOf(holder).Token())
@@ -45,7 +46,8 @@ func holdOutlivesConnection(e *env) {
 	e.NoError(waiter.Unlock(e.ctx))
 }
 
-// patient is for a process whose session must not be lost, however slow the machine.
+// patient is the session timeout of a process whose session must not be lost, however slow the
+// machine is.
 var patient = WithSessionTimeout(time.Minute)
 
 func missedClaim(e *env) {
@@ -66,10 +68,11 @@ func missedClaim(e *env) {
 	e.NoError(newer.Unlock(e.ctx))
 }
 
-// A connection that is lost again and again is no reason to take the key: no watch
-// of one of its locks lasts long enough.
+// A session that loses its connection again and again loses no key: no watch of one of its advisory
+// locks lasts long enough.
 func flapping(e *env) {
-	timeout := 3 * e.sessionTimeout() // so that a slow machine does not lose it
+	// Long enough that a slow machine does not lose the session.
+	timeout := 3 * e.sessionTimeout()
 	p, q := e.process(WithSessionTimeout(timeout)), e.process(WithLockTimeout(time.Hour))
 	key := e.key()
 	holder, ch := e.hold(p, key, "holder")
@@ -110,8 +113,7 @@ func holdersTimeoutCounts(e *env) {
 	e.ErrorIs(holder.Unlock(e.ctx), ErrLockLost)
 }
 
-// Once the function of a lost hold has returned, its successor need not wait any
-// longer.
+// Once the function of a lost hold has returned, its successor need not wait any longer.
 func lostGivenBack(e *env) {
 	p, q := e.process(), e.process(WithSessionTimeout(time.Hour))
 	key := e.key()
@@ -130,9 +132,8 @@ func lostGivenBack(e *env) {
 	e.NoError(next.Unlock(e.ctx))
 }
 
-// An operator takes a key from a holder by giving the hold to a session that does not
-// exist: the holder is notified by the check of its row, and its successor waits the
-// session timeout.
+// An operator takes a key from a holder by giving the hold to a session that does not exist. The
+// holder is notified by the check of its row, and its successor waits for the session timeout.
 func rowTaken(e *env) {
 	p, q := e.process(), e.process(WithLockTimeout(time.Hour))
 	key := e.key()
@@ -142,7 +143,8 @@ func rowTaken(e *env) {
 		e.store.mu.Lock()
 		e.store.rows[key].session = 1
 		e.store.mu.Unlock()
-		e.suspend(p) // the fake has no other reason to check
+		// The fake has no other reason to check its rows.
+		e.suspend(p)
 		e.restore(p)
 	} else {
 		_, err := e.admin.Exec(`UPDATE env_lock_state SET holder_session = (random() * 1e18)::bigint WHERE lock_key = $1`, key)
@@ -185,7 +187,8 @@ func claimsWait(e *env) {
 func claimsWaitNoLonger(e *env) {
 	timeout := promisedLockTimeout
 	if !e.fake() {
-		timeout = 3 * time.Second // enough for the first connections
+		// Enough time for the first connections.
+		timeout = 3 * time.Second
 	}
 	p := e.process(WithLockTimeout(timeout))
 	e.acquireAndRelease(p)
@@ -211,7 +214,7 @@ func (e *env) acquireAndRelease(p LockProvider) {
 	e.NoError(l.Release(e.ctx))
 }
 
-// Two claims for one key: the one that was asked for first, by a process that is
+// Two claims are made for one key. The one that was asked for first, by a process that is
 // suspended, arrives last. It is superseded nevertheless.
 func orderOfAsking(e *env) {
 	p, q := e.process(WithLockTimeout(time.Hour), patient), e.process()

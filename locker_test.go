@@ -22,10 +22,9 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// TestContract holds both providers to CONTRACT.md, clause by clause. A case is
-// one function for both. With the fake it runs in a synctest bubble: the
-// defaults count, and every duration is exact. With PostgreSQL it runs in real
-// time, with short timeouts, in a database of its own.
+// TestContract holds both providers to CONTRACT.md, clause by clause. A case is one function for
+// both. With the fake it runs in a synctest bubble: the defaults apply, and every duration is
+// exact. With PostgreSQL it runs in real time, with short timeouts, in a separate database.
 func TestContract(t *testing.T) {
 	t.Run("fake", func(t *testing.T) {
 		for _, c := range slices.Concat(contract, troubleCases(true), virtual) {
@@ -35,7 +34,8 @@ func TestContract(t *testing.T) {
 		}
 	})
 	t.Run("postgres", func(t *testing.T) {
-		slots := make(chan struct{}, 4) // a stock server takes 100 connections
+		// A server with default settings accepts 100 connections.
+		slots := make(chan struct{}, 4)
 		for _, c := range slices.Concat(contract, troubleCases(false)) {
 			t.Run(c.name, func(t *testing.T) {
 				t.Parallel()
@@ -52,13 +52,13 @@ type contractCase struct {
 	run  func(e *env)
 }
 
-// virtual holds the cases that need virtual time, and show nothing of a provider.
+// virtual holds the cases that need virtual time and do not depend on the provider.
 var virtual = []contractCase{
 	{"C18 Release is bounded", releaseIsBounded},
 }
 
-// contract is the table of the cases. troubleCases adds those that are the same
-// for every cause of a notification.
+// contract is the table of the cases. troubleCases adds those that are the same for every cause of
+// a notification.
 var contract = []contractCase{
 	{"The story of A, B and C", story},
 
@@ -170,8 +170,7 @@ var contract = []contractCase{
 	{"C32 zero values do not panic", zeroValues},
 }
 
-// What the package promises, in numbers, and how short it is made for
-// PostgreSQL.
+// The durations that the package promises, and the short ones that are used with PostgreSQL.
 const (
 	promisedLockTimeout    = 20 * time.Second
 	promisedMaxDuration    = 30*time.Minute + 30*time.Second
@@ -186,19 +185,19 @@ const (
 // ---------------------------------------------------------------------------
 // The environment of a case.
 
-// env is one kind of provider, as a case sees it.
+// env is one kind of provider, as a case uses it.
 type env struct {
 	*require.Assertions
 	t          *testing.T
 	ctx        context.Context
-	limit      time.Duration // longest wait for what should happen
+	limit      time.Duration // longest wait for an expected event
 	opened     []LockProvider
 	background sync.WaitGroup
 	keys       int64
 
-	store *memory // fake only: what all processes share
+	store *memory // fake only: shared by all processes
 
-	uri   string  // postgres only, like all below
+	uri   string  // PostgreSQL only, like all below
 	admin *sql.DB // one connection
 	cords map[LockProvider]*cord
 }
@@ -225,7 +224,7 @@ func newPostgresEnv(t *testing.T, uri string) *env {
 
 func (e *env) fake() bool { return e.store != nil }
 
-// run carries out a case and then looks for leaks.
+// run runs a case and then looks for leaks.
 func (e *env) run(f func(*env)) {
 	defer func() {
 		if e.t.Failed() {
@@ -236,8 +235,8 @@ func (e *env) run(f func(*env)) {
 	e.finish()
 }
 
-// finish requires that the case has left nothing: no lock that waits or holds,
-// and, once the providers are closed, no connection and no held key.
+// finish requires that the case has left nothing behind: no lock that waits or holds and, once the
+// providers are closed, no connection and no held key.
 func (e *env) finish() {
 	for _, p := range e.opened {
 		e.eventually(func() bool { return e.subscribed(p) == 0 })
@@ -272,8 +271,8 @@ func (e *env) closeAll() {
 	e.background.Wait()
 }
 
-// abandon cleans up after a case that has failed, so that the next ones still
-// say something.
+// abandon cleans up after a case that has failed, so that the results of the next ones still mean
+// something.
 func (e *env) abandon() {
 	done := make(chan struct{})
 	go func() {
@@ -286,8 +285,8 @@ func (e *env) abandon() {
 	}
 }
 
-// process creates a provider, as one more process would. Its session is lost sooner
-// with PostgreSQL, where that takes real time.
+// process creates a provider, as one more process would. With PostgreSQL it has a shorter session
+// timeout, because the loss of a session takes real time there.
 func (e *env) process(options ...LockProviderOption) LockProvider {
 	e.t.Helper()
 	if e.fake() {
@@ -306,14 +305,15 @@ func (e *env) process(options ...LockProviderOption) LockProvider {
 	e.NoError(err)
 	e.opened = append(e.opened, p)
 	e.cords[p] = c
-	e.eventually(func() bool { // its first connections are not what the cases measure
+	// The first connections are not part of what the cases measure.
+	e.eventually(func() bool {
 		_, err := p.LockKey(e.ctx, "warm up", 0)
 		return err == nil
 	})
 	return p
 }
 
-// sessionTimeout is that of a process without an option.
+// sessionTimeout returns the session timeout of a process without an option.
 func (e *env) sessionTimeout() time.Duration {
 	if e.fake() {
 		return promisedSessionTimeout
@@ -350,14 +350,14 @@ func (e *env) restore(p LockProvider) {
 	} else {
 		e.cords[p].mend()
 	}
-	e.eventually(func() bool { // it has no reason to connect while it has no lock
+	// While it has no lock, the provider has no reason to connect.
+	e.eventually(func() bool {
 		_, connected := trustOf(p).current()
 		return connected || e.subscribed(p) == 0
 	})
 }
 
-// lossAfter is how long after suspend the session is lost: exactly that with the
-// fake.
+// lossAfter returns how long after suspend the session is lost. With the fake this is exact.
 func (e *env) lossAfter() time.Duration {
 	if e.fake() {
 		return patience(promisedSessionTimeout)
@@ -365,8 +365,7 @@ func (e *env) lossAfter() time.Duration {
 	return 0
 }
 
-// loseSession cuts a process off until its session is lost, and lets it connect
-// again.
+// loseSession cuts a process off until its session is lost, and then lets it connect again.
 func (e *env) loseSession(p LockProvider) {
 	e.t.Helper()
 	before, _ := trustOf(p).current()
@@ -387,7 +386,7 @@ func (e *env) pass(d time.Duration) {
 	}
 }
 
-// isHeld asks the database itself whether the key is held.
+// isHeld reports whether the database itself has the key as held.
 func (e *env) isHeld(key int64) bool {
 	e.t.Helper()
 	if e.fake() {
@@ -402,8 +401,8 @@ func (e *env) isHeld(key int64) bool {
 	return held
 }
 
-// eventually waits for a condition: until everything in the bubble has come to
-// rest, or for some real time.
+// eventually waits for a condition: until all goroutines of the bubble are blocked, or for some
+// real time.
 func (e *env) eventually(condition func() bool) {
 	e.t.Helper()
 	if e.fake() {
@@ -416,8 +415,7 @@ func (e *env) eventually(condition func() bool) {
 	}
 }
 
-// took requires that d has passed since start: exactly d in virtual time, at
-// least d in real time.
+// took requires that d has passed since start: exactly d in virtual time, at least d in real time.
 func (e *env) took(start time.Time, d time.Duration) {
 	e.t.Helper()
 	if e.fake() {
@@ -427,8 +425,8 @@ func (e *env) took(start time.Time, d time.Duration) {
 	}
 }
 
-// bound is an option and its duration: the promised default in virtual time, a
-// short one in real time.
+// bound returns an option and its duration: the promised default in virtual time, a short one in
+// real time.
 func (e *env) bound(option func(time.Duration) LockProviderOption, promised time.Duration) (LockProviderOption, time.Duration) {
 	if e.fake() {
 		return option(0), promised
@@ -436,9 +434,8 @@ func (e *env) bound(option func(time.Duration) LockProviderOption, promised time
 	return option(short), short
 }
 
-// settle returns when everything that was announced before has reached the
-// holders of a process: notifications keep their order, so that one that is sent
-// now arrives last.
+// settle returns when everything that was announced before has reached the holders of a process.
+// Notifications keep their order, so one that is sent now arrives last.
 func (e *env) settle(p LockProvider) {
 	e.t.Helper()
 	key := e.key()
@@ -448,7 +445,7 @@ func (e *env) settle(p LockProvider) {
 	e.NoError(l.Unlock(e.ctx))
 }
 
-// key answers a key that no other part of the case uses.
+// key returns a key that no other part of the case uses.
 func (e *env) key() int64 {
 	e.keys++
 	return 1_000_000 + e.keys
@@ -489,7 +486,7 @@ func (e *env) subscribed(p LockProvider) int {
 	return h.count
 }
 
-// inPhase waits until one of a process's locks of the key is in a phase.
+// inPhase waits until one of the process's locks of the key is in a phase.
 func (e *env) inPhase(p LockProvider, key int64, want phase) {
 	e.t.Helper()
 	e.eventually(func() bool {
@@ -508,8 +505,8 @@ func (e *env) inPhase(p LockProvider, key int64, want phase) {
 	})
 }
 
-// waits waits until a lock is waiting. One that was not announced has then seen
-// which claim is the newest.
+// waits waits until a lock is waiting. If it was not announced, it has then seen which claim is the
+// newest.
 func (e *env) waits(l PreemptableLock) {
 	e.t.Helper()
 	e.eventually(func() bool {
@@ -574,7 +571,7 @@ func (e *env) acquired(out <-chan attempt) <-chan NotificationPayload {
 	return a.ch
 }
 
-// failed requires that a Lock fails, and answers its error.
+// failed requires that a Lock fails, and returns its error.
 func (e *env) failed(out <-chan attempt) error {
 	e.t.Helper()
 	a := receive(e, out)
@@ -591,7 +588,7 @@ func (e *env) pending(out <-chan attempt) {
 	e.Empty(out, "Lock has returned")
 }
 
-// receive takes a value from a channel, or finds it closed.
+// receive receives a value from a channel, or finds it closed.
 func receive[T any](e *env, ch <-chan T) T {
 	e.t.Helper()
 	v, _ := receiveOK(e, ch)
@@ -624,7 +621,7 @@ func (e *env) closed(ch <-chan NotificationPayload) {
 	e.False(ok, "a payload came: %v", n)
 }
 
-// quiet requires that a holder has neither been told anything nor lost its hold.
+// quiet requires that a holder has neither been notified nor lost its hold.
 func (e *env) quiet(p LockProvider, ch <-chan NotificationPayload) {
 	e.t.Helper()
 	e.settle(p)
@@ -635,7 +632,7 @@ func (e *env) quiet(p LockProvider, ch <-chan NotificationPayload) {
 	}
 }
 
-// free requires that anybody can have the key at once.
+// free requires that any lock can acquire the key immediately.
 func (e *env) free(p LockProvider, key int64) {
 	e.t.Helper()
 	e.eventually(func() bool { return !e.isHeld(key) })
@@ -648,7 +645,7 @@ func (e *env) free(p LockProvider, key int64) {
 	e.NoError(l.Unlock(e.ctx))
 }
 
-// repo and number are the pull request of every PreemptiveLocker of a case.
+// repo and number identify the pull request of every PreemptiveLocker of a case.
 const (
 	repo   = "acme/widget"
 	number = 7
@@ -661,7 +658,7 @@ func (e *env) locker(p LockProvider, event string, options ...PreemptiveLockerOp
 	return f(repo, number, event)
 }
 
-// lockerKey is the key of the lockers.
+// lockerKey returns the key of the lockers.
 func (e *env) lockerKey(p LockProvider) int64 {
 	e.t.Helper()
 	key, err := p.LockKey(e.ctx, repo, number)
@@ -684,7 +681,7 @@ func (e *env) matchesOnly(err error, want ...error) {
 }
 
 // ---------------------------------------------------------------------------
-// The story of the package, as it is told in its documentation.
+// The example of the documentation: A, B and C.
 
 func story(e *env) {
 	p, q := e.process(), e.process()
@@ -778,8 +775,8 @@ func knownKeyIsRead(e *env) {
 	e.Equal(key, e.lockerKey(e.process()))
 }
 
-// withoutPullRequest: the recipe of docs/webhook.md for environments, branches, merge
-// queues and numbers above 2^31.
+// withoutPullRequest tests the recipe of docs/webhook.md for environments, branches, merge queues
+// and numbers above 2^31.
 func withoutPullRequest(e *env) {
 	p, q := e.process(), e.process()
 	newLocker, err := NewPreemptiveLockerFactory(p)
@@ -792,7 +789,8 @@ func withoutPullRequest(e *env) {
 	}
 	var held []*PreemptiveLocker
 	var stops []<-chan NotificationPayload
-	for _, name := range names { // none disturbs another
+	// All of them are held concurrently, and no holder is notified.
+	for _, name := range names {
 		l := newLocker(name, 0, "first")
 		stops = append(stops, e.acquire(l))
 		held = append(held, l)
@@ -854,7 +852,8 @@ func olderClaimCannotAcquire(e *env) {
 	for _, other := range []LockProvider{p, q} {
 		key := e.key()
 		older := e.announced(p, key, "older")
-		newer := e.announced(other, key, "newer event") // older does not listen yet: nothing is delivered to it
+		// older does not listen yet, so nothing is delivered to it.
+		newer := e.announced(other, key, "newer event")
 		err := e.failed(e.start(e.ctx, older))
 		e.matchesOnly(err, ErrLockPreempted)
 		e.ErrorContains(err, "newer event")
@@ -973,7 +972,7 @@ func unannouncedIsDisplaced(e *env) {
 	e.ErrorContains(err, "newer event")
 	e.Equal("newer event", e.payload(ch).Message)
 
-	// A claim that was announced before the wait began does not displace.
+	// A claim that was announced before the wait began does not supersede the waiter.
 	later := e.lock(p, key, "later, without a claim")
 	out = e.start(e.ctx, later)
 	e.waits(later)
@@ -996,8 +995,8 @@ func unannouncedHolderIsTold(e *env) {
 	e.matchesOnly(e.failed(e.start(e.ctx, old)), ErrLockPreempted)
 }
 
-// The claim that was the newest when a lock without a claim came is announced
-// once more: a new claim for both a waiter and a holder.
+// The claim that was the newest when a lock without a claim came is announced once more. It counts
+// as a new claim for a waiter and for a holder.
 func adoptedClaimAgain(e *env) {
 	p, q := e.process(), e.process()
 	key := e.key()
@@ -1089,8 +1088,8 @@ func newestWins(e *env) {
 	e.False(end.preempted)
 }
 
-// relay is a provider of a user's own, on top of another: before every step it
-// asks. Its locks have nothing but the three methods of the interface.
+// relay is a provider of a user, on top of another one. It calls step before each call. Its locks
+// have only the three methods of the interface.
 type relay struct {
 	LockProvider
 	step func(ctx context.Context, name string) error
@@ -1158,7 +1157,7 @@ func publicInterfacesOnly(e *env) {
 	e.closed(ch)
 	e.Equal([]string{"LockKey", "New", "Notify", "Lock", "Unlock"}, steps)
 
-	// Without Cause the payload alone says what happened.
+	// Without Cause the payload alone gives the reason.
 	key := e.lockerKey(p)
 	var cause error
 	err := e.locker(own, "disturbed").Do(e.ctx, func(ctx context.Context) error {
@@ -1172,7 +1171,7 @@ func publicInterfacesOnly(e *env) {
 	e.ErrorContains(err, "newer event")
 	e.free(p, key)
 
-	// And the lock delay is the locker's own.
+	// The lock delay is that of the locker.
 	start := time.Now()
 	l = e.locker(own, "delayed", WithLockDelay(short))
 	e.acquire(l)
@@ -1180,8 +1179,8 @@ func publicInterfacesOnly(e *env) {
 	e.NoError(l.Release(e.ctx))
 }
 
-// scratch is a provider of a user's own, made of nothing but the interfaces. It
-// has one key, and it is not strict about the order.
+// scratch is a provider of a user that is made of nothing but the interfaces. It has one key and
+// keeps no strict order of claims.
 type scratch struct {
 	turn chan struct{} // capacity 1: the lock
 
@@ -1262,7 +1261,7 @@ func scratchProvider(e *env) {
 	e.Empty(s.turn)
 }
 
-// nilLocks is a provider that answers no lock and no error.
+// nilLocks is a provider that returns no lock and no error.
 type nilLocks struct {
 	LockProvider
 	lock PreemptableLock
@@ -1275,7 +1274,8 @@ func failingProvider(e *env) {
 	key := e.lockerKey(p)
 	boom := stderrors.New("boom")
 	for step, unlocks := range map[string]int{"LockKey": 0, "New": 0, "Notify": 1, "Lock": 1} {
-		for _, done := range []bool{false, true} { // does ctx end at the failure?
+		// done makes the context end at the failure.
+		for _, done := range []bool{false, true} {
 			ctx, cancel := context.WithCancel(e.ctx)
 			unlocked := 0
 			own := &relay{p, func(ctx context.Context, name string) error {
@@ -1339,7 +1339,8 @@ func lateClaim(e *env) {
 		e.Equal(ErrClaimOutdated, errors.Cause(err))
 		e.NoError(l.Release(e.ctx))
 	}
-	for _, order := range []int64{-5, 0, 7} { // each is higher than the one before
+	// Each sequence number is higher than the one before.
+	for _, order := range []int64{-5, 0, 7} {
 		l := e.locker(p, "in time").Sequence(order)
 		ch := e.acquire(l)
 		turnedAway(order - 1)
@@ -1360,7 +1361,7 @@ func lateClaim(e *env) {
 	e.free(p, key)
 }
 
-// howLate: whoever reads the error can tell an order in another unit from a late claim.
+// howLate tests that the error distinguishes a sequence number in another unit from a late claim.
 func howLate(e *env) {
 	p := e.process()
 	claim := func(order int64) error {
@@ -1399,8 +1400,8 @@ func howLate(e *env) {
 	e.NotZero(late(math.MinInt64, "18446744073709551615 below"))
 }
 
-// lateClaimAfterLoss: a waiter that goes on in a new session still turns its own
-// redelivery away, while it waits and once it holds.
+// lateClaimAfterLoss tests that a waiter whose session was lost still rejects its own redelivery in
+// the new session, while it waits and once it holds.
 func lateClaimAfterLoss(e *env) {
 	p, q := e.process(), e.process(WithPreemptionTimeout(time.Hour))
 	key := e.key()
@@ -1409,7 +1410,8 @@ func lateClaimAfterLoss(e *env) {
 	e.NoError(waiter.Notify(ContextWithSequence(e.ctx, 5)))
 	out := e.start(e.ctx, waiter)
 	e.inPhase(p, key, waiting)
-	if !e.fake() { // the processes of the fake share one session: the loss frees the key as well
+	// The processes of the fake share one session, so the loss frees the key as well.
+	if !e.fake() {
 		e.waits(waiter)
 	}
 	e.loseSession(p)
@@ -1417,7 +1419,8 @@ func lateClaimAfterLoss(e *env) {
 		return e.lock(q, key, "redelivery").Notify(ContextWithSequence(e.ctx, 5))
 	}
 	if !e.fake() {
-		e.eventually(func() bool { // its claim belongs to the new session
+		// The waiter's claim belongs to the new session.
+		e.eventually(func() bool {
 			var open bool
 			e.NoError(e.admin.QueryRow(`SELECT waiting FROM env_lock_overview WHERE lock_key = $1`, key).Scan(&open))
 			return open
@@ -1484,7 +1487,8 @@ func noArtificialWait(e *env) {
 	if e.fake() {
 		e.took(start, 0)
 	} else {
-		e.Less(time.Since(start), promisedSessionTimeout) // for all ten, and with the first connection
+		// This bounds all ten, and the first connection.
+		e.Less(time.Since(start), promisedSessionTimeout)
 	}
 }
 
@@ -1517,8 +1521,8 @@ func noWaitAfterRevocation(e *env) {
 	e.ErrorIs(a.Release(e.ctx), ErrLockLost)
 }
 
-// A predecessor whose session died is notified before its successor gets the key, and
-// the successor waits inside Lock.
+// A predecessor whose session is lost is notified before its successor gets the key. The successor
+// waits inside Lock.
 func waitAfterDeath(e *env) {
 	p, q := e.process(), e.process()
 	key := e.lockerKey(q)
@@ -1538,7 +1542,7 @@ func waitAfterDeath(e *env) {
 	e.pending(out)
 	e.Zero(b.Token(), "b does not hold the lock yet")
 
-	// One that begins to wait later profits from the watch.
+	// A waiter that begins later profits from the watch.
 	e.pass(promisedSessionTimeout / 20)
 	c := e.locker(q, "event of c")
 	outC := e.start(e.ctx, c)
@@ -1651,12 +1655,13 @@ func nextAfterRevocation(e *env) {
 	}
 }
 
-// Once a holder is notified, the preemption timeout runs; nothing starts it
-// again, ends it, or sends another payload.
+// Once a holder is notified, the preemption timeout runs. No later event restarts or ends it, or
+// sends another payload.
 func furtherEvents(e *env) {
 	option, timeout := e.bound(WithPreemptionTimeout, promisedPreemption)
 	maxDuration := WithMaxLockDuration(0)
-	if e.fake() { // in real time it might come first
+	// In real time the max lock duration might pass first.
+	if e.fake() {
 		maxDuration = WithMaxLockDuration(timeout / 2)
 	}
 	p, q := e.process(option, maxDuration), e.process()
@@ -1708,7 +1713,8 @@ func timeoutOutlivesEvents(e *env) {
 	out := e.start(e.ctx, waiter)
 	for range 3 {
 		time.Sleep(timeout / 5)
-		e.NoError(waiter.Notify(e.ctx)) // wakes it
+		// The announcement wakes the waiter.
+		e.NoError(waiter.Notify(e.ctx))
 	}
 	e.matchesOnly(e.failed(out), ErrLockTimeout, context.DeadlineExceeded)
 	e.took(start, timeout)
@@ -1727,7 +1733,7 @@ func tokensGrow(e *env) {
 	}
 	for i := range 6 {
 		provider := []LockProvider{p, q}[i%2]
-		l := e.locker(provider, "locker", WithLockDelay(time.Millisecond)) // not the one after a death
+		l := e.locker(provider, "locker", WithLockDelay(time.Millisecond))
 		e.Zero(l.Token())
 		ch := e.acquire(l)
 		grown(l.Token())
@@ -1766,22 +1772,22 @@ func tokensGrow(e *env) {
 type trouble struct {
 	name     string
 	sentinel error
-	peer     bool // it comes from a peer
-	ends     bool // the hold is over at once
-	postgres bool // only PostgreSQL has it
-	// prepare answers what the holder needs for it.
+	peer     bool // a peer causes it
+	ends     bool // the hold ends immediately
+	postgres bool // PostgreSQL only
+	// prepare returns what the holder needs for it.
 	prepare func(e *env) trap
 }
 
 // trap is a trouble about to happen to a holder.
 type trap struct {
-	ctx     context.Context // for Lock; nil: any
+	ctx     context.Context // for Lock, or nil for any
 	options []LockProviderOption
 	after   time.Duration                       // the time between Lock and the notification
-	cause   error                               // what context.Cause answers, if it is not the sentinel
+	cause   error                               // of context.Cause, if it is not the sentinel
 	text    string                              // part of the error
-	fire    func(p LockProvider, key int64)     // makes it happen; nil: it happens by itself
-	check   func(e *env, n NotificationPayload) // of the payload; nil: none
+	fire    func(p LockProvider, key int64)     // causes the trouble, or nil if it needs no action
+	check   func(e *env, n NotificationPayload) // checks the payload, or nil
 }
 
 const newerEvent = "the newer event"
@@ -1812,7 +1818,7 @@ var troubles = []trouble{
 		name: "a context cancelled for a cause", sentinel: context.Canceled,
 		prepare: func(e *env) trap {
 			ctx, cancel := context.WithCancelCause(e.ctx)
-			cause := fmt.Errorf("the boiler: %w", ErrLockPreempted) // of another lock
+			cause := fmt.Errorf("the boiler: %w", ErrLockPreempted) // another lock's error
 			return trap{ctx: ctx, cause: cause, text: "the boiler", fire: func(LockProvider, int64) { cancel(cause) }}
 		},
 	},
@@ -1860,7 +1866,7 @@ var troubles = []trouble{
 	},
 }
 
-// expiring is a context whose deadline passes when the test says so.
+// expiring is a context whose deadline passes when the test decides.
 type expiring struct {
 	context.Context
 	done chan struct{}
@@ -1877,7 +1883,7 @@ func (x *expiring) Err() error {
 	}
 }
 
-// set makes a trap ready: fire and ctx are never nil.
+// set prepares a trap. Its fire and ctx are never nil.
 func (tr trouble) set(e *env) trap {
 	trap := tr.prepare(e)
 	if trap.ctx == nil {
@@ -2095,7 +2101,9 @@ func doWaitsForFunction(e *env) {
 	start := time.Now()
 	err := e.locker(p, "do").Do(e.ctx, func(ctx context.Context) error {
 		next = e.announced(q, key, "next")
-		e.acquire(next) // after the revocation: the function does not care
+		// The function ignores the notification. The next claim acquires the key after the
+		// revocation.
+		e.acquire(next)
 		e.took(start, timeout)
 		e.ErrorIs(context.Cause(ctx), ErrLockPreempted)
 		return nil
@@ -2155,8 +2163,8 @@ func doReleasedInside(e *env) {
 	e.NoError(err)
 }
 
-// nestedClaims: a claim inside the function of a Do that holds the key is refused,
-// and does not disturb that Do.
+// nestedClaims tests that a claim inside the function of a Do that holds the key is rejected, and
+// that this Do is not notified.
 func nestedClaims(e *env) {
 	p := e.process()
 	key := e.lockerKey(p)
@@ -2194,7 +2202,7 @@ func nestedClaims(e *env) {
 		}), name)
 	}
 
-	// The key is what counts, not the pull request.
+	// The key decides, not the pull request.
 	outer := e.locker(p, "outer")
 	e.NoError(outer.Do(e.ctx, func(ctx context.Context) error {
 		e.NoError(outer.Shield(ctx, time.Minute, func(ctx context.Context) error {
@@ -2215,7 +2223,8 @@ func nestedClaims(e *env) {
 	e.free(p, key)
 }
 
-// notNested: what is no claim inside a Do's hold, though its context comes from there.
+// notNested tests claims that are not inside a Do's hold, although their context comes from its
+// function.
 func notNested(e *env) {
 	p, q := e.process(), e.process()
 	var left context.Context
@@ -2227,7 +2236,8 @@ func notNested(e *env) {
 	}))
 	e.NoError(e.locker(p, "after Do").Do(left, func(context.Context) error { return nil }))
 
-	// Another process, or another context, cannot be distinguished from a newer claim.
+	// A claim of another process, or with another context, cannot be distinguished from a newer
+	// claim.
 	for name, c := range map[string]struct {
 		provider LockProvider
 		context  func(context.Context) context.Context
@@ -2304,7 +2314,7 @@ func doneContextReleases(e *env) {
 	e.free(q, key)
 	e.NoError(held.Unlock(e.ctx))
 
-	// So does one that ends a wait.
+	// The same is true of an Unlock that ends a wait.
 	held, _ = e.hold(p, key, "lock")
 	waiter := e.lock(q, key, "waiter")
 	out := e.start(e.ctx, waiter)
@@ -2384,7 +2394,7 @@ func releaseIsBounded(e *env) {
 	ctx, cancel := context.WithTimeout(e.ctx, 24*time.Hour)
 	defer cancel()
 	for _, bound := range []time.Duration{time.Second, promisedRelease, time.Hour} {
-		// A lock whose database does not answer.
+		// A lock whose database does not respond.
 		l := &FakePreemptableLock{}
 		e.NoError(newLock(e.ctx, &l.lock, stuck{p.(*FakeLockProvider).session}, &p.(*FakeLockProvider).conf, key, "stuck"))
 		e.acquire(l)
@@ -2394,7 +2404,7 @@ func releaseIsBounded(e *env) {
 		e.took(start, min(bound, promisedRelease))
 		cancel()
 
-		// A lock of a user's provider that does not come back from Unlock.
+		// A lock of a user's provider whose Unlock does not return.
 		own := &relay{p, func(ctx context.Context, name string) error {
 			if name == "Unlock" {
 				<-ctx.Done()
@@ -2495,7 +2505,8 @@ func releaseAtEveryStage(e *env) {
 		for range i {
 			runtime.Gosched()
 		}
-		for l.Release(e.ctx) != nil { // Lock has not begun
+		// Release returns an error until Lock has begun.
+		for l.Release(e.ctx) != nil {
 			runtime.Gosched()
 		}
 		if a := receive(e, out); a.err == nil {
@@ -2503,7 +2514,7 @@ func releaseAtEveryStage(e *env) {
 		} else {
 			e.notASentinel(a.err)
 		}
-		// A grant that was on its way when the wait ended is given back a moment later.
+		// A grant that was in flight when the wait ended is given back a moment later.
 		e.eventually(func() bool { return !e.isHeld(key) })
 	}
 }
@@ -2581,7 +2592,8 @@ func staleTimers(e *env) {
 	e.NoError(disturbed.Unlock(e.ctx))
 	chNext := e.acquire(next)
 	cancel()
-	time.Sleep(2 * longest) // all that a timer may do has happened by then
+	// Every timer has fired by then.
+	time.Sleep(2 * longest)
 	e.quiet(q, chNext)
 	e.True(e.isHeld(key))
 	e.NoError(next.Unlock(e.ctx))
@@ -2603,7 +2615,8 @@ func failedLockLeavesNothing(e *env) {
 		failed = append(failed, l)
 		e.NoError(holder.Unlock(e.ctx))
 		e.False(e.isHeld(key))
-		e.free(p, key) // nobody waits for it
+		// No lock waits for it.
+		e.free(p, key)
 	}
 	fail("timeout", func(l *PreemptiveLocker) {
 		e.ErrorIs(e.failed(e.start(e.ctx, l)), ErrLockTimeout)
@@ -2628,7 +2641,7 @@ func failedLockLeavesNothing(e *env) {
 		e.failed(out)
 	})
 
-	// In the lock delay it holds the key already.
+	// During the lock delay it holds the key already.
 	ctx, cancel := context.WithCancel(e.ctx)
 	l := e.locker(p, "delayed", WithLockDelay(24*time.Hour))
 	out := e.start(ctx, l)
@@ -2638,7 +2651,7 @@ func failedLockLeavesNothing(e *env) {
 	e.Zero(e.subscribed(p))
 	e.free(q, key)
 
-	// Only now, and only some of them.
+	// Release is called only now, and only for some of them.
 	done := e.locker(q, "done")
 	ch := e.acquire(done)
 	for _, l := range failed[:2] {
@@ -2649,7 +2662,7 @@ func failedLockLeavesNothing(e *env) {
 	e.NoError(done.Release(e.ctx))
 }
 
-// late is a database whose answer to a granted acquire is held up.
+// late is a database that delays the result of an acquire that was granted.
 type late struct {
 	backend
 	meanwhile func()
@@ -2671,7 +2684,8 @@ func claimedWithGrant(e *env) {
 	inner := lockOf(l).backend
 	lockOf(l).backend = late{inner, func() {
 		newer = e.announced(p, key, "newer")
-		e.eventually(func() bool { // the lock has heard of it, though it does not know yet that it holds
+		// The claim has reached the lock, which does not know yet that it holds.
+		e.eventually(func() bool {
 			lockOf(l).mu.Lock()
 			defer lockOf(l).mu.Unlock()
 			return lockOf(l).missed != nil && lockOf(l).missed.claim.Event == "newer"
@@ -2703,7 +2717,8 @@ func grantedTooLate(e *env) {
 				return
 			}
 			go func() { unlocked <- l.Unlock(e.ctx) }()
-			<-lockOf(l).stop // the wait was ended
+			// The wait has been ended.
+			<-lockOf(l).stop
 		}}
 		err := e.failed(e.start(ctx, l))
 		if cancelled {
@@ -2831,7 +2846,8 @@ func closeEndsAll(e *env) {
 	for _, key := range keys {
 		e.False(e.isHeld(key))
 	}
-	e.free(q, keys[0]) // another process goes on
+	// Another process continues.
+	e.free(q, keys[0])
 }
 
 func closeRevokes(e *env) {
@@ -2851,8 +2867,8 @@ func closeRevokes(e *env) {
 	e.NoError(l.Unlock(e.ctx))
 }
 
-// witness is a database that looks, at every release, whether the lock is still
-// known. Close ends the session when it knows no lock any more.
+// witness is a database that looks, at every release, whether the lock is still known. Close ends
+// the session when it knows no lock any longer.
 type witness struct {
 	backend
 	known chan bool
@@ -2921,7 +2937,7 @@ func useAfterClose(e *env) {
 }
 
 // ---------------------------------------------------------------------------
-// Input: C29, C30, C32. The rest is in a table of its own.
+// Input: C29, C30, C32. The remaining cases are a table in input_test.go.
 
 func badOptions(e *env) {
 	kind, base := LockProviderKind(FakeLockProviderKind), []LockProviderOption(nil)

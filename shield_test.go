@@ -10,8 +10,8 @@ import (
 
 // The cases of TestContract for C34 and C36.
 
-// shielded runs a step under Shield, inside Do, and announces a newer claim
-// while it runs. The step begins when Do's function has been told of it.
+// shielded runs a step under Shield, inside Do, and announces a newer claim while it runs. The step
+// begins when the context of Do's function has been canceled.
 func shielded(e *env, p LockProvider, limit time.Duration, step func(inner context.Context, newer <-chan attempt) error) (newer *PreemptiveLocker, err error) {
 	e.t.Helper()
 	l := e.locker(p, "holder")
@@ -73,9 +73,11 @@ func shieldIsBounded(e *env) {
 	newer, err := shielded(e, p, 3*timeout, func(inner context.Context, newer <-chan attempt) error {
 		receive(e, inner.Done())
 		e.took(start, 3*timeout)
-		cause := context.Cause(inner) // the limit, or the revocation that follows at once
+		// The cause is that of the limit, or of the revocation that follows immediately.
+		cause := context.Cause(inner)
 		e.True(errors.Is(cause, ErrLockPreempted) || errors.Is(cause, ErrLockLost), cause)
-		e.acquired(newer) // though the step has not ended
+		// The newer claim acquires the key, although the step has not ended.
+		e.acquired(newer)
 		return nil
 	})
 	e.matchesOnly(err, ErrLockPreempted, ErrLockLost)
