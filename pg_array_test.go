@@ -11,7 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// PostgreSQL reads the binary arrays as it reads lib/pq's in text.
+// PostgreSQL decodes the binary arrays to the same values as lib/pq's text arrays.
 func TestPostgresArrays(t *testing.T) {
 	t.Parallel()
 	dsn, err := sessionDSN(newDatabase(t))
@@ -20,7 +20,8 @@ func TestPostgresArrays(t *testing.T) {
 	texts := []string{"", "a", "null", "NULL", `{"x",}\`, "\u2028ü\n", strings.Repeat("long ", 2000)}
 	numbers := []int64{0, 1, -1, math.MaxInt64, math.MinInt64}
 	ids := []uuid.UUID{uuid.Nil, uuid.Max, uuid.New()}
-	for _, size := range []int{0, 1, 100} { // what room there is for an element does not matter
+	// size is the expected length of an element. It does not affect the result.
+	for _, size := range []int{0, 1, 100} {
 		for n := range 8 {
 			text, id := newArray(oid.T_text, n, size), newArray(oid.T_uuid, n, size)
 			number, small, yes := newArray(oid.T_int8, n, size), newArray(oid.T_int4, n, size), newArray(oid.T_bool, n, size)

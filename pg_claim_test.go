@@ -15,19 +15,18 @@ import (
 	"github.com/preemptable/locker/internal/pgserver"
 )
 
-// What follows is about claims that announce and take in one statement, on a key that
-// is remembered.
+// Tests of claims that announce and acquire in one statement, on a key that the provider remembers.
 
-// C1: the rows belong to the operator, who may change them between two claims.
+// C1: the rows belong to the operator, who can change them between two claims.
 func TestPostgresKeyMoved(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
 	db := pgDB(t, uri)
-	// A key whose row was deleted, or has been changed to one that never had a row, is
-	// waited for, for the session timeout.
+	// If the row of a key was deleted, or was changed to a key that never had a row, a claim waits
+	// for the session timeout.
 	p := pgProvider(t, uri, WithSessionTimeout(time.Second))
 	f := pgLocker(t, p)
-	// cycle returns the key that is held meanwhile.
+	// cycle locks and releases a pull request and returns the key that was held in between.
 	cycle := func(pr uint) (key int64) {
 		l := f("org/repo", pr, "push")
 		_, err := l.Lock(pgBackground)
@@ -51,14 +50,14 @@ func TestPostgresKeyMoved(t *testing.T) {
 	pgExec(t, db, `DELETE FROM env_locks WHERE pull_request = 1`)
 	require.NotEqual(t, int64(777), cycle(1))
 
-	// Another pull request has the key that is remembered.
+	// The remembered key belongs to another pull request.
 	one = cycle(1)
 	pgExec(t, db, `UPDATE env_locks SET lock_key = 778 WHERE pull_request = 1`)
 	pgExec(t, db, `UPDATE env_locks SET lock_key = $1 WHERE pull_request = 2`, one)
 	require.Equal(t, one, cycle(2))
 	require.Equal(t, int64(778), cycle(1))
 
-	// The row of the key is gone, then all of them.
+	// The row of the key is deleted, and then all rows.
 	pgExec(t, db, `DELETE FROM env_lock_state WHERE lock_key = 778`)
 	cycle(1)
 	pgExec(t, db, `TRUNCATE env_locks, env_lock_state`)
@@ -66,7 +65,7 @@ func TestPostgresKeyMoved(t *testing.T) {
 	cycle(2)
 }
 
-// A claim that comes too late by its order takes nothing.
+// A claim that comes too late by its sequence number acquires nothing.
 func TestPostgresLateClaimTakesNothing(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -80,7 +79,7 @@ func TestPostgresLateClaimTakesNothing(t *testing.T) {
 	require.NoError(t, goRound(f("org/repo", 1, "newer").Sequence(6)))
 }
 
-// C21, C22: while the server is away a claim on a key that is remembered ends for the same
+// C21, C22: during an outage of the server a claim on a key that is remembered ends for the same
 // reasons as any other.
 func TestPostgresClaimDuringOutage(t *testing.T) {
 	t.Parallel()
@@ -90,7 +89,8 @@ func TestPostgresClaimDuringOutage(t *testing.T) {
 	q := pgProvider(t, px.uri(t, uri))
 	var lockers []*PreemptiveLocker
 	for i, f := range []PreemptiveLockerFactory{pgLocker(t, p), pgLocker(t, q)} {
-		pgUntil(t, "the provider is open", func() bool { // one lock timeout is short
+		// One lock timeout may be too short for the first connections.
+		pgUntil(t, "the provider is open", func() bool {
 			return goRound(f("org/repo", uint(i), "before")) == nil
 		})
 		lockers = append(lockers, f("org/repo", uint(i), "during"))
@@ -120,7 +120,7 @@ func TestPostgresClaimDuringOutage(t *testing.T) {
 	require.ErrorIs(t, pgReceive(t, "the claim", failed), ErrProviderClosed)
 }
 
-// onWorker has a worker call f on its connection, and returns its error.
+// onWorker has a worker call f on its connection, and returns f's error.
 func onWorker(t *testing.T, w *worker, f func(context.Context, *link) error) error {
 	t.Helper()
 	o := newOp(pgBackground, opCall, claim{})
@@ -135,8 +135,8 @@ func onWorker(t *testing.T, w *worker, f func(context.Context, *link) error) err
 	return o.err
 }
 
-// occupy keeps a worker busy until the function that it returns is called, which has
-// to be soon: the call is a statement like any other.
+// occupy keeps a worker busy until the caller calls the function that occupy returns. The caller
+// has to do so soon, because the call is treated like any other statement.
 func occupy(t *testing.T, w *worker) (goOn func()) {
 	t.Helper()
 	begun, end, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
@@ -157,7 +157,7 @@ func occupy(t *testing.T, w *worker) (goOn func()) {
 	return goOn
 }
 
-// queued returns when a worker has at least that many operations in its queues.
+// queued returns when a worker has at least the given number of operations in its queues.
 func queued(t *testing.T, w *worker, number int) {
 	t.Helper()
 	pgUntil(t, "the operations are queued", func() bool {
@@ -167,7 +167,7 @@ func queued(t *testing.T, w *worker, number int) {
 	})
 }
 
-// instead has a worker run another statement in place of one of its own.
+// instead has a worker run another statement in place of one of its prepared ones.
 func instead(t *testing.T, w *worker, of, text string) {
 	t.Helper()
 	require.NoError(t, onWorker(t, w, func(ctx context.Context, l *link) error {
@@ -177,9 +177,9 @@ func instead(t *testing.T, w *worker, of, text string) {
 	}))
 }
 
-// C15: a token is durable before it is given out, also if another claim of its batch
-// notifies and the batch is not flushed. Where the flush fails, the claim is repeated,
-// and then its own commit is flushed.
+// C15: a token is durable before it is returned, even if another claim of its batch notifies a
+// holder and the batch is not flushed. If the separate flush fails, the claim is repeated, and then
+// its own commit is flushed.
 func TestPostgresTakenAndNotified(t *testing.T) {
 	t.Parallel()
 	for name, flush := range map[string]string{
@@ -191,7 +191,8 @@ func TestPostgresTakenAndNotified(t *testing.T) {
 			uri := newDatabase(t)
 			p, q := pgProvider(t, uri), pgProvider(t, uri)
 			fp, fq := pgLocker(t, p), pgLocker(t, q)
-			for pr := range uint(2) { // creates the rows, and the provider remembers the keys
+			// These cycles create the rows, and the provider remembers the keys.
+			for pr := range uint(2) {
 				require.NoError(t, goRound(fp("org/repo", pr, "before")))
 			}
 			holder := fq("org/repo", 0, "holder")
@@ -221,7 +222,7 @@ func TestPostgresTakenAndNotified(t *testing.T) {
 	}
 }
 
-// What a batch returned before it failed does not count.
+// The rows that a batch returned before it failed do not count.
 func TestPostgresHalfAnswered(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -231,7 +232,7 @@ func TestPostgresHalfAnswered(t *testing.T) {
 	for pr := range uint(2) {
 		require.NoError(t, goRound(f("org/repo", pr, "before")))
 	}
-	// Two claims are granted, and then it fails. For one claim it returns nothing.
+	// For two claims the statement grants both and then fails. For one claim it returns nothing.
 	w := p.session.disk
 	const arguments = `num_nulls($1::bigint[], $2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::float8[], $8::bigint, $9::bigint, $10::boolean, $11::interval, $12::boolean[]) >= 0`
 	instead(t, w, sqlAnnouncePlain, `
@@ -258,7 +259,8 @@ func TestPostgresHalfAnswered(t *testing.T) {
 	require.Empty(t, pgHolders(t, db))
 }
 
-// C15: what grants a key is flushed before it is answered, and nothing else is.
+// C15: a commit that grants a key is flushed before the caller gets the token, and no other commit
+// is flushed.
 func TestPostgresDurable(t *testing.T) {
 	t.Parallel()
 	server := pgCluster(t, pgserver.Options{Config: map[string]string{
@@ -299,7 +301,8 @@ func TestPostgresDurable(t *testing.T) {
 			}
 			l.mu.Lock()
 			defer l.mu.Unlock()
-			return l.wake != nil // it sleeps, or has slept
+			// The lock sleeps, or has slept.
+			return l.wake != nil
 		})
 		return failed
 	}
@@ -325,8 +328,7 @@ func TestPostgresDurable(t *testing.T) {
 	require.NoError(t, l.Unlock(pgBackground))
 }
 
-// All deadlines of a provider share a timer: an observer that takes its time delays
-// no other's.
+// All deadlines of a provider share a timer. An observer that takes long delays no other deadline.
 func TestDeadlinesDoNotWaitForEachOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		observed := make(chan struct{})
@@ -359,8 +361,8 @@ func TestDeadlinesDoNotWaitForEachOther(t *testing.T) {
 	})
 }
 
-// Ten thousand callers concurrently: who came first is served first, and who does
-// something else, such as releasing a key, does not wait for all of them.
+// With ten thousand concurrent callers, earlier ones are served first. An operation of another
+// kind, such as a release, does not wait for all of them.
 func TestPostgresTenThousandCallers(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -379,7 +381,7 @@ func TestPostgresTenThousandCallers(t *testing.T) {
 		s.enqueueLocked(all[i])
 	}
 	s.mu.Unlock()
-	// served counts who has a result; they are those who came first.
+	// served counts the callers that have a result, and requires that they are the earliest ones.
 	served := func() (n int) {
 		s.mu.Lock()
 		defer s.mu.Unlock()

@@ -31,8 +31,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Everything about the way to the server: connection strings, the environment,
-// credentials that change, sockets, TLS, pools, and the encoding of the database.
+// Tests of the connection to the server: connection strings, the environment, credentials that
+// change, sockets, TLS, pools, and the encoding of the database.
 
 // B1, B4: hosts with ports, and sockets, mean the same in a URL as in pairs, whatever
 // url.Parse says about them.
@@ -66,8 +66,8 @@ func TestConnectHosts(t *testing.T) {
 	}
 }
 
-// B3: parameters of other drivers are refused by name before anything is sent, settings of
-// the server pass, and what the server does not know is refused at first use.
+// B3: parameters of other drivers are rejected by name before anything is sent. Settings of the
+// server pass. A parameter that the server does not know is rejected at first use.
 func TestConnectParameters(t *testing.T) {
 	tr := newDeadEnd(t)
 	for _, name := range []string{
@@ -97,7 +97,7 @@ func TestConnectParameters(t *testing.T) {
 	}
 }
 
-// B2: a variable of the environment that the driver rejects is named.
+// B2: the error names the variable of the environment that the driver rejects.
 func TestConnectEnvironment(t *testing.T) {
 	const uri = "postgres://user:" + secret + "@host/db"
 	for variable, value := range map[string]string{
@@ -122,7 +122,7 @@ func TestConnectEnvironment(t *testing.T) {
 			{"PGSSLMODE", "disable"}:        pq.SSLModeDisable,
 			{"PGSSLMODE", "verify-ca"}:      pq.SSLModeVerifyCA,
 			{"PGSSLROOTCERT", "system"}:     pq.SSLModeVerifyFull,
-			{"PGHOST", "/var/run"}:          pq.SSLModeRequire, // the URI's host wins
+			{"PGHOST", "/var/run"}:          pq.SSLModeRequire, // the URI's host takes precedence
 			{"PGTARGETSESSIONATTRS", "any"}: pq.SSLModeRequire,
 		} {
 			t.Run(variables[0], func(t *testing.T) {
@@ -137,7 +137,8 @@ func TestConnectEnvironment(t *testing.T) {
 				require.Equal(t, want, cfg.SSLMode)
 			})
 		}
-		t.Setenv("PGHOST", "/var/run") // and a socket has no TLS
+		// A socket has no TLS.
+		t.Setenv("PGHOST", "/var/run")
 		for _, uri := range []string{"dbname=db", "postgres:///db", "postgres://"} {
 			dsn, err := sessionDSN(uri)
 			require.NoError(t, err)
@@ -160,15 +161,16 @@ func TestConnectServiceFile(t *testing.T) {
 	t.Setenv("PGSERVICEFILE", file)
 	fieldWorks(t, pgProvider(t, "service=locker"), 1)
 	fieldWorks(t, pgProvider(t, "postgres://?service=locker"), 2)
-	fieldWorks(t, pgProvider(t, "service=locker sslmode=require port=1"), 2) // the file wins
+	// The service file takes precedence.
+	fieldWorks(t, pgProvider(t, "service=locker sslmode=require port=1"), 2)
 	_, err = NewLockProvider(PostgresLockProviderKind, WithPostgresBackend("service=missing password="+secret, ""))
 	requireRefused(t, err, "PGSERVICEFILE")
 	t.Setenv("PGSERVICE", "locker")
 	fieldWorks(t, pgProvider(t, "postgres://"), 3)
 }
 
-// A connect_timeout counts as far as all attempts together do not take longer than
-// openTimeout, wherever it is said.
+// A connect_timeout applies, wherever it is set. It is reduced if all attempts together would take
+// longer than openTimeout.
 func TestConnectTimeout(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "services")
 	require.NoError(t, os.WriteFile(file, []byte("[long]\nconnect_timeout=300\n[short]\nconnect_timeout=2\n[endless]\nconnect_timeout=0\n[three]\nhost=a,b,c\n"), 0o600))
@@ -180,7 +182,8 @@ func TestConnectTimeout(t *testing.T) {
 		cfg, err := connectConfig(dsn)
 		require.NoError(t, err, uri)
 		require.Equal(t, want, cfg.ConnectTimeout, uri)
-		if cfg.Service == "" { // the string alone says so
+		// Without a service file the string alone has the timeout.
+		if cfg.Service == "" {
 			cfg, err = pq.NewConfig(dsn)
 		} else {
 			cfg, err = pq.NewConfig(withoutService(cfg))
@@ -206,8 +209,8 @@ func TestConnectTimeout(t *testing.T) {
 	requireTimeout(t, "host=h connect_timeout=3", 3*time.Second)
 }
 
-// What the listener and the session's connection are opened with instead of a service file
-// means the same, whatever the environment says.
+// The listener and the session's connection are opened with a connection string that replaces the
+// service file. It means the same, whatever the environment contains.
 func TestConnectWithoutService(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "services")
 	require.NoError(t, os.WriteFile(file, []byte(`[one]
@@ -267,8 +270,8 @@ passfile=/passfile
 	check(t)
 }
 
-// Neither Close nor a call that is cancelled waits for a long connect_timeout when the
-// server has become silent.
+// Neither Close nor a call that is canceled waits for a long connect_timeout when the server has
+// become silent.
 func TestConnectTimeoutOfASilentServer(t *testing.T) {
 	t.Parallel()
 	attempts := func(s *session) int64 {
@@ -318,7 +321,7 @@ func TestConnectTimeoutOfASilentServer(t *testing.T) {
 	})
 }
 
-// Two hosts that do not answer leave time for the third.
+// Two hosts that do not respond leave time for the third.
 func TestConnectThirdHost(t *testing.T) {
 	t.Parallel()
 	u, err := url.Parse(newDatabase(t))
@@ -341,8 +344,8 @@ func TestConnectThirdHost(t *testing.T) {
 	line.close()
 }
 
-// A string that has become invalid since the provider was made is refused by every
-// connection, and is not shown.
+// A string that has become invalid since the provider was created is rejected for every connection,
+// and no error shows it.
 func TestConnectStringBecomesInvalid(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "services")
 	write := func(line string) {
@@ -367,8 +370,8 @@ func TestConnectStringBecomesInvalid(t *testing.T) {
 	}
 }
 
-// A URI's parameters all count, or it is refused: url.URL.Query drops those that it cannot
-// read.
+// All parameters of a URI are used, or the URI is rejected: url.URL.Query drops those that it
+// cannot parse.
 func TestConnectParametersThatAreDropped(t *testing.T) {
 	for _, uri := range []string{
 		"postgres://user@h/db?sslmode=disable;connect_timeout=3", "postgres://user@h/db?sslmode=verify-full;", "postgres://h?a=1&;",
@@ -391,7 +394,8 @@ func TestConnectParametersThatAreDropped(t *testing.T) {
 	require.Equal(t, "x;y", cfg.Runtime["search_path"])
 }
 
-// WithPostgresURI: what is refused, what is waited for, and what is not told.
+// WithPostgresURI: strings that are rejected, errors that are waited for, and text that no error
+// shows.
 func TestConnectFunction(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -498,15 +502,16 @@ func TestConnectFunction(t *testing.T) {
 		}))
 		_, err := p.LockKey(t.Context(), "repo", 1)
 		require.ErrorIs(t, err, ErrLockTimeout)
-		require.NoError(t, p.Close()) // must not hang
+		// Close must not hang.
+		require.NoError(t, p.Close())
 		close(hang)
 		pgReceive(t, "the function ends", ended)
 	})
 }
 
-// A4: after a failed login other credentials are tried soon, also by a provider that has
-// never worked, and a function that makes another token for each call does not bring one
-// attempt each second.
+// A4: after a failed login other credentials are tried soon, even by a provider that has never
+// worked. A function that returns another token for each call does not cause one attempt per
+// second.
 func TestConnectFreshCredentials(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -540,7 +545,8 @@ func TestConnectFreshCredentials(t *testing.T) {
 		require.NoError(t, err)
 		plp := p.(*PostgresLockProvider)
 		t.Cleanup(func() { _ = plp.Close() })
-		for i := 0; i < 4; { // then the pause is about two seconds
+		// After four attempts the pause is about two seconds.
+		for i := 0; i < 4; {
 			before := relay.loginsSince(time.Time{})
 			_, err := plp.LockKey(t.Context(), "repo", 1)
 			require.Error(t, err)
@@ -550,7 +556,8 @@ func TestConnectFreshCredentials(t *testing.T) {
 			}
 		}
 		plp.session.mu.Lock()
-		plp.session.retryAt = time.Now().Add(time.Hour) // it must not be waited for
+		// The provider must not wait for this pause.
+		plp.session.retryAt = time.Now().Add(time.Hour)
 		plp.session.mu.Unlock()
 		relay.refuseLogins("", "")
 		stale.Store(false)
@@ -558,9 +565,8 @@ func TestConnectFreshCredentials(t *testing.T) {
 	})
 }
 
-// A3: the password of the role changes every two seconds, the function returns the new
-// one a moment late, and connections are terminated all the time. No hold is lost and no
-// caller gets an error.
+// A3: the password of the role changes every two seconds, the function returns the new one a moment
+// late, and connections are terminated all the time. No hold is lost and no caller gets an error.
 func TestConnectPasswordRotates(t *testing.T) {
 	t.Parallel()
 	length := 10 * time.Second
@@ -626,7 +632,8 @@ func TestConnectPasswordRotates(t *testing.T) {
 			next := current.Load() + 1
 			_, err := admin.Exec(fmt.Sprintf(`ALTER ROLE app PASSWORD '%d'`, next))
 			assert.NoError(t, err)
-			late := time.After(time.Duration(mathrand.IntN(300)) * time.Millisecond) // a sidecar needs its time, too
+			// A sidecar needs some time, too.
+			late := time.After(time.Duration(mathrand.IntN(300)) * time.Millisecond)
 			<-late
 			current.Store(next)
 			rotations.Add(1)
@@ -661,8 +668,8 @@ func TestConnectPasswordRotates(t *testing.T) {
 	require.NotZero(t, rotations.Load())
 }
 
-// A3: a passfile is read before each connection. If it is three seconds late after a
-// rotation, the claim waits.
+// A3: a passfile is read before each connection. If it is updated three seconds after a rotation,
+// the claim waits.
 func TestConnectPassfile(t *testing.T) {
 	t.Parallel()
 	server := pgCluster(t, pgserver.Options{Password: "admin"})
@@ -694,13 +701,13 @@ func TestConnectPassfile(t *testing.T) {
 	pgQuiet(t, ch)
 }
 
-// B4: a Unix socket, whichever way it is named, with peer authentication.
+// B4: connections through a Unix socket with peer authentication, however the socket is named.
 func TestConnectSocket(t *testing.T) {
 	t.Parallel()
 	me, err := user.Current()
 	require.NoError(t, err)
 	server := pgCluster(t, pgserver.Options{
-		Config: map[string]string{"unix_socket_directories": "."}, // the data folder, which both can enter
+		Config: map[string]string{"unix_socket_directories": "."}, // the data folder, which the server and the test can enter
 		Files:  map[string]string{"pg_hba.conf": "local all all peer\nhost all all all trust\n"},
 	})
 	require.NoError(t, server.Exec(pgBackground, `CREATE ROLE `+pq.QuoteIdentifier(me.Username)+` SUPERUSER LOGIN`))
@@ -719,7 +726,7 @@ func TestConnectSocket(t *testing.T) {
 	}
 }
 
-// B1: the URL with two hosts and two ports finds the one that takes writes.
+// B1: a URL with two hosts and two ports finds the one that accepts writes.
 func TestConnectTwoHosts(t *testing.T) {
 	t.Parallel()
 	reader := pgCluster(t, pgserver.Options{Config: map[string]string{"default_transaction_read_only": "on"}})
@@ -727,7 +734,7 @@ func TestConnectTwoHosts(t *testing.T) {
 	fieldWorks(t, pgProvider(t, fmt.Sprintf("postgres://postgres@127.0.0.1:%d,127.0.0.1:%d/postgres?sslmode=disable", reader.Port(), writer.Port())), 1)
 }
 
-// authority makes certificates.
+// authority creates certificates.
 type authority struct {
 	t    testing.TB
 	cert *x509.Certificate
@@ -751,8 +758,8 @@ func newAuthority(t testing.TB) *authority {
 	return a
 }
 
-// sign makes a certificate, which is the authority's own as long as it has none, and its
-// key, both in PEM.
+// sign creates a certificate and its key, both in PEM. The first certificate is the authority's
+// own.
 func (a *authority) sign(name string, hosts []string, ips ...net.IP) (cert, key string) {
 	a.t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -775,8 +782,8 @@ func (a *authority) sign(name string, hosts []string, ips ...net.IP) (cert, key 
 		string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: encoded}))
 }
 
-// tlsCluster starts a server that accepts nothing but TLS, and knows the authority's
-// clients by their certificates.
+// tlsCluster starts a server that accepts only TLS, and identifies the authority's clients by their
+// certificates.
 func tlsCluster(t testing.TB, a *authority, method string, config map[string]string) *pgserver.Server {
 	t.Helper()
 	cert, key := a.sign("server", nil, net.IPv4(127, 0, 0, 1))
@@ -788,12 +795,12 @@ func tlsCluster(t testing.TB, a *authority, method string, config map[string]str
 	}
 	return pgCluster(t, pgserver.Options{Config: settings, Files: map[string]string{
 		"server.crt": cert, "server.key": key, "ca.crt": string(ca),
-		// pgserver itself comes without TLS, to the database "postgres".
+		// pgserver itself connects without TLS, to the database "postgres".
 		"pg_hba.conf": "host postgres postgres all trust\nhostssl all all all " + method + "\n",
 	}})
 }
 
-// tlsURI is a URI with the parameters of TLS.
+// tlsURI returns a URI with the parameters of TLS.
 func tlsURI(t testing.TB, uri string, parameters map[string]string) string {
 	t.Helper()
 	u, err := url.Parse(uri)
@@ -807,7 +814,7 @@ func tlsURI(t testing.TB, uri string, parameters map[string]string) string {
 	return u.String()
 }
 
-// What is said about TLS counts; if nothing is, it is required.
+// The settings for TLS apply. Without any, TLS is required.
 func TestConnectTLS(t *testing.T) {
 	t.Parallel()
 	a := newAuthority(t)
@@ -842,22 +849,23 @@ func TestConnectTLS(t *testing.T) {
 	refused(with(uri, "sslmode", "verify-ca", "sslrootcert", other.file), "certificate")
 	refused(with(uri, "sslmode", "verify-full", "sslrootcert", filepath.Join(dir, "missing")), "missing")
 	refused(with(uri, "sslmode", "disable"), "pg_hba.conf")
-	refused(tlsURI(t, uri, nil), "certificate") // "connection requires a valid client certificate"
+	// The server's error is "connection requires a valid client certificate".
+	refused(tlsURI(t, uri, nil), "certificate")
 
 	plain := newDatabase(t)
 	refused(tlsURI(t, plain, nil), "sslmode=disable")
 	fieldWorks(t, pgProvider(t, tlsURI(t, plain, map[string]string{"sslmode": "prefer"})), 1)
 }
 
-// overTLS are the cases of the contract that run over TLS: every statement, every kind of
-// message, and every way in which a connection begins and ends. LOCKER_TEST_TLS=all runs
-// them all, which takes two minutes.
+// overTLS names the cases of the contract that run over TLS. They cover every statement, every kind
+// of message, and every way in which a connection begins and ends. With LOCKER_TEST_TLS=all all
+// cases run, which takes two minutes.
 var overTLS = []string{
 	"The story", "C1 ", "C3 an older", "C4 a waiter", "C5 the holder", "C7 ", "C10 ", "C15 ", "C16 Do locks", "C20 a failed", "C21 failures",
 	"C22 Close ends", "C24 a hold", "C24 a claim", "C24 C18", "C26 claims wait", "C33 a claim that comes", "C34 a shielded", "C36 ", "C30 ",
 }
 
-// The contract over TLS, with a certificate that is verified.
+// TestContractTLS runs the contract over TLS, with a certificate that is verified.
 func TestContractTLS(t *testing.T) {
 	t.Parallel()
 	a := newAuthority(t)
@@ -884,7 +892,8 @@ func TestContractTLS(t *testing.T) {
 	require.Len(t, ran, len(overTLS), "a case has another name now")
 }
 
-// B5: PgBouncer in session mode, and its pool one connection short.
+// B5: PgBouncer in session mode, with a pool that is large enough, and with one that is one
+// connection short.
 func TestConnectPgBouncer(t *testing.T) {
 	t.Parallel()
 	program := pgBouncerProgram(t)
@@ -898,7 +907,8 @@ func TestConnectPgBouncer(t *testing.T) {
 	t.Run("B5 a pool of four", func(t *testing.T) {
 		t.Parallel()
 		p, uri := behind(t, 4)
-		other := pgProvider(t, uri) // directly
+		// The other provider connects directly.
+		other := pgProvider(t, uri)
 		holder, ch, err := fieldLock(t, p, 1, "holder")
 		require.NoError(t, err)
 		claim := fieldGo(func() error {
@@ -922,7 +932,8 @@ func TestConnectPgBouncer(t *testing.T) {
 	})
 	t.Run("B5 one short", func(t *testing.T) {
 		t.Parallel()
-		// With a short session timeout the third connection would become idle in time.
+		// With a short session timeout the third connection would become idle before the lock
+		// timeout.
 		p, _ := behind(t, 3, WithLockTimeout(10*time.Second), WithSessionTimeout(time.Minute))
 		_, _, err := fieldLock(t, p, 1, "holder")
 		require.ErrorIs(t, err, ErrLockTimeout)
@@ -938,7 +949,7 @@ func TestConnectPgBouncer(t *testing.T) {
 	})
 }
 
-// B6: a database whose encoding does not have every character. The claim never fails for
+// B6: the encoding of the database does not have every character. A claim never fails because of
 // its event.
 func TestConnectEncoding(t *testing.T) {
 	t.Parallel()
@@ -988,7 +999,8 @@ func TestConnectEncoding(t *testing.T) {
 			_, err = p.LockKey(pgBackground, "org/🔒", 1)
 			if want == event {
 				require.NoError(t, err)
-			} else { // two repositories must not have one key
+				// Two repositories must not have one key.
+			} else {
 				require.ErrorContains(t, err, "org/🔒")
 				require.ErrorContains(t, err, encoding)
 				require.NotErrorIs(t, err, ErrLockTimeout)
@@ -997,8 +1009,8 @@ func TestConnectEncoding(t *testing.T) {
 	}
 }
 
-// B7: a table whose index has another order than the collation has two rows for one pull
-// request. The library says so at first use, and gives such a pull request no key.
+// B7: a table whose index has another order than the collation has two rows for one pull request.
+// The library logs it at first use, and gives such a pull request no key.
 func TestConnectTwoRows(t *testing.T) {
 	t.Parallel()
 	t.Run("B7 new tables have an order that does not change", func(t *testing.T) {
@@ -1013,7 +1025,8 @@ func TestConnectTwoRows(t *testing.T) {
 	t.Run("B7 one of them is not found", func(t *testing.T) {
 		t.Parallel()
 		uri := newDatabase(t)
-		if !sharedServer(t).Own() { // it needs a superuser
+		// The update of pg_index needs a superuser.
+		if !sharedServer(t).Own() {
 			var err error
 			uri, err = pgCluster(t, pgserver.Options{}).CreateDatabase(pgBackground, "twice")
 			require.NoError(t, err)
@@ -1030,7 +1043,7 @@ func TestConnectTwoRows(t *testing.T) {
 		require.Contains(t, log.String(), "org/twice")
 		require.NotContains(t, log.String(), "org/once")
 
-		// What docs/operations.md says.
+		// The commands of docs/operations.md.
 		one := fieldOne(t, db)
 		pgExec(t, one, `SET enable_indexscan = off; SET enable_indexonlyscan = off; SET enable_bitmapscan = off`)
 		var repo, keys string
@@ -1067,7 +1080,7 @@ func TestConnectTwoRows(t *testing.T) {
 	})
 }
 
-// B9: a role that is made for a day acts as an owner that stays, and can be dropped.
+// B9: a role that is created for a day acts as an owner that stays, and can be dropped.
 func TestConnectDayRole(t *testing.T) {
 	t.Parallel()
 	server := pgCluster(t, pgserver.Options{})
@@ -1085,7 +1098,7 @@ func TestConnectDayRole(t *testing.T) {
 	require.Equal(t, "owner", pgGet[string](t, admin, `SELECT tableowner FROM pg_tables WHERE tablename = 'env_lock_state'`))
 }
 
-// B8: tools that split schema.sql at semicolons know no comments.
+// B8: tools that split schema.sql at semicolons do not recognize comments.
 func TestConnectSchemaComments(t *testing.T) {
 	for line := range strings.Lines(SchemaSQL) {
 		_, comment, _ := strings.Cut(line, "--")
@@ -1109,7 +1122,7 @@ func TestWithoutSecret(t *testing.T) {
 	require.EqualError(t, withoutSecret(errors.New("no password for https://vault")), "no password for https://vault")
 }
 
-// The function may ask a database of its own, whose errors are the driver's, too.
+// The function may query another database, whose errors come from the same driver.
 func TestURIFunctionWithAnErrorOfTheDriver(t *testing.T) {
 	t.Parallel()
 	u := &uriSource{slots: make(chan struct{}, maxAsks), ask: func(context.Context) (string, error) {

@@ -38,7 +38,7 @@ func newCord(t testing.TB, uri string) *cord {
 	return c
 }
 
-// uri is a server's URI, through the cord.
+// uri returns a server's URI with the address of the cord.
 func (c *cord) uri(t testing.TB, uri string) string {
 	t.Helper()
 	u, err := url.Parse(uri)

@@ -19,11 +19,12 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Situations that people who run lock, queue and migration libraries on PostgreSQL
-// have reported. Each test names its case and what the report was. They use what the
-// package exports, SQL on the server, and a relay between the two.
+// Situations that users of lock, queue and migration libraries on PostgreSQL have reported. Each
+// test names its case and the report. The tests use the exported names of the package, SQL on the
+// server, and a relay between the two.
 
-const fieldPatience = 20 * time.Second // the lock timeout of a caller who can wait
+// fieldPatience is the lock timeout of a caller that can wait.
+const fieldPatience = 20 * time.Second
 
 // field is a database, a relay to it and a provider behind the relay.
 type field struct {
@@ -32,16 +33,18 @@ type field struct {
 	relay *fieldProxy
 	log   *pgLog
 	p     *PostgresLockProvider
-	first int // of its keys and pull requests; others may share the database
+	// first is the first of the field's keys and pull requests. Other fields may share the
+	// database.
+	first int
 }
 
 var fieldsMade atomic.Int32
 
-// key returns the nth key of the field's own, pr the nth pull request.
+// key returns the nth key of this field, and pr the nth pull request.
 func (f *field) key(n int) int64 { return int64(f.first + n) }
 func (f *field) pr(n int) uint   { return uint(f.first + n) }
 
-// newField makes all of it on a database of the test's own.
+// newField creates a field on a separate database.
 func newField(t testing.TB, options ...LockProviderOption) *field {
 	t.Helper()
 	return fieldOn(t, newDatabase(t), options...)
@@ -55,7 +58,7 @@ func fieldOn(t testing.TB, uri string, options ...LockProviderOption) *field {
 	return f
 }
 
-// other makes a provider that does not depend on the relay.
+// other creates a provider that does not depend on the relay.
 func (f *field) other(t testing.TB, options ...LockProviderOption) *PostgresLockProvider {
 	t.Helper()
 	return pgProvider(t, f.uri, append([]LockProviderOption{WithLockTimeout(2 * soon)}, options...)...)
@@ -69,8 +72,7 @@ func (f *field) settled(t testing.TB) {
 	})
 }
 
-// session returns the connection whose advisory lock proves that the provider lives,
-// or nil.
+// session returns the connection whose advisory lock shows that the provider lives, or nil.
 func (f *field) session(t testing.TB) *fieldConn {
 	t.Helper()
 	pids := map[int]bool{}
@@ -86,7 +88,7 @@ func fieldTroubled(p *PostgresLockProvider) bool {
 	return !s.Connected || !s.Suspended.IsZero()
 }
 
-// fieldHolders lists the server's processes that have an advisory lock.
+// fieldHolders returns the server processes that have an advisory lock.
 func fieldHolders(t testing.TB, db *sql.DB) (pids []int) {
 	t.Helper()
 	rows, err := db.QueryContext(pgBackground, `SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'advisory' AND granted
@@ -108,8 +110,8 @@ func (c *fieldConn) isIdle() bool {
 	return c.idle && !c.closed
 }
 
-// logged counts the lines of the log, without those for debugging, that contain one
-// of the words, whatever their case.
+// logged counts the lines of the log, without those for debugging, that contain one of the words in
+// any case.
 func (f *field) logged(words ...string) (n int) {
 	for _, line := range strings.Split(strings.ToLower(f.log.String()), "\n") {
 		if strings.Contains(line, "level=debug") {
@@ -122,24 +124,25 @@ func (f *field) logged(words ...string) (n int) {
 	return n
 }
 
-// fieldResult is how a call ended.
+// fieldResult is the result of a call.
 type fieldResult struct {
 	err  error
 	took time.Duration
 }
 
-// fieldGo makes a call on a goroutine of its own.
+// fieldGo makes a call on a separate goroutine.
 func fieldGo(call func() error) <-chan fieldResult {
 	done := make(chan fieldResult, 1)
 	start := time.Now()
-	go func() { // ends with the call, which is bounded by its own timeout
+	// The goroutine ends with the call, which is bounded by its own timeout.
+	go func() {
 		err := call()
 		done <- fieldResult{err, time.Since(start)}
 	}()
 	return done
 }
 
-// fieldLock locks a pull request and answers its lock.
+// fieldLock locks a pull request and returns its lock.
 func fieldLock(t testing.TB, p LockProvider, pr uint, event string) (*PreemptiveLocker, <-chan NotificationPayload, error) {
 	t.Helper()
 	l := pgLocker(t, p)("field", pr, event)
@@ -156,8 +159,8 @@ func fieldWorks(t testing.TB, p LockProvider, pr uint) {
 	require.NoError(t, l.Release(pgBackground))
 }
 
-// fieldAfter calls f when d has passed; the channel is closed when f has returned.
-// It is how long a disturbance lasts, not a wait for something to happen.
+// fieldAfter calls f when d has passed, and closes the channel when f has returned. It sets how
+// long a fault lasts and is not used to wait for an event.
 func fieldAfter(t testing.TB, d time.Duration, f func()) <-chan struct{} {
 	t.Helper()
 	over := make(chan struct{})
@@ -173,7 +176,7 @@ func fieldAfter(t testing.TB, d time.Duration, f func()) <-chan struct{} {
 	return over
 }
 
-// fieldDuring watches for d that something holds all the time.
+// fieldDuring requires that a condition holds all the time during d.
 func fieldDuring(t testing.TB, d time.Duration, what string, holds func() bool) {
 	t.Helper()
 	tick := time.NewTicker(10 * time.Millisecond)
@@ -185,7 +188,7 @@ func fieldDuring(t testing.TB, d time.Duration, what string, holds func() bool) 
 	}
 }
 
-// fieldNotified says whether a holder was notified, and takes the payload.
+// fieldNotified reports whether a holder was notified, and receives the payload.
 func fieldNotified(ch <-chan NotificationPayload) bool {
 	select {
 	case <-ch:
@@ -195,7 +198,7 @@ func fieldNotified(ch <-chan NotificationPayload) bool {
 	}
 }
 
-// fieldContender waits for a key without disturbing its holder.
+// fieldContender waits for a key. Its claim is not announced, so the holder is not notified.
 func fieldContender(t testing.TB, p LockProvider, key int64) (*PostgresLock, <-chan fieldResult) {
 	t.Helper()
 	l := pgNew(t, p, key, "contender")
@@ -205,8 +208,8 @@ func fieldContender(t testing.TB, p LockProvider, key int64) (*PostgresLock, <-c
 	})
 }
 
-// fieldExclusive watches a contender for d: it must not be granted the key before
-// the holder was notified. It reports whether the holder was.
+// fieldExclusive watches a contender for d: it must not be granted the key before the holder was
+// notified. It reports whether the holder was notified.
 func fieldExclusive(t testing.TB, d time.Duration, ch <-chan NotificationPayload, contender <-chan fieldResult) (notified bool) {
 	t.Helper()
 	window := time.After(d)
@@ -224,33 +227,33 @@ func fieldExclusive(t testing.TB, d time.Duration, ch <-chan NotificationPayload
 	}
 }
 
-// fieldHolds says whether the key's row names a holder.
+// fieldHolds reports whether the key's row names a holder.
 func fieldHolds(t testing.TB, db *sql.DB, key int64) bool {
 	t.Helper()
 	return pgGet[bool](t, db, `SELECT EXISTS (SELECT FROM env_lock_state WHERE lock_key = $1 AND holder_id IS NOT NULL)`, key)
 }
 
-// fieldGroup runs subtests at the same time.
+// fieldGroup runs subtests concurrently.
 type fieldGroup struct {
 	t       *testing.T
 	slots   chan struct{}
 	running sync.WaitGroup
 }
 
-// fieldSlots bounds the subtests that run concurrently, of all tests: each has some
+// fieldSlots bounds the subtests that run concurrently, over all tests, because each uses some
 // connections.
 var fieldSlots = make(chan struct{}, 8)
 
-// fieldTogether makes a group. Its subtests wait for servers and have little to
-// compute, so there are more of them at a time than t.Parallel allows on a machine
-// with few processors.
+// fieldTogether returns a group. Its subtests wait for servers and compute little, so more of them
+// run concurrently than t.Parallel allows on a machine with few processors.
 func fieldTogether(t *testing.T) *fieldGroup {
 	return &fieldGroup{t: t, slots: fieldSlots}
 }
 
 func (g *fieldGroup) run(name string, f func(t *testing.T)) {
 	g.running.Add(1)
-	go func() { // ends with the subtest
+	// The goroutine ends with the subtest.
+	go func() {
 		defer g.running.Done()
 		g.slots <- struct{}{}
 		defer func() { <-g.slots }()
@@ -260,8 +263,7 @@ func (g *fieldGroup) run(name string, f func(t *testing.T)) {
 
 func (g *fieldGroup) wait() { g.running.Wait() }
 
-// fieldOne is a connection that stays the same, for statements that must not open
-// another one.
+// fieldOne returns a single connection, for statements that must not open another one.
 func fieldOne(t testing.TB, db *sql.DB) *sql.Conn {
 	t.Helper()
 	c, err := db.Conn(pgBackground)
@@ -270,9 +272,9 @@ func fieldOne(t testing.TB, db *sql.DB) *sql.Conn {
 	return c
 }
 
-// A1. Reported: after a role swap, or with a disk that is protected because it is
-// full, the server takes no writes but closes no connection; every write fails for
-// ever, and the service has to be restarted by hand.
+// A1. Reported: after a role swap, or while a disk is protected because it is full, the server
+// accepts no writes but closes no connection. Every write fails forever, and the service has to be
+// restarted by hand.
 func TestFieldReadOnly(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
@@ -311,8 +313,8 @@ func TestFieldReadOnly(t *testing.T) {
 		require.NoError(t, kept.Unlock(pgBackground))
 	})
 
-	// The old primary keeps answering what only reads: a heartbeat that does not ask
-	// whether it still takes writes would hold keys that the new one gives away.
+	// The old primary still serves statements that only read. A heartbeat that did not ask whether
+	// the server accepts writes would keep holds of keys that the new primary grants to others.
 	g.run("role swap", func(t *testing.T) {
 		primary := pgCluster(t, pgserver.Options{})
 		uri, err := primary.CreateDatabase(pgBackground, "swap")
@@ -342,8 +344,8 @@ func TestFieldReadOnly(t *testing.T) {
 // fieldOutage is a way in which an endpoint refuses its clients.
 type fieldOutage struct {
 	name       string
-	atFirst    bool // at first use it is a refusal, not an outage
-	alone      bool // it is about the database, not only about the relay
+	atFirst    bool // at first use it is an error, not an outage
+	alone      bool // it affects the database, not only the relay
 	begin, end func(t testing.TB, f *field, admin *sql.Conn)
 }
 
@@ -374,9 +376,9 @@ var fieldOutages = []fieldOutage{
 		func(_ testing.TB, f *field, _ *sql.Conn) { f.relay.set(func(r *fieldProxy) { r.down = false }) }},
 }
 
-// A2. Reported: for some seconds of a failover the one endpoint leads to a server
-// that refuses logins, or lacks the database, or only reads; libraries take it for a
-// mistake in the configuration and give up.
+// A2. Reported: for some seconds of a failover the endpoint leads to a server that refuses logins,
+// lacks the database, or accepts only reads. Libraries take it for a mistake in the configuration
+// and give up.
 func TestFieldFailover(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
@@ -430,8 +432,8 @@ func TestFieldFailover(t *testing.T) {
 	}
 }
 
-// A4. Reported: a wrong password and a library that goes on trying lock the account
-// out, though no call is waiting any more.
+// A4. Reported: a wrong password and a library that continues to try lock the account, although no
+// call waits any longer.
 func TestFieldLoginAttempts(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
@@ -471,9 +473,9 @@ func TestFieldLoginAttempts(t *testing.T) {
 	})
 }
 
-// fieldShadow makes a database in which a function that comes before the server's
-// own decides whether NOTIFY works; at first it does. It returns the URI under which
-// that is so, a count of the failures, and the switch.
+// fieldShadow creates a database in which a function that shadows the server's pg_notify decides
+// whether NOTIFY works. At first it does. fieldShadow returns the URI for which that is so, a count
+// of the failures, and the switch.
 func fieldShadow(t testing.TB) (uri string, failures func() int, works func(bool)) {
 	t.Helper()
 	uri = newDatabase(t)
@@ -499,8 +501,8 @@ func fieldShadow(t testing.TB) (uri string, failures func() int, works func(bool
 	return u.String(), failures, works
 }
 
-// A5. Reported: NOTIFY fails, because a session that never reads has filled the
-// queue of the whole server; with it fails every statement that notifies.
+// A5. Reported: NOTIFY fails, because a session that never reads has filled the queue of the whole
+// server. Every statement that notifies then fails, too.
 func TestFieldNotifyFails(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
@@ -529,7 +531,7 @@ func TestFieldNotifyFails(t *testing.T) {
 		require.NoError(t, r.err, "the newer claim, after %.1f s", r.took.Seconds())
 		assert.NotZero(t, failures(), "nothing was notified")
 
-		// It is used again when it works again.
+		// NOTIFY is used again once it works again.
 		works(true)
 		heard := make(chan string, 1000)
 		over := make(chan struct{})
@@ -537,7 +539,8 @@ func TestFieldNotifyFails(t *testing.T) {
 		listener := pq.NewListener(uri, time.Second, time.Second, nil)
 		t.Cleanup(func() { _ = listener.Close() })
 		require.NoError(t, listener.Listen(notifyChannel))
-		go func() { // ends with the test
+		// The goroutine ends with the test.
+		go func() {
 			for {
 				select {
 				case n := <-listener.Notify:
@@ -585,9 +588,9 @@ func TestFieldNotifyFails(t *testing.T) {
 	})
 }
 
-// A6. Reported: a pooler in session mode gives the client another backend while it
-// is idle, after a failover or when it is configured anew. The advisory lock is gone,
-// and the connection looks as if nothing had happened.
+// A6. Reported: a pooler in session mode gives the client another backend while the client is idle,
+// after a failover or when the pooler is reconfigured. The advisory lock is gone, and the
+// connection looks unchanged.
 func TestFieldBackendSwapped(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
@@ -624,9 +627,8 @@ func (c *fieldConn) isOpen() bool {
 	return !c.closed
 }
 
-// A7. Reported: poolers that reset a backend after each transaction
-// (server_reset_query_always), or unpin it at the first unlock: session-level locks
-// vanish, and every statement succeeds.
+// A7. Reported: poolers reset a backend after each transaction (server_reset_query_always), or
+// unpin it at the first unlock. Session-level locks vanish, and every statement succeeds.
 func TestFieldPoolerResets(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
@@ -641,7 +643,8 @@ func TestFieldPoolerResets(t *testing.T) {
 				}
 				holder := pgNew(t, f.p, f.key(1), "holder")
 				ch, err := holder.Lock(pgBackground)
-				if when == "always" && err != nil { // refused
+				// First use has rejected the pooler.
+				if when == "always" && err != nil {
 					require.NotErrorIs(t, err, ErrLockTimeout)
 					return
 				}
@@ -654,8 +657,8 @@ func TestFieldPoolerResets(t *testing.T) {
 	}
 }
 
-// A8. Reported: the listening connection lives, but its registration is gone; every
-// notification is missed, and nothing says so.
+// A8. Reported: the listening connection lives, but its registration is gone. Every notification is
+// missed, and nothing reports it.
 func TestFieldDeafListener(t *testing.T) {
 	t.Parallel()
 	f := newField(t)
@@ -676,8 +679,8 @@ func TestFieldDeafListener(t *testing.T) {
 	require.Less(t, time.Since(start), 2*time.Second, "not by the listener")
 }
 
-// A9. Reported: LISTEN fails, or the listening connection cannot come back for hours,
-// and all that is seen is that everything is slow.
+// A9. Reported: LISTEN fails, or the listening connection cannot come back for hours. The only
+// symptom is that everything is slow.
 func TestFieldListenFails(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
@@ -732,7 +735,8 @@ func TestFieldListenFails(t *testing.T) {
 	g.run("connection limit", func(t *testing.T) {
 		role := fmt.Sprintf("field_%d", time.Now().UnixNano())
 		var server *sql.DB
-		t.Cleanup(func() { // after the database is gone
+		// The role can only be dropped after the database.
+		t.Cleanup(func() {
 			_, err := server.ExecContext(pgBackground, `DROP ROLE `+role)
 			assert.NoError(t, err)
 			_ = server.Close()
@@ -753,7 +757,7 @@ func TestFieldListenFails(t *testing.T) {
 		f.db = db
 		_, ch := pgHold(t, f.p, f.key(1), "holder")
 
-		// Work goes on all the time, so that the connections for statements stay open.
+		// Cycles run all the time, so that the connections for statements stay open.
 		var cycles, failed atomic.Int64
 		stop := make(chan struct{})
 		var running sync.WaitGroup
@@ -800,8 +804,8 @@ func TestFieldListenFails(t *testing.T) {
 	})
 }
 
-// A10. Reported: a proxy answers a ping with an error, and the driver panics: the
-// whole process ends.
+// A10. Reported: a proxy responds to a ping with an error, and the driver panics. The whole process
+// ends.
 func TestFieldErrorReply(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
@@ -858,17 +862,18 @@ func TestFieldErrorReply(t *testing.T) {
 	}
 }
 
-// A11. Reported: a statement is never answered, and the service cannot be shut down.
+// A11. Reported: a statement never gets a response, and the service cannot be shut down.
 func TestFieldCloseIsBounded(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
 	defer g.wait()
-	const bound = 15 * time.Second // 10 s, and room for a busy machine
+	// The bound is 10 s, and more for a busy machine.
+	const bound = 15 * time.Second
 	uri := newDatabase(t)
 	pgExec(t, pgDB(t, uri), SchemaSQL)
 
-	// silent lets n statements pass and never answers what comes on the connection of
-	// the next one for which is holds.
+	// silent lets n statements pass. On the connection of the next one for which is holds, nothing
+	// gets a response any longer.
 	silent := func(n int32, is func(m []byte) bool) (fieldHook, *atomic.Int32, <-chan struct{}) {
 		var seen atomic.Int32
 		hit := make(chan struct{})
@@ -922,7 +927,7 @@ func TestFieldCloseIsBounded(t *testing.T) {
 		fieldClose(t, f, bound)
 	})
 
-	// How many there are before a claim is granted.
+	// Count the statements and logins before a claim is granted.
 	counter, seen, _ := silent(1<<30, anything)
 	f := fieldOn(t, uri)
 	f.relay.set(func(r *fieldProxy) { r.hook = counter })
@@ -931,17 +936,20 @@ func TestFieldCloseIsBounded(t *testing.T) {
 	require.NoError(t, f.p.Close())
 	t.Logf("%d statements and logins before the first claim is granted", total)
 	step := max(1, total/8)
-	for n := int32(0); n < total-2; n += step { // not the last ones: two connections may take turns
+	// The last statements are left out, because two connections may take turns.
+	for n := int32(0); n < total-2; n += step {
 		g.run(fmt.Sprintf("statement %d", n), func(t *testing.T) {
 			hook, _, hit := silent(n, anything)
-			if err := run(t, hook, hit); n < total/2 { // the later ones need not be the claim's own
+			// The later statements need not belong to the claim.
+			if err := run(t, hook, hit); n < total/2 {
 				require.Error(t, err)
 			}
 		})
 	}
 	g.run("release", func(t *testing.T) {
 		f := fieldOn(t, uri)
-		const key = 0x5EC2E7F00DBEEF01 // nothing else looks like it
+		// No other value in a message equals it.
+		const key = 0x5EC2E7F00DBEEF01
 		pgHold(t, f.p, key, "holder")
 		f.settled(t)
 		var hole atomic.Bool
@@ -956,13 +964,14 @@ func TestFieldCloseIsBounded(t *testing.T) {
 				return pass, m
 			}
 		})
-		// Close notifies the holder, which does not answer and is revoked after its
-		// preemption timeout; the release is never answered.
+		// Close notifies the holder, which does not react and is revoked after its preemption
+		// timeout. The release never gets a response.
 		fieldClose(t, f, bound+10*time.Second)
 	})
 }
 
-// fieldClose requires that Close answers in time. If not, the network ends it.
+// fieldClose requires that Close returns in time. If it does not, the connections are cut to end
+// it.
 func fieldClose(t testing.TB, f *field, bound time.Duration) {
 	t.Helper()
 	closed := fieldGo(f.p.Close)
@@ -978,9 +987,8 @@ func fieldClose(t testing.TB, f *field, bound time.Duration) {
 	}
 }
 
-// A12. Reported: a migration, REINDEX or VACUUM FULL keeps a table for some seconds,
-// or another client keeps a row in an open transaction: deployments fail though they had
-// time enough.
+// A12. Reported: a migration, REINDEX or VACUUM FULL locks a table for some seconds, or another
+// client locks a row in an open transaction. Deployments fail although they had enough time.
 func TestFieldLockedTables(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
@@ -1028,7 +1036,8 @@ func TestFieldLockedTables(t *testing.T) {
 			}
 			further := make(chan fieldResult, 1)
 			begun := fieldAfter(t, 1500*time.Millisecond, func() {
-				_, done := fieldContender(t, f.p, key) // while the first one has been trying for a while
+				// The further claim comes while the first one has been trying for a while.
+				_, done := fieldContender(t, f.p, key)
 				go func() { further <- <-done }()
 			})
 			<-over
@@ -1044,7 +1053,7 @@ func TestFieldLockedTables(t *testing.T) {
 		})
 	}
 
-	// What proves that a process lives does not wait for a table.
+	// The heartbeat, which shows that a process lives, does not wait for a table.
 	g.run("for longer than the session timeout", func(t *testing.T) {
 		f := newField(t, WithSessionTimeout(2*time.Second))
 		_, ch := pgHold(t, f.p, 1, "holder")
@@ -1061,8 +1070,8 @@ func fieldTable(t testing.TB, db *sql.DB, name string) bool {
 	return pgGet[bool](t, db, `SELECT to_regclass($1) IS NOT NULL`, name)
 }
 
-// A13. Reported: with lc_messages in another language the driver takes the end of a
-// connection for a failed statement.
+// A13. Reported: with lc_messages in another language the driver takes the end of a connection for
+// a failed statement.
 func TestFieldForeignLanguage(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
@@ -1091,8 +1100,8 @@ func TestFieldForeignLanguage(t *testing.T) {
 	})
 }
 
-// fieldDuringClaim lets a claim wait for a row, does something to its backend, and
-// requires that neither the claim nor a hold suffers.
+// fieldDuringClaim lets a claim wait for a row, does something to its backend, and requires that
+// neither the claim nor a hold suffers.
 func fieldDuringClaim(t *testing.T, f *field, hook fieldHook, disturb func(f *field, pid int)) {
 	key, err := f.p.LockKey(pgBackground, "field", f.pr(1))
 	require.NoError(t, err)
@@ -1123,8 +1132,7 @@ func fieldDuringClaim(t *testing.T, f *field, hook fieldHook, disturb func(f *fi
 	require.NoError(t, kept.Unlock(pgBackground))
 }
 
-// A sibling of A12: an operator, or a tool that ends what takes too long, cancels the
-// claim's statement.
+// Related to A12: an operator, or a tool that ends slow statements, cancels the claim's statement.
 func TestFieldCancelled(t *testing.T) {
 	t.Parallel()
 	fieldDuringClaim(t, newField(t), nil, func(f *field, pid int) {
@@ -1132,8 +1140,8 @@ func TestFieldCancelled(t *testing.T) {
 	})
 }
 
-// A sibling of A1: an operator ends a provider's connections, one by one or all of
-// them, whichever comes first.
+// Related to A1: an operator ends a provider's connections, one by one or all of them, in any
+// order.
 func TestFieldTerminated(t *testing.T) {
 	t.Parallel()
 	const holds = 20
@@ -1151,7 +1159,8 @@ func TestFieldTerminated(t *testing.T) {
 		{"listener", "session", "statements"}, {"listener", "statements", "session"},
 		{"statements", "session", "listener"}, {"statements", "listener", "session"}}
 	for _, order := range orders {
-		fieldWorks(t, f.p, 1) // so that there are connections for statements
+		// The cycle makes sure that there are connections for statements.
+		fieldWorks(t, f.p, 1)
 		f.settled(t)
 		pids := map[string][]int{}
 		session := f.session(t)
@@ -1166,7 +1175,8 @@ func TestFieldTerminated(t *testing.T) {
 		}
 		for _, kind := range order {
 			for _, pid := range pids[kind] {
-				_, err := f.db.ExecContext(pgBackground, `SELECT pg_terminate_backend($1)`, pid) // it may be gone already
+				// The backend may have ended already.
+				_, err := f.db.ExecContext(pgBackground, `SELECT pg_terminate_backend($1)`, pid)
 				require.NoError(t, err)
 			}
 		}
@@ -1187,8 +1197,8 @@ func TestFieldTerminated(t *testing.T) {
 	require.NoError(t, pgReceive(t, "the contender is granted the key", contender).err)
 }
 
-// A sibling of A2: the connection ends right before a statement is sent, right after,
-// or right before its answer arrives. What was asked for happens once.
+// Related to A2: the connection ends immediately before a statement is sent, after it, or before
+// its response arrives. The operation takes effect once.
 func TestFieldCut(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
@@ -1266,7 +1276,8 @@ func fieldCutOnce(key int64, when string, hits *atomic.Int32) fieldHook {
 	return func(c *fieldConn, to direction, m []byte) (verdict, []byte) {
 		k := kindOf(m)
 		if to == toClient {
-			if c.mark.Load() { // the answer is swallowed
+			// The response is dropped.
+			if c.mark.Load() {
 				if k == 'Z' {
 					return cut, nil
 				}
@@ -1282,7 +1293,8 @@ func fieldCutOnce(key int64, when string, hits *atomic.Int32) fieldHook {
 		}
 		if when == "sent" && c.mark.Load() && (k == 'Q' || k == 'S') {
 			c.mu.Lock()
-			_ = c.send(c.server, m) // fails only on a connection that has ended
+			// send fails only on a connection that has ended.
+			_ = c.send(c.server, m)
 			c.mu.Unlock()
 			return cut, nil
 		}
@@ -1290,17 +1302,16 @@ func fieldCutOnce(key int64, when string, hits *atomic.Int32) fieldHook {
 	}
 }
 
-// A sibling of B9 and of the operator's mistakes: rows and tables vanish while keys
-// are held. The holder is notified, and the tables are made again. As long as the row
-// in env_locks says that the key is known, there is no other holder before this one was
-// notified.
+// Related to B9 and to an operator's mistakes: rows and tables vanish while keys are held. The
+// holder is notified, and the tables are created again. As long as the row in env_locks shows that
+// the key is known, no other claim holds it before this holder was notified.
 func TestFieldRowsVanish(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
 	defer g.wait()
 	for _, c := range []struct {
 		name, sql string
-		free      bool // the operator has said that the key is free
+		free      bool // the operator has freed the key
 	}{
 		{"DELETE", `DELETE FROM env_lock_state`, false},
 		{"TRUNCATE", `TRUNCATE env_lock_state`, false},
@@ -1334,7 +1345,8 @@ func TestFieldRowsVanish(t *testing.T) {
 				}
 			} else {
 				notified := fieldExclusive(t, 15*time.Second, ch, contender)
-				assert.True(t, notified || sessions, "the holder was not notified in 15 s") // a session may write its row again
+				// A session may write its row again.
+				assert.True(t, notified || sessions, "the holder was not notified in 15 s")
 			}
 			fieldWorks(t, f.p, 3)
 			fieldWorks(t, other, 4)
@@ -1342,7 +1354,7 @@ func TestFieldRowsVanish(t *testing.T) {
 	}
 }
 
-// A sibling of A6: a network, or a proxy, that ends connections again and again.
+// Related to A6: a network, or a proxy, that ends connections again and again.
 func TestFieldFlapping(t *testing.T) {
 	t.Parallel()
 	g := fieldTogether(t)
@@ -1357,7 +1369,8 @@ func TestFieldFlapping(t *testing.T) {
 		defer cuts.Stop()
 		over := make(chan struct{})
 		defer close(over)
-		go func() { // ends with the test
+		// The goroutine ends with the test.
+		go func() {
 			for {
 				select {
 				case <-cuts.C:
@@ -1367,13 +1380,14 @@ func TestFieldFlapping(t *testing.T) {
 				}
 			}
 		}()
-		// On a slow machine no connection is open for long enough: then the holder is
-		// notified, and before the contender has the key.
+		// On a slow machine no connection is open for long enough. Then the holder is notified,
+		// before the contender has the key.
 		notified := fieldExclusive(t, 8*time.Second, ch, contender)
 		t.Logf("the holder was notified: %t", notified)
 		cuts.Stop()
 		err := l.Unlock(pgBackground)
-		if notified { // the contender may have the key already
+		// The contender may have the key already.
+		if notified {
 			return
 		}
 		require.NoError(t, err)
@@ -1423,13 +1437,14 @@ func TestFieldFlapping(t *testing.T) {
 	})
 }
 
-// A sibling of A1: the server is restarted. (The first design lost every hold.)
+// Related to A1: the server is restarted. (The first design lost every hold.)
 func TestFieldRestart(t *testing.T) {
 	t.Parallel()
 	const holds = 50
 	server := pgCluster(t, pgserver.Options{})
 	for _, mode := range []string{pgserver.Fast, pgserver.Immediate} {
-		t.Run(mode, func(t *testing.T) { // one after the other: they share the server
+		// The modes run one after the other, because they share the server.
+		t.Run(mode, func(t *testing.T) {
 			uri, err := server.CreateDatabase(pgBackground, "restart")
 			require.NoError(t, err)
 			var suspended, reconnected, kept, lost atomic.Int64

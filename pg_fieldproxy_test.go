@@ -14,10 +14,9 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// fieldProxy is a proxy that does more than proxy: it can refuse logins, answer in the
-// server's place, rewrite messages, and give a client another backend, as poolers
-// and failovers do. It forwards whole messages of PostgreSQL's protocol, without
-// TLS, and the server must not ask for a password.
+// fieldProxy is a proxy that can refuse logins, respond in the server's place, rewrite messages,
+// and give a client another backend, as poolers and failovers do. It forwards whole messages of
+// PostgreSQL's protocol, without TLS, and the server must not ask for a password.
 type fieldProxy struct {
 	listener net.Listener
 	running  sync.WaitGroup
@@ -25,37 +24,37 @@ type fieldProxy struct {
 	mu     sync.Mutex // guards everything below
 	target string
 	hook   fieldHook
-	refuse []byte // answers a login; nil: logins pass
+	refuse []byte // response to a login, or nil to let logins pass
 	down   bool   // connections are closed before anything is read
-	reset  string // runs on the backend after each statement, before the client gets the end of its answer
+	reset  string // runs on the backend after each statement, before the client gets the end of the response
 	logins []time.Time
 	conns  map[*fieldConn]bool
 	closed bool
 }
 
-// fieldHook sees every message of both directions before it is forwarded, and says
-// what becomes of it. It is called from two goroutines per connection.
+// fieldHook gets every message of both directions before it is forwarded, and returns the verdict
+// and the message to forward. It is called from two goroutines per connection.
 type fieldHook func(c *fieldConn, to direction, message []byte) (verdict, []byte)
 
-// fieldConn is one connection through a relay.
+// fieldConn is one connection through a fieldProxy.
 type fieldConn struct {
 	relay   *fieldProxy
 	client  net.Conn
 	startup []byte
 	listens atomic.Bool // a LISTEN was sent on it
-	mark    atomic.Bool // a hook's own
-	dead    atomic.Bool // a hook's own
+	mark    atomic.Bool // for hooks only
+	dead    atomic.Bool // for hooks that make the connection silent
 
 	mu      sync.Mutex // guards everything below, and writing to both ends
 	server  net.Conn
 	pid     int // of the backend
 	idle    bool
-	swallow int    // answers that the client does not get
-	held    []byte // what the client gets after them
+	swallow int    // responses that the client does not get
+	held    []byte // the message that the client gets after them
 	closed  bool
 }
 
-// newFieldProxy makes one to the server of a URI. It ends with the test.
+// newFieldProxy starts a proxy to the server of a URI. It ends with the test.
 func newFieldProxy(t testing.TB, uri string) *fieldProxy {
 	t.Helper()
 	target, err := url.Parse(uri)
@@ -69,20 +68,21 @@ func newFieldProxy(t testing.TB, uri string) *fieldProxy {
 	return r
 }
 
-// uri is a server's URI, through the relay.
+// uri returns a server's URI with the address of the proxy.
 func (r *fieldProxy) uri(t testing.TB, uri string) string {
 	t.Helper()
 	return throughAddress(t, uri, r.listener.Addr().String())
 }
 
-// set changes what the relay does from now on.
+// set changes the settings of the proxy.
 func (r *fieldProxy) set(change func(r *fieldProxy)) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	change(r)
 }
 
-// refuseLogins answers every login with an error; "" lets them pass again.
+// refuseLogins makes the proxy respond to every login with an error, or lets logins pass again if
+// the code is empty.
 func (r *fieldProxy) refuseLogins(code, text string) {
 	r.set(func(r *fieldProxy) {
 		r.refuse = nil
@@ -92,7 +92,7 @@ func (r *fieldProxy) refuseLogins(code, text string) {
 	})
 }
 
-// loginsSince counts the attempts to log in.
+// loginsSince returns the number of attempts to log in.
 func (r *fieldProxy) loginsSince(since time.Time) (n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -104,7 +104,7 @@ func (r *fieldProxy) loginsSince(since time.Time) (n int) {
 	return n
 }
 
-// open lists the connections that are logged in.
+// open returns the connections that are logged in.
 func (r *fieldProxy) open() (all []*fieldConn) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -161,7 +161,8 @@ func (r *fieldProxy) accept() {
 		if closed {
 			c.close()
 		}
-		go func() { // ends with the connection
+		// The goroutine ends with the connection.
+		go func() {
 			defer r.running.Done()
 			c.serve()
 		}()
@@ -212,7 +213,8 @@ func (c *fieldConn) serve() {
 		_ = server.Close()
 		return
 	}
-	if c.dead.Load() { // the login is never answered
+	// The login gets no response.
+	if c.dead.Load() {
 		_, _ = readMessage(c.client, false)
 		return
 	}
@@ -222,7 +224,8 @@ func (c *fieldConn) serve() {
 	r.mu.Lock()
 	r.running.Add(1)
 	r.mu.Unlock()
-	go func() { // ends with the connection
+	// The goroutine ends with the connection.
+	go func() {
 		defer r.running.Done()
 		defer c.close()
 		c.pumpToClient()
@@ -243,14 +246,15 @@ func (c *fieldConn) close() {
 	c.relay.mu.Unlock()
 }
 
-// send writes a message to one end. It is bounded, because it may happen under mu.
+// send writes a message to one end. It has a deadline, because it may be called with mu locked.
 func (c *fieldConn) send(to net.Conn, message []byte) error {
-	_ = to.SetWriteDeadline(time.Now().Add(10 * time.Second)) // fails only on a connection that has ended
+	// SetWriteDeadline fails only on a connection that has ended.
+	_ = to.SetWriteDeadline(time.Now().Add(10 * time.Second))
 	_, err := to.Write(message)
 	return err
 }
 
-// apply asks the relay's hook.
+// apply calls the proxy's hook.
 func (c *fieldConn) apply(to direction, message []byte) (verdict, []byte) {
 	c.relay.mu.Lock()
 	hook := c.relay.hook
@@ -309,7 +313,7 @@ func (c *fieldConn) pumpToClient() {
 	}
 }
 
-// forward passes one message of the server on.
+// forward handles one message of the server. It reports whether the connection continues.
 func (c *fieldConn) forward(message []byte) bool {
 	kind := kindOf(message)
 	c.mu.Lock()
@@ -359,18 +363,19 @@ func (c *fieldConn) forward(message []byte) bool {
 func (c *fieldConn) answer(messages ...[]byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	_ = c.send(c.client, bytes.Join(messages, nil)) // fails only on a connection that has ended
+	// send fails only on a connection that has ended.
+	_ = c.send(c.client, bytes.Join(messages, nil))
 }
 
-// backend is the process ID of the server's end.
+// backend returns the process ID of the server's end.
 func (c *fieldConn) backend() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.pid
 }
 
-// inject runs a query on the backend between two statements of the client, which
-// does not get to know. It returns false while the client is not idle.
+// inject runs a query on the backend between two statements of the client, without the client's
+// knowledge. It returns false while the client is not idle.
 func (c *fieldConn) inject(query string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -419,16 +424,17 @@ func (c *fieldConn) swap() bool {
 	return true
 }
 
-// isListen says whether a statement begins with LISTEN.
+// isListen reports whether a statement begins with LISTEN.
 func isListen(message []byte) bool {
 	text := bytes.ToUpper(message[5:])
-	if kindOf(message) == 'P' { // the statement's name comes first
+	// The statement's name comes first.
+	if kindOf(message) == 'P' {
 		_, text, _ = bytes.Cut(text, []byte{0})
 	}
 	return bytes.HasPrefix(bytes.TrimSpace(text), []byte("LISTEN"))
 }
 
-// about says whether a message has a key among its arguments, in binary or in text.
+// about reports whether a message has a key among its arguments, in binary or in text.
 func about(message []byte, key int64) bool {
 	if k := kindOf(message); k != 'B' && k != 'Q' {
 		return false
@@ -437,7 +443,7 @@ func about(message []byte, key int64) bool {
 		bytes.Contains(message, []byte(strconv.FormatInt(key, 10)))
 }
 
-// wireMessage makes one message.
+// wireMessage encodes one message.
 func wireMessage(kind byte, body []byte) []byte {
 	message := binary.BigEndian.AppendUint32([]byte{kind}, uint32(len(body)+4))
 	return append(message, body...)
@@ -445,7 +451,7 @@ func wireMessage(kind byte, body []byte) []byte {
 
 func queryMessage(query string) []byte { return wireMessage('Q', append([]byte(query), 0)) }
 
-// readyMessage says that the server is ready, outside of a transaction.
+// readyMessage returns the message that the server is ready, outside of a transaction.
 func readyMessage() []byte { return wireMessage('Z', []byte{'I'}) }
 
 func errorMessage(severity, code, text string) []byte {
@@ -456,7 +462,7 @@ func errorMessage(severity, code, text string) []byte {
 	return wireMessage('E', append(body, 0))
 }
 
-// translated is an ErrorResponse whose severity is in another language.
+// translated returns an ErrorResponse with its severity in another language.
 func translated(message []byte) []byte {
 	var body []byte
 	for _, f := range bytes.Split(bytes.TrimRight(message[5:], "\x00"), []byte{0}) {

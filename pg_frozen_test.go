@@ -22,16 +22,17 @@ const (
 	frozenTimeout     = 2 * time.Second
 )
 
-// C11, C24: a process that is stopped with SIGSTOP keeps nothing, even if its listener
-// cannot take what it is sent: its keys pass on, its connections end, and the server's
-// queue of notifications is drained. When it continues, its holder is notified.
+// C24, C25: a process that is stopped with SIGSTOP keeps nothing, even if its listener cannot
+// receive what it is sent. Its keys are taken over, its connections end, and the server's queue of
+// notifications is drained. When it continues, its holder is notified.
 func TestFrozenProcess(t *testing.T) {
 	if uri := os.Getenv(frozenURI); uri != "" {
 		frozenProcess(t, uri)
 		return
 	}
 	t.Parallel()
-	server := pgCluster(t, pgserver.Options{}) // all databases of a server share one queue
+	// All databases of a server share one queue.
+	server := pgCluster(t, pgserver.Options{})
 	uri := server.URI("postgres")
 	db := pgDB(t, uri)
 
@@ -50,7 +51,8 @@ func TestFrozenProcess(t *testing.T) {
 	}()
 	t.Cleanup(func() {
 		_ = process.Process.Kill()
-		for range lines { // until the pipe is closed
+		// The pipe is closed when the process has ended.
+		for range lines {
 		}
 		_ = process.Wait()
 	})
@@ -72,7 +74,8 @@ func TestFrozenProcess(t *testing.T) {
 	})
 	gone := time.Since(frozen)
 	pgUntil(t, "the queue is drained", func() bool {
-		pgExec(t, db, `SELECT pg_notify('other', '')`) // the queue's tail follows a notification
+		// The server advances the queue's tail only after a notification.
+		pgExec(t, db, `SELECT pg_notify('other', '')`)
 		return pgGet[float64](t, db, `SELECT pg_notification_queue_usage()`) < flooded/2
 	})
 	t.Logf("after SIGSTOP with a session timeout of %v: key taken over after %v, connections gone after %v, queue drained after %v",
@@ -83,7 +86,7 @@ func TestFrozenProcess(t *testing.T) {
 	require.NoError(t, next.Unlock(pgBackground))
 }
 
-// frozenProcess holds a key, and tells what becomes of it.
+// frozenProcess holds a key, and prints how the hold ends.
 func frozenProcess(t *testing.T, uri string) {
 	p := pgProvider(t, uri, WithSessionTimeout(frozenTimeout))
 	l, ch := pgHold(t, p, 1, "frozen")

@@ -11,7 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// direction is which way bytes flow through a proxy.
+// direction is the direction in which bytes flow through a proxy.
 type direction int
 
 const (
@@ -19,7 +19,7 @@ const (
 	toClient
 )
 
-// verdict is what a proxy's filter decides about a message.
+// verdict is the decision of a proxy's filter about a message.
 type verdict int
 
 const (
@@ -28,14 +28,13 @@ const (
 	cut          // the connection is closed on both sides
 )
 
-// proxy forwards PostgreSQL's messages between providers and a server. It can be
-// made to go silent: connections stay open, nothing arrives any more, not even
-// the end of a connection. That is what a network that loses every packet looks
-// like.
+// proxy forwards PostgreSQL's messages between providers and a server. Its silence looks like a
+// network that loses every packet: connections stay open, and nothing arrives any longer, not even
+// the end of a connection.
 type proxy struct {
 	listener net.Listener
 	target   string
-	filter   func(c *proxied, to direction, kind byte, body []byte) verdict // nil: everything passes
+	filter   func(c *proxied, to direction, kind byte, body []byte) verdict // nil passes everything
 	running  sync.WaitGroup
 
 	mu     sync.Mutex // guards everything below
@@ -49,10 +48,11 @@ type proxy struct {
 type proxied struct {
 	ends   [2]net.Conn // indexed by direction: the server's end, the client's end
 	silent [2]bool     // guarded by proxy.mu
-	pid    int         // of the backend, once it is known; guarded by proxy.mu
+	pid    int         // of the backend, once it is known (guarded by proxy.mu)
 }
 
-// newProxy listens at address; "" is a free port. The proxy ends with the test.
+// newProxy returns a proxy that listens at address, or on a free port if address is empty. The
+// proxy ends with the test.
 func newProxy(t testing.TB, address, uri string, filter func(c *proxied, to direction, kind byte, body []byte) verdict) *proxy {
 	t.Helper()
 	target, err := url.Parse(uri)
@@ -70,7 +70,7 @@ func newProxy(t testing.TB, address, uri string, filter func(c *proxied, to dire
 	return p
 }
 
-// uri is a server's URI, through the proxy.
+// uri returns a server's URI with the address of the proxy.
 func (p *proxy) uri(t testing.TB, uri string) string {
 	t.Helper()
 	return throughAddress(t, uri, p.listener.Addr().String())
@@ -82,13 +82,14 @@ func throughAddress(t testing.TB, uri, address string) string {
 	require.NoError(t, err)
 	u.Host = address
 	q := u.Query()
-	q.Set("sslmode", "disable") // the proxy reads along
+	// The proxy has to read the messages.
+	q.Set("sslmode", "disable")
 	u.RawQuery = q.Encode()
 	return u.String()
 }
 
-// silence stops what flows in the given directions, on all connections, those to
-// come included; no direction heals the network.
+// silence stops the given directions of all connections, including those to come. Without a
+// direction it restores the network.
 func (p *proxy) silence(ways ...direction) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -160,7 +161,8 @@ func (p *proxy) accept() {
 func (p *proxy) pump(c *proxied, to direction) {
 	defer p.running.Done()
 	from := c.ends[1-to]
-	first := to == toServer // the startup message has no kind
+	// The startup message has no kind.
+	first := to == toServer
 	for {
 		message, err := readMessage(from, first)
 		first = false
@@ -189,8 +191,7 @@ func (p *proxy) pump(c *proxied, to direction) {
 	}
 }
 
-// await blocks while the direction is silent; false means that the proxy is
-// closed.
+// await blocks while the direction is silent. It returns false if the proxy is closed.
 func (p *proxy) await(c *proxied, to direction) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -200,11 +201,11 @@ func (p *proxy) await(c *proxied, to direction) bool {
 	return !p.closed
 }
 
-// kindOf is a message's kind, 0 for the startup message, whose length always
-// begins with that byte.
+// kindOf returns a message's kind. It returns 0 for the startup message, whose length always begins
+// with that byte.
 func kindOf(message []byte) byte { return message[0] }
 
-// readMessage reads one message of PostgreSQL's protocol with its head.
+// readMessage reads one message of PostgreSQL's protocol, including its header.
 func readMessage(r io.Reader, startup bool) ([]byte, error) {
 	head := 5
 	if startup {
@@ -223,10 +224,9 @@ func readMessage(r io.Reader, startup bool) ([]byte, error) {
 	return message, err
 }
 
-// newPooler is a pool in transaction mode, at its smallest: every client has two
-// server sessions, and each transaction goes to the other one. A lenient pool
-// does not count a transaction that only prepares. It returns the pool's address.
-// The server must not ask for a password.
+// newPooler starts a pool in transaction mode, at its smallest, and returns its address. Every
+// client has two server sessions, and each transaction goes to the other one. A lenient pool does
+// not count a transaction that only prepares. The server must not ask for a password.
 func newPooler(t testing.TB, uri string, lenient bool) string {
 	t.Helper()
 	target, err := url.Parse(uri)
@@ -273,7 +273,7 @@ func newPooler(t testing.TB, uri string, lenient bool) string {
 	return l.Addr().String()
 }
 
-// pool serves one client until anything fails.
+// pool serves one client until an error occurs.
 func pool(client net.Conn, servers [2]net.Conn, lenient bool) {
 	defer func() { _ = client.Close() }()
 	for _, s := range servers {
@@ -312,14 +312,15 @@ func pool(client net.Conn, servers [2]net.Conn, lenient bool) {
 		if err != nil {
 			return
 		}
-		if status == 'I' && (executed || !lenient) { // not in a transaction: the next one goes elsewhere
+		// Outside of a transaction, the next message goes to the other session.
+		if status == 'I' && (executed || !lenient) {
 			turn, executed = 1-turn, false
 		}
 	}
 }
 
-// relayUntilReady forwards a server's messages up to ReadyForQuery, and returns
-// what that says about the transaction.
+// relayUntilReady forwards a server's messages up to ReadyForQuery, and returns the transaction
+// status of that message.
 func relayUntilReady(to io.Writer, from io.Reader) (byte, error) {
 	for {
 		message, err := readMessage(from, false)
