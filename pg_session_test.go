@@ -18,10 +18,10 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// What follows is about sessions: how they live, are suspended, reconnect, are lost and
-// are taken over from.
+// Tests of sessions: how they live, are suspended, reconnect, are lost and lose their keys to a
+// successor.
 
-// outage is a provider's way to the server, which can be closed and opened again.
+// outage is a provider's path to the server, which can be closed and opened again.
 type outage struct {
 	t       testing.TB
 	server  string
@@ -37,7 +37,7 @@ func newOutage(t testing.TB, server string) *outage {
 
 func (o *outage) uri() string { return throughAddress(o.t, o.server, o.address) }
 
-// begin closes all connections, and lets no other come.
+// begin closes all connections, and accepts no new ones.
 func (o *outage) begin() { o.px.close() }
 
 func (o *outage) end() {
@@ -45,7 +45,7 @@ func (o *outage) end() {
 	o.px = newProxy(o.t, o.address, o.server, nil)
 }
 
-// pgSessions counts the rows of sessions with an ID.
+// pgSessions returns the number of rows of sessions with an ID.
 func pgSessions(t testing.TB, db *sql.DB, id int64) int {
 	t.Helper()
 	return pgGet[int](t, db, `SELECT count(*) FROM env_lock_sessions WHERE id = $1`, id)
@@ -57,7 +57,7 @@ func pgSession(p *PostgresLockProvider) sessionRef {
 	return ref
 }
 
-// pgSaw returns when a provider has seen a session's advisory lock dead.
+// pgSaw returns when a provider has seen that a session's advisory lock is free.
 func pgSaw(t testing.TB, p *PostgresLockProvider, lock int64) {
 	t.Helper()
 	pgUntil(t, "it is seen that the session is dead", func() bool {
@@ -78,7 +78,7 @@ func pgFree(t testing.TB, db *sql.DB, key int64) {
 	})
 }
 
-// C28: a session has a row from its first use on. Close deletes it.
+// C28: a session has a row from its first use on. Close deletes the row.
 func TestSessionRow(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -111,8 +111,8 @@ func TestSessionRow(t *testing.T) {
 	pgUntil(t, "its advisory lock is gone", func() bool { return len(pgAdvisory(t, db)) == 0 })
 }
 
-// The row of a session that is dead is deleted by others, once one of them has watched
-// it for its timeout, and once nothing is left that it held.
+// The row of a session that is dead is deleted by another provider, once that provider has watched
+// the session for its timeout, and once no row names it as a holder.
 func TestSessionSweep(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -126,7 +126,8 @@ func TestSessionSweep(t *testing.T) {
 	pgHold(t, holds, 2, "is held")
 	a, b := pgSession(idle), pgSession(holds)
 
-	// Who sweeps has another timeout, and does so with every 20th heartbeat.
+	// The provider that deletes the rows has another timeout, and looks for them with every 20th
+	// heartbeat.
 	sweeper := pgProvider(t, uri, WithSessionTimeout(time.Second))
 	pgHold(t, sweeper, 3, "in use")
 	start := time.Now()
@@ -141,9 +142,9 @@ func TestSessionSweep(t *testing.T) {
 	pgUntil(t, "the row of the other session is deleted", func() bool { return pgSessions(t, db, b.id) == 0 })
 }
 
-// C11: the key of a process that is killed, or cut off for good, is taken over once its
-// session has been watched being dead for its own timeout, which is in its row, whatever
-// that of the waiter is. A session without a row has the waiter's.
+// C25: the key of a process that was killed, or cut off for good, is taken over once its session
+// has been watched being dead for the session's own timeout. That timeout is in the session's row,
+// and the waiter's does not matter. For a session without a row it is the waiter's.
 func TestTakeOver(t *testing.T) {
 	t.Parallel()
 	const long = time.Hour
@@ -172,7 +173,8 @@ func TestTakeOver(t *testing.T) {
 			old := pgSession(killed)
 			var q *PostgresLock
 			var granted <-chan error
-			if c.waitsAlready { // and disturbs no one
+			// The waiter was not announced, so the holder is not notified.
+			if c.waitsAlready {
 				q, granted = pgWait(t, next, 1, "successor")
 			}
 			start := time.Now()
@@ -195,7 +197,7 @@ func TestTakeOver(t *testing.T) {
 			require.Greater(t, q.Token(), l.Token(), "C15")
 			require.Equal(t, pgSession(next).id, pgHolders(t, db)[1])
 
-			// The predecessor comes back. What it does concerns no one any longer.
+			// The predecessor comes back. Its calls have no effect on the successor.
 			way.end()
 			require.ErrorIs(t, l.Unlock(pgBackground), ErrLockLost, "C18")
 			require.NoError(t, l.Unlock(pgBackground), "C18 once")
@@ -208,7 +210,7 @@ func TestTakeOver(t *testing.T) {
 	}
 }
 
-// A lock that was lost, and whose function has returned, need not be waited for.
+// A successor need not wait for a lock that was lost and whose function has returned.
 func TestLostHoldIsReleased(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -224,8 +226,8 @@ func TestLostHoldIsReleased(t *testing.T) {
 	pgFree(t, db, 1)
 }
 
-// C24: a session that reconnects in time keeps its holds. It has a new advisory lock,
-// so whoever has watched it being dead begins again.
+// C24: a session that reconnects in time keeps its holds. It has a new advisory lock, so a
+// successor that has watched the old one has to watch again from the start.
 func TestReconnectRestartsTheWatch(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -250,7 +252,8 @@ func TestReconnectRestartsTheWatch(t *testing.T) {
 	asked := func() string {
 		return pgGet[string](t, db, `SELECT max(query_start)::text FROM pg_stat_activity WHERE datname = current_database() AND query LIKE '%want AS MATERIALIZED%'`)
 	}
-	for range 2 { // the waiter tries again, and once more
+	// The waiter has to try twice.
+	for range 2 {
 		before := asked()
 		pgUntil(t, "the waiter tries again", func() bool { return asked() != before })
 	}
@@ -269,8 +272,7 @@ func TestReconnectRestartsTheWatch(t *testing.T) {
 	require.NoError(t, waiter.Unlock(pgBackground))
 }
 
-// However often a session's connection is cut, its holds continue as long as it comes
-// back in time.
+// However often a session's connection is cut, its holds continue as long as it reconnects in time.
 func TestFlapping(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -297,17 +299,17 @@ func TestFlapping(t *testing.T) {
 	require.NoError(t, waiter.Unlock(pgBackground))
 }
 
-// loser is a proxy's filter that loses the answer to one statement. The server has
-// carried it out, and committed.
+// loser is a proxy's filter that loses the response to one statement. The server has run and
+// committed the statement.
 type loser struct {
 	mu     sync.Mutex // guards everything below
-	marked []byte     // what the statement's arguments contain; nil: none is lost any more
-	after  func()     // called when the answer is lost, before the connection is cut
-	on     *proxied   // the connection on which it is
+	marked []byte     // part of the statement's arguments, or nil to lose no more responses
+	after  func()     // called when the response is lost, before the connection is cut
+	on     *proxied   // the connection of that statement
 	lost   int
 }
 
-// lose has the answer lost to the next statement that names a claim.
+// lose makes the filter lose the response to the next statement that names a claim.
 func (f *loser) lose(c claim, after func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -339,8 +341,8 @@ func (f *loser) filter(c *proxied, to direction, kind byte, body []byte) verdict
 	return pass
 }
 
-// pgAudit has the database write down every state of a key's row: claims, tokens and
-// holders that were committed. It returns how many different values a column had.
+// pgAudit makes the database record every committed state of a key's row: claims, tokens and
+// holders. It returns a function that returns how many different values a column had.
 func pgAudit(t testing.TB, db *sql.DB) (values func(column string, key int64) int) {
 	t.Helper()
 	pgExec(t, db, `CREATE TABLE audit AS SELECT * FROM env_lock_state WHERE false;
@@ -352,8 +354,8 @@ func pgAudit(t testing.TB, db *sql.DB) (values func(column string, key int64) in
 	}
 }
 
-// A statement whose answer was lost is repeated on another connection. If it was carried
-// out, the repeat changes nothing.
+// A statement whose response was lost is repeated on another connection. If it had taken effect,
+// the repeat changes nothing.
 func TestLostAnswers(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -361,7 +363,8 @@ func TestLostAnswers(t *testing.T) {
 	var f loser
 	px := newProxy(t, "", uri, f.filter)
 	var log pgLog
-	p := pgProvider(t, px.uri(t, uri), WithSessionTimeout(10*time.Minute), WithLockTimeout(2*soon), log.option()) // no check of rows comes between
+	// The session timeout is so long that no check of rows comes in between.
+	p := pgProvider(t, px.uri(t, uri), WithSessionTimeout(10*time.Minute), WithLockTimeout(2*soon), log.option())
 	q := pgProvider(t, uri, WithLockTimeout(2*soon))
 	for key := range int64(10) {
 		l, _ := pgHold(t, p, key, "creates the row")
@@ -417,7 +420,8 @@ func TestLostAnswers(t *testing.T) {
 		ctx, cancel := context.WithCancel(pgBackground)
 		defer cancel()
 		f.lose(l.claim, cancel)
-		if _, err := l.Lock(ctx); err != nil { // it may be granted nevertheless
+		// The lock may be granted nevertheless.
+		if _, err := l.Lock(ctx); err != nil {
 			require.ErrorIs(t, err, context.Canceled)
 		}
 		lost(t)
@@ -453,8 +457,8 @@ func TestLostAnswers(t *testing.T) {
 				claim_event = 'newer', claimed_at = clock_timestamp() WHERE lock_key = 7`)
 			assert.NoError(t, err)
 		})
-		// It was asked for long before. What is between that and the newer claim is not to
-		// be as short as it takes a message to arrive.
+		// The claim counts as asked for long before. Otherwise the newer claim could come within
+		// the time that a message takes to arrive.
 		_, err := l.lockKey(pgBackground, lockCall{asked: time.Now().Add(-5 * time.Second), announce: true})
 		require.ErrorIs(t, err, ErrLockPreempted)
 		require.ErrorContains(t, err, "newer")
@@ -481,7 +485,7 @@ func TestDelayedClaims(t *testing.T) {
 		way.begin()
 		return way, cutOff, direct
 	}
-	// claims begins to lock, after a claim.
+	// claims announces a claim and begins to lock.
 	claims := func(t *testing.T, p *PostgresLockProvider, event string) (*PostgresLock, <-chan error) {
 		t.Helper()
 		l := pgNew(t, p, 1, event)
@@ -528,9 +532,9 @@ func TestDelayedClaims(t *testing.T) {
 	})
 }
 
-// A release is not flushed. If a crash of the server forgets it, the row names a hold
-// of a session that lives, and that no lock of it has: after the reconnect it is
-// released.
+// A release is not flushed. If a crash of the server forgets it, the row names a live session as
+// the holder, and none of the session's locks has that hold. The row is released after the
+// reconnect.
 func TestForgottenRelease(t *testing.T) {
 	t.Parallel()
 	server := pgCluster(t, pgserver.Options{Config: map[string]string{
@@ -557,8 +561,8 @@ func TestForgottenRelease(t *testing.T) {
 	require.NoError(t, next.Unlock(pgBackground))
 }
 
-// The row of a held key is deleted: the holder is notified by the next check of rows,
-// and a successor waits the session timeout.
+// The row of a held key is deleted. The holder is notified by the next check of rows, and a
+// successor waits for the session timeout.
 func TestRowDeletedWhileHeld(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -602,8 +606,8 @@ func TestRowDeletedWhileHeld(t *testing.T) {
 	}
 }
 
-// What holds a key according to its row is taken away by an operator: the holder is
-// notified by the next check of rows, and the key is free.
+// An operator removes a hold from its row. The holder is notified by the next check of rows, and
+// the key is free.
 func TestHoldTakenAway(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -627,8 +631,8 @@ func TestHoldTakenAway(t *testing.T) {
 	require.NoError(t, next.Unlock(pgBackground))
 }
 
-// The session's row is deleted by an operator, while the session lives: it connects
-// again and writes the row once more, in time.
+// An operator deletes a session's row while the session lives. The session reconnects in time and
+// writes the row again.
 func TestSessionRowDeleted(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -653,8 +657,8 @@ func TestSessionRowDeleted(t *testing.T) {
 //go:embed testdata/schema_before.sql
 var schemaBefore string
 
-// C28: the tables of the version before are upgraded, with what is in them, by whoever
-// comes first, concurrently, and by hand.
+// C28: the tables of the previous version are upgraded with their contents, by the first provider
+// that comes, by several concurrently, and by hand.
 func TestSchemaUpgrade(t *testing.T) {
 	t.Parallel()
 	columns := func(t *testing.T, db *sql.DB) string {
@@ -719,7 +723,9 @@ func TestSchemaUpgrade(t *testing.T) {
 			late := f("org/repo", 1, "late").Sequence(6)
 			_, err := late.Lock(pgBackground)
 			require.ErrorIs(t, err, ErrClaimOutdated, "the orders are kept")
-			for pr := range uint(3) { // who held has ended: a successor waits the session timeout
+			// The sessions of the former holders have ended, so a successor waits for the session
+			// timeout.
+			for pr := range uint(3) {
 				l := f("org/repo", pr+1, "successor").Sequence(100)
 				_, err := l.Lock(pgBackground)
 				require.NoError(t, err)
@@ -735,9 +741,9 @@ func TestSchemaUpgrade(t *testing.T) {
 	}
 }
 
-// A synchronous standby that does not answer makes commits wait for ever. Claims wait
-// for it within their bound, nothing that is held is disturbed, and nothing accumulates
-// on the server, whatever providers do meanwhile.
+// A synchronous standby that does not respond makes commits wait forever. Claims wait for it within
+// their bound, no holder is notified, and nothing accumulates on the server, whatever providers do
+// meanwhile.
 func TestStalledCommit(t *testing.T) {
 	t.Parallel()
 	server := pgCluster(t, pgserver.Options{})
@@ -767,7 +773,8 @@ func TestStalledCommit(t *testing.T) {
 		}()
 	}
 	flush()
-	pgUntil(t, "commits wait", func() bool { // the setting takes effect a moment later
+	// The setting takes effect a moment later.
+	pgUntil(t, "commits wait", func() bool {
 		select {
 		case err := <-flushes:
 			require.NoError(t, err)
@@ -789,7 +796,8 @@ func TestStalledCommit(t *testing.T) {
 	require.NoError(t, released.Release(pgBackground), "a release does not wait for the standby")
 	require.NoError(t, other.Close(), "nor does the end of a session")
 	require.LessOrEqual(t, stalled(), 1)
-	for range 3 { // new ones come and go
+	// Further providers come and go.
+	for range 3 {
 		passing := pgProvider(t, uri, WithSessionTimeout(timeout), WithLockTimeout(2*time.Second))
 		_, err := pgNew(t, passing, 5, "passes").Lock(pgBackground)
 		require.ErrorIs(t, err, ErrLockTimeout)
@@ -799,8 +807,8 @@ func TestStalledCommit(t *testing.T) {
 	pgQuiet(t, notified)
 	require.Empty(t, seen.of(ObservedSuspended))
 
-	// A session that is cut now cannot make known that it lives, in a way that survives
-	// the server: it is lost when its time has come. Another one follows.
+	// A session that is cut now cannot record that it lives in a way that survives a crash of the
+	// server. It is lost after 0.9 T, and another one follows.
 	old := pgSession(p)
 	pgTerminate(t, db, pgOwn(t, db, p.session))
 	pgReceive(t, "the holder is notified", notified)
@@ -840,7 +848,7 @@ func TestStalledCommit(t *testing.T) {
 	pgUntil(t, "nothing is held", func() bool { return len(pgHolders(t, db)) == 0 })
 }
 
-// A statement that the server cancels is repeated: no claim and no release fails for it.
+// A statement that the server cancels is repeated. No claim and no release fails because of it.
 func TestCanceledStatements(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -872,8 +880,9 @@ func TestCanceledStatements(t *testing.T) {
 	require.NotContains(t, pgHolders(t, db), int64(2))
 }
 
-// C26, C28: tables that vanish while a provider works are created again. If its role may
-// not do that, an operator has to, and no claim fails meanwhile: it has worked before.
+// C26, C28: tables that vanish while a provider works are created again. If its role does not have
+// the privilege, an operator has to create them, and no claim fails meanwhile, because the provider
+// has worked before.
 func TestTablesVanish(t *testing.T) {
 	t.Parallel()
 	for _, privileged := range []bool{true, false} {
@@ -921,8 +930,8 @@ func TestTablesVanish(t *testing.T) {
 	}
 }
 
-// C8: a check of rows that was queued when the session lost its connection is not
-// carried out. The next heartbeats check again.
+// C8: a check of rows that was queued when the session lost its connection is not carried out. The
+// next heartbeats check again.
 func TestChecksGoOnAfterReconnect(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -970,8 +979,8 @@ func TestIdleTimeout(t *testing.T) {
 	const idle = time.Second
 	p := pgProvider(t, pgNamed(t, uri, "idle"), WithSessionTimeout(2*time.Second), WithIdleTimeout(idle), log.option(), WithObserver(seen.observe))
 	other := pgProvider(t, uri)
-	// beats returns when a heartbeat has begun after all timeouts, so that the session
-	// could have ended.
+	// beats returns when a heartbeat has begun after all timeouts, so that the session would have
+	// had time to end.
 	beats := func() {
 		start := time.Now()
 		pgUntil(t, "the session has its heartbeats", func() bool { return p.Stats().LastHeartbeat.After(start.Add(2 * idle)) })
@@ -1004,7 +1013,7 @@ func TestIdleTimeout(t *testing.T) {
 	require.NoError(t, waiter.Unlock(pgBackground))
 	ends()
 
-	// Whatever the call, notifications arrive again.
+	// Notifications arrive again after any call that begins a session.
 	require.NoError(t, p.Ping(pgBackground))
 	ends()
 	l, ch = pgHold(t, p, 3, "older")
@@ -1020,7 +1029,7 @@ func TestIdleTimeout(t *testing.T) {
 	require.NoError(t, p.Close())
 }
 
-// Calls that come just when an idle session ends are carried out.
+// Calls that come at the moment when an idle session ends are carried out.
 func TestIdleTimeoutMeetsCalls(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -1031,7 +1040,8 @@ func TestIdleTimeoutMeetsCalls(t *testing.T) {
 		pgQuiet(t, ch)
 		require.NoError(t, l.Unlock(pgBackground))
 		before := pgSession(p)
-		s.mu.Lock() // the next heartbeat finds the provider idle
+		// The next heartbeat finds the provider idle.
+		s.mu.Lock()
 		s.used = time.Now().Add(-time.Hour)
 		s.mu.Unlock()
 		if round%2 == 0 {

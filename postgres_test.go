@@ -27,8 +27,8 @@ import (
 	"go.uber.org/goleak"
 )
 
-// shared is the PostgreSQL server that all tests use, each with a database of
-// its own. The first test that needs it starts it, TestMain ends it.
+// shared is the PostgreSQL server that all tests use, each with a separate database. The first test
+// that needs it starts it, and TestMain ends it.
 var (
 	shared = sync.OnceValues(func() (*pgserver.Instance, error) {
 		server, err := pgserver.Shared(context.Background())
@@ -61,8 +61,7 @@ func sharedServer(t testing.TB) *pgserver.Instance {
 	return server
 }
 
-// newDatabase makes an empty database on the shared server for one test and
-// returns its URI.
+// newDatabase creates an empty database on the shared server for one test and returns its URI.
 func newDatabase(t testing.TB) string {
 	t.Helper()
 	uri, drop, err := sharedServer(t).NewDatabase(context.Background())
@@ -71,16 +70,14 @@ func newDatabase(t testing.TB) string {
 	return uri
 }
 
-// soon bounds every wait of a test for something that should happen; it is far
-// above what it takes.
+// soon bounds every wait of a test for an expected event. It is far longer than the event takes.
 const soon = 30 * time.Second
 
-// What is here needs a real server; what both providers share is in the
-// conformance suite.
+// The tests in this file need a server. TestContract tests what both providers have in common.
 
 var pgBackground = context.Background()
 
-// pgProvider makes a provider that is closed at the end of the test.
+// pgProvider creates a provider that is closed at the end of the test.
 func pgProvider(t testing.TB, uri string, options ...LockProviderOption) *PostgresLockProvider {
 	t.Helper()
 	p, err := NewLockProvider(PostgresLockProviderKind, append([]LockProviderOption{WithPostgresBackend(uri, "")}, options...)...)
@@ -89,7 +86,7 @@ func pgProvider(t testing.TB, uri string, options ...LockProviderOption) *Postgr
 	return p.(*PostgresLockProvider)
 }
 
-// pgLocker makes PreemptiveLockers on a provider.
+// pgLocker returns a factory of PreemptiveLockers on a provider.
 func pgLocker(t testing.TB, p LockProvider, options ...PreemptiveLockerOption) PreemptiveLockerFactory {
 	t.Helper()
 	f, err := NewPreemptiveLockerFactory(p, options...)
@@ -97,7 +94,7 @@ func pgLocker(t testing.TB, p LockProvider, options ...PreemptiveLockerOption) P
 	return f
 }
 
-// pgDB is the test's own view of a database.
+// pgDB opens a database for the test itself.
 func pgDB(t testing.TB, uri string) *sql.DB {
 	t.Helper()
 	u, err := url.Parse(uri)
@@ -126,7 +123,7 @@ func pgGet[T any](t testing.TB, db *sql.DB, query string, args ...any) (v T) {
 	return v
 }
 
-// pgUntil asks until the answer is true.
+// pgUntil waits until a condition holds.
 func pgUntil(t testing.TB, what string, cond func() bool) {
 	t.Helper()
 	deadline := time.After(soon)
@@ -163,7 +160,7 @@ func pgQuiet(t testing.TB, ch <-chan NotificationPayload) {
 	}
 }
 
-// pgNew makes a lock that is unlocked at the end of the test, at the latest.
+// pgNew creates a lock that is unlocked at the end of the test, at the latest.
 func pgNew(t testing.TB, p LockProvider, key int64, event string) *PostgresLock {
 	t.Helper()
 	l, err := p.New(pgBackground, key, event)
@@ -216,8 +213,8 @@ func pgOwn(t testing.TB, db *sql.DB, s *session) (pid int) {
 	return pid
 }
 
-// pgListener is the same for the connection that listens. The provider must be
-// the only one of its database with this application name.
+// pgListener returns the same for the connection that listens. The provider must be the only one of
+// its database with this application name.
 func pgListener(t testing.TB, db *sql.DB, application string) (pid int) {
 	t.Helper()
 	pgUntil(t, "the listener is connected", func() bool {
@@ -240,7 +237,7 @@ func pgBlocked(t testing.TB, db *sql.DB) (pid int) {
 	return pid
 }
 
-// pgNamed is a URI with an application name.
+// pgNamed returns a URI with an application name.
 func pgNamed(t testing.TB, uri, application string) string {
 	t.Helper()
 	u, err := url.Parse(uri)
@@ -251,7 +248,7 @@ func pgNamed(t testing.TB, uri, application string) string {
 	return u.String()
 }
 
-// pgConnections counts the connections to the database, except for the test's and those
+// pgConnections returns the number of connections to the database, except for the test's and those
 // with the given application names.
 func pgConnections(t testing.TB, db *sql.DB, except ...string) int {
 	t.Helper()
@@ -259,7 +256,7 @@ func pgConnections(t testing.TB, db *sql.DB, except ...string) int {
 		WHERE datname = current_database() AND backend_type = 'client backend' AND application_name <> ALL ($1)`, pq.Array(append(except, "test")))
 }
 
-// pgHolders returns the sessions that hold keys, by key.
+// pgHolders returns, for each key that is held, the session that holds it.
 func pgHolders(t testing.TB, db *sql.DB) map[int64]int64 {
 	t.Helper()
 	rows, err := db.QueryContext(pgBackground, `SELECT lock_key, holder_session FROM env_lock_state WHERE holder_id IS NOT NULL`)
@@ -275,7 +272,7 @@ func pgHolders(t testing.TB, db *sql.DB) map[int64]int64 {
 	return holders
 }
 
-// pgAdvisory lists which server processes have which advisory locks: one for each
+// pgAdvisory returns the server process that has each advisory lock. There is one lock for each
 // session.
 func pgAdvisory(t testing.TB, db *sql.DB) map[int64]int {
 	t.Helper()
@@ -300,8 +297,8 @@ func pgTerminate(t testing.TB, db *sql.DB, pid int) {
 	require.True(t, pgGet[bool](t, db, `SELECT pg_terminate_backend($1)`, pid))
 }
 
-// pgCluster starts a server of the test's own. It skips the test where the
-// programs for that are missing and a foreign server is used.
+// pgCluster starts a separate server for the test. It skips the test if a foreign server is used
+// and the programs of PostgreSQL are missing.
 func pgCluster(t testing.TB, options pgserver.Options) *pgserver.Server {
 	t.Helper()
 	s, err := pgserver.Start(pgBackground, options)
@@ -313,7 +310,7 @@ func pgCluster(t testing.TB, options pgserver.Options) *pgserver.Server {
 	return s
 }
 
-// pgStandby makes a standby of a server of the test's own.
+// pgStandby creates a standby of a test's server.
 func pgStandby(t testing.TB, primary *pgserver.Server, options pgserver.StandbyOptions) *pgserver.Server {
 	t.Helper()
 	s, err := primary.Standby(pgBackground, options)
@@ -347,8 +344,7 @@ func (l *pgLog) option() LockProviderOption {
 	return WithLogger(slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{Level: slog.LevelDebug})))
 }
 
-// C1: one key for each pair, whoever asks; and the second time nothing is
-// written.
+// C1: each pair has one key, for every caller. Asking for it again writes nothing.
 func TestPostgresKeys(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -398,8 +394,8 @@ func TestPostgresKeys(t *testing.T) {
 	require.ErrorContains(t, err, "a write", "the trigger does not see writes")
 }
 
-// C3: the statement that acquires refuses an older claim, though its
-// lock was never notified and no claim holds the key.
+// C3: the statement that acquires rejects an older claim, even though its lock was never notified
+// and no claim holds the key.
 func TestPostgresOrder(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -414,8 +410,8 @@ func TestPostgresOrder(t *testing.T) {
 	_, err = newer.Lock(pgBackground)
 	require.NoError(t, err)
 
-	// A newer claim that is committed while the statement is on its way: it has
-	// checked the claim and waits for the row.
+	// A newer claim is committed while the statement runs: the statement has checked the claim and
+	// waits for the row.
 	db := pgDB(t, uri)
 	older = pgNew(t, a, 2, "older")
 	require.NoError(t, older.Notify(pgBackground))
@@ -436,8 +432,8 @@ func TestPostgresOrder(t *testing.T) {
 	require.NotContains(t, pgHolders(t, db), int64(2), "C20")
 }
 
-// C7: 24 claimants from four providers on each of 12 keys: exactly one of each
-// key ends undisturbed, it is the newest claim and it has the highest token.
+// C7: 24 claimants from four providers on each of 12 keys. Exactly one claim of each key is not
+// preempted. It is the newest, and has the highest token.
 func TestPostgresStorm(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -449,7 +445,7 @@ func TestPostgresStorm(t *testing.T) {
 	}
 	type ended struct {
 		pr        uint
-		preempted bool // while it waited or while it held
+		preempted bool // while it waited or held
 		locker    *PreemptiveLocker
 		err       error
 	}
@@ -518,10 +514,11 @@ func TestPostgresStorm(t *testing.T) {
 	}
 }
 
-// C8: claims reach holders and waiters though no notification does.
+// C8: claims reach holders and waiters although no notification does.
 func TestPostgresDeaf(t *testing.T) {
 	t.Parallel()
-	const bound = defaultSessionTimeout*3/10 + 3*time.Second // a heartbeat, and a busy machine
+	// The bound is the time of a heartbeat, and more for a busy machine.
+	const bound = defaultSessionTimeout*3/10 + 3*time.Second
 
 	t.Run("C8 listener killed just before the claim", func(t *testing.T) {
 		t.Parallel()
@@ -579,7 +576,7 @@ func TestPostgresDeaf(t *testing.T) {
 		require.Equal(t, "claim", pgReceive(t, "the holder is notified", ch).Message)
 		require.Less(t, time.Since(start), bound)
 
-		// It can still take a key, and go without.
+		// The provider can still acquire and release a key.
 		l, _ := pgHold(t, deaf, 3, "deaf")
 		require.NoError(t, l.Unlock(pgBackground))
 		require.Equal(t, 1, strings.Count(log.String(), "cannot connect; trying again"), "it is logged once")
@@ -606,8 +603,8 @@ func TestPostgresDeaf(t *testing.T) {
 	})
 }
 
-// C15: tokens only ever grow, whatever happens to holders and server; and C26: a
-// restart costs no hold, waiters get through and the provider works.
+// C15, C26: tokens only grow, whatever happens to holders and server. A restart costs no hold,
+// waiters acquire their keys afterwards, and the provider works.
 func TestPostgresRestart(t *testing.T) {
 	var uri string
 	var restart func(mode string) error
@@ -618,12 +615,14 @@ func TestPostgresRestart(t *testing.T) {
 		uri, err = server.CreateDatabase(pgBackground, "restart")
 		require.NoError(t, err)
 		restart = func(mode string) error { return server.Restart(pgBackground, mode) }
-	} else { // alone: no other test may use the server meanwhile
+		// The test does not run in parallel, because no other test may use the server during a restart.
+	} else {
 		uri = newDatabase(t)
 		restart = func(mode string) error { return sharedServer(t).Restart(pgBackground, mode) }
 	}
 	db := pgDB(t, uri)
-	db.SetMaxIdleConns(0) // the server's restarts end them
+	// The server's restarts end idle connections.
+	db.SetMaxIdleConns(0)
 	var seen seenSessions
 	options := []LockProviderOption{WithLockTimeout(2 * soon), WithSessionTimeout(time.Minute)}
 	a := pgProvider(t, uri, append(options, WithObserver(seen.observe))...)
@@ -669,7 +668,8 @@ func TestPostgresRestart(t *testing.T) {
 		pgQuiet(t, notified)
 		require.Len(t, pgHolders(t, db), others+1)
 		require.NoError(t, holder.Release(pgBackground))
-		for range 2 { // both hold the key, one after the other
+		// Both hold the key, one after the other.
+		for range 2 {
 			var l *PostgresLock
 			var err error
 			select {
@@ -699,9 +699,8 @@ func TestPostgresRestart(t *testing.T) {
 	}
 }
 
-// C23: connections are counted while 200 locks are held and 200 wait, while
-// they come and go, and when there is nothing to do. One advisory lock is all that
-// the server keeps for them.
+// C23: connections are counted while 200 locks are held and 200 wait, while they come and go, and
+// when the provider is idle. The server keeps one advisory lock for all of them.
 func TestPostgresConnections(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -778,7 +777,7 @@ func TestPostgresConnections(t *testing.T) {
 	pgUntil(t, "no connection remains after Close", func() bool { return pgConnections(t, db) == 0 })
 }
 
-// seenSessions collects what an observer is called with.
+// seenSessions collects an observer's observations.
 type seenSessions struct {
 	mu  sync.Mutex // guards all
 	all []Observation
@@ -842,7 +841,7 @@ func TestPostgresSessionKilled(t *testing.T) {
 	require.Contains(t, log.String(), `msg="locker: session reconnected"`)
 	require.Contains(t, log.String(), "kept=2 lost=0")
 
-	// A successor does not notice anything of it.
+	// A successor does not notice the reconnect.
 	successor := pgProvider(t, uri, WithLockTimeout(2*soon))
 	q := pgLocker(t, successor)("repo", 1, "successor")
 	done := make(chan error, 1)
@@ -869,8 +868,8 @@ func TestPostgresSessionKilled(t *testing.T) {
 	pgUntil(t, "no connection remains", func() bool { return pgConnections(t, db) == 0 })
 }
 
-// C26: a connection that ends under whatever statement a waiter is at: the statement is
-// repeated on the next connection.
+// C26: a waiter's connection ends during each of its statements. The statement is repeated on the
+// next connection.
 func TestPostgresSessionKilledWhileWaiting(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -914,8 +913,7 @@ func TestPostgresSessionKilledWhileWaiting(t *testing.T) {
 	}
 }
 
-// C24, C25: a network that goes silent: nothing arrives, and no end of a
-// connection either.
+// C24, C25: a network that goes silent. Nothing arrives, not even the end of a connection.
 func TestPostgresSilentNetwork(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -941,7 +939,7 @@ func TestPostgresSilentNetwork(t *testing.T) {
 			pid := pgOwn(t, db, mine.session)
 			old, _ := mine.session.trust.current()
 
-			// What happened, in order.
+			// order records the events in the order in which they happened.
 			var mu sync.Mutex
 			var order []string
 			record := func(what string) {
@@ -970,8 +968,8 @@ func TestPostgresSilentNetwork(t *testing.T) {
 			require.Less(t, time.Since(begin), releaseTimeout+time.Second, "C18 a release into the silence is bounded")
 			require.NoError(t, released.Unlock(pgBackground), "C18 a second one says nothing")
 
-			// The last good heartbeat began before the silence, or is the one whose result was
-			// on its way.
+			// The last good heartbeat began before the silence, or is the one whose result was in
+			// flight then.
 			at := pgReceive(t, "C24 the holder is notified", notified)
 			require.GreaterOrEqual(t, at.Sub(good), patience(timeout), "C24 not earlier")
 			require.Less(t, at.Sub(start), patience(timeout)+2*time.Second, "C24")
@@ -991,7 +989,8 @@ func TestPostgresSilentNetwork(t *testing.T) {
 			require.NoError(t, p.Release(pgBackground), "C18 once")
 			require.NoError(t, q.Release(pgBackground))
 
-			px.silence() // healed
+			// The network works again.
+			px.silence()
 			l, _ := pgHold(t, mine, 3, "C26 the provider works again")
 			now, _ := mine.session.trust.current()
 			require.NotEqual(t, old.id, now.id, "a session that was lost is abandoned")
@@ -1025,7 +1024,8 @@ func TestPostgresCloseSilent(t *testing.T) {
 					pgReceive(t, "the holder is notified", ch)
 				}
 				require.NoError(t, pgReceive(t, "Close returns", closed))
-				if holds && timeout > 2*time.Second { // otherwise the session may be lost before
+				// With a shorter timeout the session may be lost before.
+				if holds && timeout > 2*time.Second {
 					require.ErrorIs(t, l.Cause(), ErrProviderClosed)
 				}
 				_, err := p.New(pgBackground, 1, "late")
@@ -1035,13 +1035,14 @@ func TestPostgresCloseSilent(t *testing.T) {
 	}
 }
 
-// C26: no server is there at first.
+// C26: there is no server at first.
 func TestPostgresServerComesLater(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
 	px := newProxy(t, "", uri, nil)
 	address := px.listener.Addr().String()
-	px.close() // no one listens there now
+	// No process listens at the address now.
+	px.close()
 	p := pgProvider(t, throughAddress(t, uri, address), WithLockTimeout(2*time.Second))
 	l := pgNew(t, p, 1, "early")
 	start := time.Now()
@@ -1051,7 +1052,8 @@ func TestPostgresServerComesLater(t *testing.T) {
 	require.NotErrorIs(t, err, ErrLockPreempted)
 	require.Less(t, time.Since(start), soon)
 
-	_, err = p.LockKey(pgBackground, "repo", 1) // the lock timeout bounds it
+	// The lock timeout bounds LockKey.
+	_, err = p.LockKey(pgBackground, "repo", 1)
 	require.ErrorIs(t, err, ErrLockTimeout)
 	require.ErrorContains(t, err, "connect")
 
@@ -1061,7 +1063,7 @@ func TestPostgresServerComesLater(t *testing.T) {
 	require.NoError(t, l.Unlock(pgBackground))
 }
 
-// C27: servers and proxies that cannot carry a session are refused.
+// C27: servers and proxies that cannot carry a session are rejected.
 func TestPostgresRefused(t *testing.T) {
 	t.Parallel()
 	refusal := func(t *testing.T, uri string, texts ...string) {
@@ -1108,7 +1110,8 @@ func TestPostgresRefused(t *testing.T) {
 	t.Run("C27 pool in transaction mode", func(t *testing.T) {
 		t.Parallel()
 		server := sharedServer(t).Server()
-		if server == nil { // the pool cannot log in with a password
+		// The pool cannot log in with a password.
+		if server == nil {
 			server = pgCluster(t, pgserver.Options{})
 		}
 		uri, err := server.CreateDatabase(pgBackground, "pool")
@@ -1151,8 +1154,8 @@ func TestPostgresRefused(t *testing.T) {
 	})
 }
 
-// pgBouncerProgram returns the path of PgBouncer. It skips the test where there is none;
-// scripts/test takes such a test by its name, which has to say PgBouncer.
+// pgBouncerProgram returns the path of PgBouncer, or skips the test if it is not installed. The
+// name of such a test has to contain PgBouncer, because scripts/test recognizes it by that.
 func pgBouncerProgram(t testing.TB) string {
 	t.Helper()
 	program, err := exec.LookPath("pgbouncer")
@@ -1187,7 +1190,8 @@ ignore_startup_parameters = extra_float_digits
 %s
 `, target.Hostname(), target.Port(), address.Port, users, mode, settings), 0o644))
 	args := []string{config}
-	if os.Geteuid() == 0 { // it refuses to be root
+	// PgBouncer does not run as root.
+	if os.Geteuid() == 0 {
 		args = append([]string{"-u", "nobody"}, args...)
 	}
 	cmd := exec.Command(program, args...)
@@ -1245,7 +1249,7 @@ func TestPostgresSchema(t *testing.T) {
 		require.ErrorContains(t, err, "SchemaSQL")
 		require.ErrorContains(t, err, role, "the error does not say who lacks the privilege")
 
-		// What was refused is tried again a moment later.
+		// The provider tries again a moment later.
 		pgExec(t, db, SchemaSQL)
 		for _, c := range []struct{ grant, want string }{
 			{`SELECT, INSERT ON env_locks`, "SELECT, INSERT and UPDATE on env_lock_state"},
@@ -1266,7 +1270,8 @@ func TestPostgresSchema(t *testing.T) {
 		require.NoError(t, pgNew(t, p, 1, "claim").Notify(pgBackground))
 		require.NoError(t, l.Unlock(pgBackground))
 
-		pgExec(t, db, SchemaSQL) // again, on tables in use
+		// SchemaSQL runs again, on tables that are in use.
+		pgExec(t, db, SchemaSQL)
 		require.NoError(t, p.Close())
 	})
 
@@ -1301,7 +1306,7 @@ func TestPostgresSchema(t *testing.T) {
 	})
 }
 
-// pgRole makes a user who may log in, with its name as password.
+// pgRole creates a role that can log in, with its name as the password.
 func pgRole(t testing.TB, db *sql.DB) string {
 	t.Helper()
 	role := pgGet[string](t, db, `SELECT current_database() || '_user'`)
@@ -1312,8 +1317,8 @@ func pgRole(t testing.TB, db *sql.DB) string {
 	return role
 }
 
-// One bad key must not sink the ship: a foreign transaction keeps rows locked.
-// What concerns them is repeated within its caller's own bound (C21).
+// A transaction of another client keeps rows locked. Statements about these rows are repeated
+// within the bound of their caller (C21), and other keys are not affected.
 func TestPostgresForeignTransaction(t *testing.T) {
 	t.Parallel()
 
@@ -1345,7 +1350,8 @@ func TestPostgresForeignTransaction(t *testing.T) {
 		var running sync.WaitGroup
 		for i := range 4 {
 			running.Add(2)
-			go func() { // claims and locks the bad key
+			// These callers claim and lock the bad key.
+			go func() {
 				defer running.Done()
 				for time.Now().Before(until) {
 					ctx, cancel := context.WithTimeout(pgBackground, 2*time.Second)
@@ -1359,7 +1365,8 @@ func TestPostgresForeignTransaction(t *testing.T) {
 					ends <- outcome{false, err}
 				}
 			}()
-			go func() { // works on good keys meanwhile
+			// These callers work on good keys meanwhile.
+			go func() {
 				defer running.Done()
 				for time.Now().Before(until) {
 					l, err := p.New(pgBackground, int64(10+i), "good")
@@ -1391,7 +1398,8 @@ func TestPostgresForeignTransaction(t *testing.T) {
 			assert.NotErrorIs(t, o.err, ErrLockPreempted)
 			failed++
 			if o.err != nil && strings.Contains(o.err.Error(), "lock timeout") {
-				failed++ // the reason is in it, once it has been tried
+				// Once a statement has been tried, the error contains the reason.
+				failed++
 			}
 		}
 		t.Logf("%d cycles on good keys, %d errors on the bad one", good, failed)
@@ -1452,8 +1460,8 @@ func TestPostgresForeignTransaction(t *testing.T) {
 	})
 }
 
-// C20: locks that failed leave nothing behind, C22: nor does Close. Not parallel,
-// because it counts goroutines.
+// C20, C22: locks that failed leave nothing behind, and neither does Close. The test does not run
+// in parallel, because it counts goroutines.
 func TestPostgresLeftovers(t *testing.T) {
 	uri := newDatabase(t)
 	db := pgDB(t, uri)
@@ -1466,7 +1474,8 @@ func TestPostgresLeftovers(t *testing.T) {
 	occupier, _ := pgHold(t, occupied, 1, "occupies the key")
 	holder, _ := pgHold(t, patient, 2, "opens the session")
 	require.NoError(t, holder.Unlock(pgBackground))
-	pgUntil(t, "p is open", func() bool { // its lock timeout is short
+	// The lock timeout of p may be too short for the first connections.
+	pgUntil(t, "p is open", func() bool {
 		l, err := p.New(pgBackground, 2, "opens the session")
 		require.NoError(t, err)
 		_, err = l.Lock(pgBackground)
@@ -1481,7 +1490,7 @@ func TestPostgresLeftovers(t *testing.T) {
 
 	const each = 15
 	errs := make(chan error, 4*each)
-	for range each { // timeouts
+	for range each { // claims that time out
 		l, err := p.New(pgBackground, 1, "too late")
 		require.NoError(t, err)
 		go func() {
@@ -1535,7 +1544,8 @@ func TestPostgresLeftovers(t *testing.T) {
 		t.Helper()
 		require.NoError(t, goleak.Find(known))
 	}
-	idle() // C20 connections
+	// C20: the connections have returned to their number when idle.
+	idle()
 	leaks(warm)
 	require.Len(t, pgAdvisory(t, db), 3, "one for each session")
 	require.Len(t, pgHolders(t, db), 1)
@@ -1576,8 +1586,8 @@ func TestPostgresLeftovers(t *testing.T) {
 	leaks(atStart)
 }
 
-// C20: a try that is given up while the server works on it holds nothing, whether it
-// is granted afterwards or fails.
+// C20: an attempt that is given up while the server works on it holds nothing, whether it is
+// granted afterwards or fails.
 func TestPostgresAbandoned(t *testing.T) {
 	t.Parallel()
 	for _, granted := range []bool{true, false} {
@@ -1625,7 +1635,7 @@ func TestPostgresAbandoned(t *testing.T) {
 	}
 }
 
-// C13: an operator's NOTIFY, and what others may send on the channel.
+// C13: an operator's NOTIFY, and messages of other programs on the channel.
 func TestPostgresNotifyByHand(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -1647,8 +1657,8 @@ func TestPostgresNotifyByHand(t *testing.T) {
 	}
 	pgExec(t, db, `SELECT pg_notify($1, 'flood ' || i) FROM generate_series(1, 10000) i`, notifyChannel)
 
-	// Notifications arrive in order, so the others have been read before this one.
-	// If the flood has cost the listener its connection, the operator asks again.
+	// Notifications arrive in order, so the others have been read before this one. If the listener
+	// has lost its connection because of the flood, the operator asks again.
 	var n NotificationPayload
 	deadline := time.After(soon)
 	for n.LockKey == 0 {
@@ -1671,7 +1681,7 @@ func TestPostgresNotifyByHand(t *testing.T) {
 	}
 	require.NoError(t, l.Unlock(pgBackground))
 
-	// Do sees the sentinel too.
+	// The function of Do gets the sentinel, too.
 	f := pgLocker(t, p)
 	key, err := p.LockKey(pgBackground, "repo", 1)
 	require.NoError(t, err)
@@ -1684,7 +1694,7 @@ func TestPostgresNotifyByHand(t *testing.T) {
 	require.ErrorContains(t, err, "stop, please")
 }
 
-// C30: events of any length and content arrive, cut where they have to be.
+// C30: events of any length and content arrive. Events that are too long are cut.
 func TestPostgresEvents(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -1695,7 +1705,7 @@ func TestPostgresEvents(t *testing.T) {
 	}
 	events := map[string]struct {
 		event string
-		want  string // "": a part of the event
+		want  string // empty if a part of the event arrives
 	}{
 		"plain":              {"opened by a@b", "opened by a@b"},
 		"empty":              {"", ""},
@@ -1712,7 +1722,8 @@ func TestPostgresEvents(t *testing.T) {
 		"NUL":                {"a\x00b\x00", "a\uFFFDb\uFFFD"},
 		"quotes":             {`"quoted" \back\ 'single' $1 %s {"lockKey":1}`, `"quoted" \back\ 'single' $1 %s {"lockKey":1}`},
 	}
-	for shift := range 4 { // the cut falls on every byte of a character
+	// The cut falls on every byte of a character.
+	for shift := range 4 {
 		prefix := strings.Repeat("x", shift)
 		for name, s := range map[string]string{"two": "é", "three": "界", "four": "🔒"} {
 			events[fmt.Sprintf("%s bytes each, shifted by %d", name, shift)] = struct{ event, want string }{prefix + strings.Repeat(s, 30_000), ""}
@@ -1746,7 +1757,7 @@ func TestPostgresEvents(t *testing.T) {
 	}
 }
 
-// C31: no password in any error or log line, whatever is wrong.
+// C31: no error and no log line contains a password, whatever is wrong.
 func TestPostgresPassword(t *testing.T) {
 	t.Parallel()
 	const password = "hunter2-\u00e9-secret"
@@ -1755,7 +1766,8 @@ func TestPostgresPassword(t *testing.T) {
 	unused, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	require.NoError(t, unused.Close())
-	secret := func(uri string) string { // uri with the wrong password
+	// secret returns uri with the wrong password.
+	secret := func(uri string) string {
 		u, err := url.Parse(uri)
 		require.NoError(t, err)
 		u.User = url.UserPassword("postgres", password)
@@ -1837,8 +1849,7 @@ func TestPostgresPassword(t *testing.T) {
 	}
 }
 
-// NewPostgresLock: a lock with a session of its own, which goes when the lock
-// does.
+// NewPostgresLock returns a lock with a separate session, which ends with the lock.
 func TestPostgresSingleLock(t *testing.T) {
 	t.Parallel()
 	conf := func(t *testing.T, options ...LockProviderOption) LockProviderConfig {
@@ -2017,7 +2028,7 @@ func TestPostgresSingleLock(t *testing.T) {
 	})
 }
 
-// What the design takes for granted about PostgreSQL.
+// The properties of PostgreSQL that the design relies on.
 func TestPostgresFacts(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -2035,9 +2046,8 @@ func TestPostgresFacts(t *testing.T) {
 	}
 	a, b := conn(), conn()
 
-	// A transaction-level try in share mode shows whether a session with an advisory lock
-	// lives, waits for nothing, leaves nothing behind, and two of them do not mind each
-	// other.
+	// A transaction-level try in share mode shows whether a session with an advisory lock lives. It
+	// waits for nothing and leaves nothing behind, and two of them do not conflict.
 	require.True(t, yes(a, `SELECT pg_try_advisory_xact_lock_shared(2)`))
 	require.True(t, yes(a, `SELECT pg_try_advisory_lock(2)`), "the try has left something behind")
 	require.False(t, yes(b, `SELECT pg_try_advisory_xact_lock_shared(2)`))
@@ -2047,7 +2057,7 @@ func TestPostgresFacts(t *testing.T) {
 	pgExec(t, b, `ROLLBACK`)
 	require.True(t, yes(a, `SELECT pg_try_advisory_xact_lock(1)`))
 
-	// The session itself does not see that it lives: it asks on another connection.
+	// A session does not see its own lock as taken, so a provider asks on another connection.
 	require.True(t, yes(a, `SELECT pg_try_advisory_xact_lock_shared(2)`))
 
 	// The lock outlives a transaction that fails, and ends with the session.
@@ -2058,8 +2068,8 @@ func TestPostgresFacts(t *testing.T) {
 	pgTerminate(t, db, pid)
 	pgUntil(t, "the lock is free", func() bool { return yes(b, `SELECT pg_try_advisory_xact_lock_shared(2)`) })
 
-	// An UPDATE that waited for a row looks at what the row has become: its WHERE
-	// and its SET see the other's commit, the tables that it joined do not.
+	// An UPDATE that has waited for a row uses the new version of the row. Its WHERE and its SET
+	// see the other transaction's commit. The tables that it joined do not.
 	pgExec(t, db, `CREATE TABLE fact (id int PRIMARY KEY, claim int, seen int); INSERT INTO fact VALUES (1, 1, 0), (2, 1, 0)`)
 	tx, err := db.BeginTx(pgBackground, nil)
 	require.NoError(t, err)
