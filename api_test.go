@@ -23,8 +23,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Every exported name with its type: what breaks the code of users breaks the
-// compilation of this file.
+// This file uses every exported name with its type. A change that breaks the code of users breaks
+// the compilation of this file.
 
 // The kinds are untyped constants, so each of them is an int as well as a
 // LockProviderKind.
@@ -37,7 +37,7 @@ var (
 	_ locker.LockProviderKind = locker.FakeLockProviderKind
 )
 
-// Pointers, because an assignment would accept any type that is an error.
+// These are pointers, because an assignment would accept any type that implements error.
 var (
 	_ *error = &locker.ErrLockPreempted
 	_ *error = &locker.ErrLockTimeout
@@ -51,7 +51,7 @@ var (
 	_ *string = &locker.SchemaSQL
 )
 
-// Functions and methods. Never called; the short names stay in here.
+// The functions and methods. This function is never called. It keeps the short names local.
 func _() {
 	type (
 		ctx         = context.Context
@@ -166,8 +166,7 @@ var (
 	_ locker.PreemptableLock = (*locker.FakePreemptableLock)(nil)
 )
 
-// The interfaces have these methods and no others: each can be assigned to the
-// other.
+// The interfaces have these methods and no others: each of two types can be assigned to the other.
 type (
 	providerMethods interface {
 		New(ctx context.Context, key int64, event string) (locker.PreemptableLock, error)
@@ -187,7 +186,7 @@ var (
 	_ locker.PreemptableLock = lockMethods(nil)
 )
 
-// What the remaining types are made of.
+// The underlying types of the remaining types.
 var (
 	_ = locker.LockProviderKind(int(0))
 	_ = locker.ObservationKind(int(0))
@@ -218,8 +217,8 @@ var (
 	_ = locker.PostgresEnvLock{LockKey: int64(0), Repo: "", PullRequest: uint(0)}
 )
 
-// exported is everything above. A name that is added to the package has to be
-// added here, and above, knowingly: it stays forever.
+// exported lists all names above. A name that is added to the package has to be added here, and
+// above, deliberately, because it stays forever.
 var exported = []string{
 	"const FakeLockProviderKind",
 	"const LetFinish",
@@ -463,8 +462,8 @@ func TestAPINothingElseIsExported(t *testing.T) {
 	require.Equal(t, exported, found)
 }
 
-// exportedNames lists what the files export: names, and of exported types the
-// methods and fields, also those that come from an embedded unexported struct.
+// exportedNames returns the names that the files export. Of exported types it also returns the
+// methods and fields, including those that come from an embedded unexported struct.
 func exportedNames(files []*ast.File) []string {
 	var names []string
 	types := map[string]ast.Expr{}
@@ -539,7 +538,7 @@ func exportedNames(files []*ast.File) []string {
 	return names
 }
 
-// typeName is the name of a type of this package, also behind a pointer.
+// typeName returns the name of a type of this package, or of the type that a pointer points to.
 func typeName(e ast.Expr) string {
 	switch e := e.(type) {
 	case *ast.StarExpr:
@@ -643,9 +642,8 @@ func TestAPISchemaSQL(t *testing.T) {
 	}
 }
 
-// What a program that uses the library links with the tag nodatadog: nothing of
-// Datadog's, and no package for tests. Without it, version 1 of Datadog's tracer brings
-// testify along.
+// With the tag nodatadog a program that uses the library links nothing of Datadog's, and no package
+// for tests. Without the tag, version 1 of Datadog's tracer links testify as well.
 func TestAPIClosure(t *testing.T) {
 	for _, tag := range []string{"", "nodatadog"} {
 		out, err := exec.CommandContext(t.Context(), "go", "list", "-deps", "-tags", tag, ".").Output()

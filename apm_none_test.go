@@ -10,7 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Without Datadog a service name is refused where it is given, and everything else
+// Without Datadog a service name is rejected by the call that it was given to, and everything else
 // works (C41).
 func TestAPMLeftOut(t *testing.T) {
 	const uri, reason = "postgres://user:" + secret + "@127.0.0.1:1/db?sslmode=disable", "built with the tag nodatadog"

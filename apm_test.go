@@ -26,12 +26,13 @@ import (
 
 const apmPassword = "sw0rdfish-of-the-spans"
 
-// apmDatabase is a new database, and a URI with a password in it.
+// apmDatabase returns the URI of a new database with a password in it, and the password.
 func apmDatabase(t *testing.T) (uri, password string) {
 	u, err := url.Parse(newDatabase(t))
 	require.NoError(t, err)
 	password, has := u.User.Password()
-	if !has { // the server asks for none, and takes any
+	// The server asks for no password, and accepts any.
+	if !has {
 		password = apmPassword
 		u.User = url.UserPassword(u.User.Username(), password)
 	}
@@ -44,8 +45,8 @@ type recorder struct {
 	mt mocktracer.Tracer
 }
 
-// record starts to collect spans. At the end of the test none may be open, and
-// none may name the password.
+// record starts to collect spans. At the end of the test no span may be open, and none may contain
+// the password.
 func record(t *testing.T, password string) recorder {
 	r := recorder{t, mocktracer.Start()}
 	t.Cleanup(func() {
@@ -83,14 +84,15 @@ func (r recorder) under(parent mocktracer.Span) []mocktracer.Span {
 	return slices.DeleteFunc(r.statements(), func(s mocktracer.Span) bool { return s.ParentID() != parent.SpanID() })
 }
 
-// requireTags checks what every span of a locker tells.
+// requireTags checks the tags of a locker's span.
 func requireTags(t *testing.T, s mocktracer.Span, service, repo string, pr uint, event string, key, token int64) {
 	t.Helper()
 	for name, want := range map[string]any{
 		ext.ServiceName: service, "repo": repo, "pr": pr, "event": event, "lock_key": key, "token": token,
 	} {
 		got := s.Tag(name)
-		if number, ok := got.(float64); ok { // how the tracer keeps small numbers
+		// The tracer stores small numbers as float64.
+		if number, ok := got.(float64); ok {
 			got = int64(number)
 		}
 		require.Equal(t, fmt.Sprint(want), fmt.Sprint(got), "tag %s of %s", name, s.OperationName())
@@ -109,8 +111,7 @@ func requireSucceeded(t *testing.T, s mocktracer.Span) {
 	require.Nil(t, s.Tag(ext.ErrorMsg))
 }
 
-// apmLockers makes a provider that is closed at the end of the test, and a
-// factory on it.
+// apmLockers returns a factory on a provider that is closed at the end of the test.
 func apmLockers(t *testing.T, uri, sqlService, service string) PreemptiveLockerFactory {
 	provider, err := NewLockProvider(PostgresLockProviderKind, WithPostgresBackend(uri, sqlService))
 	require.NoError(t, err)
@@ -120,8 +121,8 @@ func apmLockers(t *testing.T, uri, sqlService, service string) PreemptiveLockerF
 	return factory
 }
 
-// A Lock and a Release are one span each, the statements that serve them are
-// below, and there is nothing else: no connecting, no heartbeats.
+// A Lock and a Release are one span each, and the statements that serve them are spans below. There
+// are no other spans, such as those of connecting or of heartbeats.
 func TestAPMSpans(t *testing.T) {
 	uri, password := apmDatabase(t)
 	r := record(t, password)
@@ -137,7 +138,8 @@ func TestAPMSpans(t *testing.T) {
 	require.Equal(t, locked, r.count(), "spans of heartbeats")
 	require.NoError(t, l.Release(ctx))
 
-	key, err := l.provider.LockKey(ctx, "octo/cat", 42) // has no span above it, so it has none itself
+	// There is no span above this call, so it has none itself.
+	key, err := l.provider.LockKey(ctx, "octo/cat", 42)
 	require.NoError(t, err)
 	lock, release := r.one("lock"), r.one("release")
 	for _, s := range []mocktracer.Span{lock, release} {
@@ -246,7 +248,8 @@ func TestAPMErrors(t *testing.T) {
 			preempted <- err
 		}()
 		select {
-		case <-notified: // so the waiter's claim is announced
+		// The waiter's claim has been announced.
+		case <-notified:
 		case <-ctx.Done():
 			t.Fatal("the holder was not notified")
 		}
@@ -272,7 +275,7 @@ func TestAPMErrors(t *testing.T) {
 	})
 }
 
-// The event is text of anybody's: in the tag it is as it is on the wire (C30).
+// The event can be any text. In the tag it is as it is on the wire (C30).
 func TestAPMEvent(t *testing.T) {
 	r := record(t, apmPassword)
 	factory, err := NewFakePreemptiveLockerFactory(nil, WithAPMServiceName("the-lock"))
@@ -302,7 +305,7 @@ func TestAPMCallersSpan(t *testing.T) {
 	require.Len(t, r.under(r.one("caller")), 1, "the lookup")
 }
 
-// Each provider keeps its own service name, whichever was the first.
+// Each provider keeps its service name, whichever was created first.
 func TestAPMTwoServices(t *testing.T) {
 	uri, password := apmDatabase(t)
 	r := record(t, password)
@@ -337,10 +340,11 @@ func TestAPMTwoServices(t *testing.T) {
 	require.Len(t, r.statements(), seen)
 }
 
-// The program may trace its own use of lib/pq, under a name of its own, and with
-// spans that need no parent.
+// A program can trace its use of lib/pq itself, under another name, and with spans that need no
+// parent.
 func TestAPMRegisteredDriver(t *testing.T) {
-	sqltrace.Register("postgres", &pq.Driver{}, sqltrace.WithServiceName("the-program")) // cannot be undone, and no test minds
+	// The registration cannot be undone, and affects no other test.
+	sqltrace.Register("postgres", &pq.Driver{}, sqltrace.WithServiceName("the-program"))
 	uri, password := apmDatabase(t)
 	r := record(t, password)
 	l := apmLockers(t, uri, "the-sql", "the-lock")("a/b", 1, "opened")
@@ -353,7 +357,7 @@ func TestAPMRegisteredDriver(t *testing.T) {
 	}
 }
 
-// An option of the caller's wins over the factory's apmServiceName.
+// An option of the caller takes precedence over the factory's apmServiceName.
 func TestAPMOptionWins(t *testing.T) {
 	uri, password := apmDatabase(t)
 	r := record(t, password)
@@ -370,7 +374,7 @@ func TestAPMOptionWins(t *testing.T) {
 	}
 }
 
-// A statement's span tells what Datadog's own tracing of database/sql would tell.
+// A statement's span has the tags that Datadog's own tracing of database/sql would set.
 func TestAPMStatementTags(t *testing.T) {
 	uri, password := apmDatabase(t)
 	r := record(t, password)
@@ -392,7 +396,7 @@ func TestAPMStatementTags(t *testing.T) {
 	require.Equal(t, map[any]int{"Exec": 1, "Query": len(r.statements()) - 1}, types, "adding the key's row returns nothing")
 }
 
-// A program that has not started Datadog's tracer may give service names.
+// A program that has not started Datadog's tracer can set service names.
 func TestAPMNotStarted(t *testing.T) {
 	uri, _ := apmDatabase(t)
 	l := apmLockers(t, uri, "the-sql", "the-lock")("a/b", 1, "opened")
@@ -400,7 +404,7 @@ func TestAPMNotStarted(t *testing.T) {
 	require.Error(t, l.Do(t.Context(), func(context.Context) error { return nil }), "a second Lock")
 }
 
-// A tracer next to Datadog is told of the same.
+// A tracer that is used together with Datadog gets the same operations.
 func TestAPMNextToTracer(t *testing.T) {
 	uri, password := apmDatabase(t)
 	r := record(t, password)
@@ -417,12 +421,12 @@ func TestAPMNextToTracer(t *testing.T) {
 	require.Len(t, log.of(OperationStatement), len(r.statements()))
 }
 
-// Without a service name nothing is recorded, also below a caller's span.
+// Without a service name nothing is recorded, even below a caller's span.
 func TestAPMOff(t *testing.T) {
 	uri, password := apmDatabase(t)
 	for name, test := range map[string]struct {
 		sqlService, service string
-		lock, sql           bool // what is recorded
+		lock, sql           bool // spans that are recorded
 	}{
 		"off":         {"", "", false, false},
 		"locker only": {"", "the-lock", true, false},

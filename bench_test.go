@@ -15,9 +15,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The benchmarks come in pairs: what the library does, and the floor that raw
-// PostgreSQL sets for it (…Floor). `make bench` runs the same and more and
-// prints the ratios.
+// The benchmarks come in pairs: one of the library, and one of the equivalent raw PostgreSQL
+// operations (…Floor), its lower bound. `make bench` runs these and more, and prints the ratios.
 
 func benchProvider(b *testing.B, uri string, options ...LockProviderOption) LockProvider {
 	b.Helper()
@@ -62,7 +61,7 @@ func BenchmarkCycle(b *testing.B) {
 	}
 }
 
-// newRawPair is a connection that locks and unlocks an advisory lock.
+// newRawPair returns a function that locks and unlocks an advisory lock on a separate connection.
 func newRawPair(b *testing.B, uri string) func(key int64) error {
 	b.Helper()
 	ctx := context.Background()
@@ -94,7 +93,7 @@ func BenchmarkCycleFloor(b *testing.B) {
 	}
 }
 
-// share has n workers do b.N runs of f between them.
+// share distributes b.N calls of f over n workers.
 func share(b *testing.B, n int, f func(worker int) error) {
 	var next atomic.Int64
 	var group sync.WaitGroup
@@ -141,9 +140,10 @@ func BenchmarkWorkersFloor(b *testing.B) {
 	}
 }
 
-// BenchmarkHeld is a cycle next to locks that the same provider holds.
+// BenchmarkHeld measures a cycle while the same provider holds other locks.
 func BenchmarkHeld(b *testing.B) {
-	f := benchFactory(b, newDatabase(b), WithPreemptionTimeout(time.Millisecond)) // Close takes the locks away
+	// Close revokes the locks.
+	f := benchFactory(b, newDatabase(b), WithPreemptionTimeout(time.Millisecond))
 	const other = 1 << 20
 	cycle(b, f, other)
 	before, goroutines := heapInUse(), runtime.NumGoroutine()
@@ -171,7 +171,8 @@ func BenchmarkHeld(b *testing.B) {
 			for b.Loop() {
 				cycle(b, f, other)
 			}
-			if n >= 1000 { // fewer are lost in the rest of the heap
+			// The memory of fewer locks is small compared to the rest of the heap.
+			if n >= 1000 {
 				b.ReportMetric(bytes, "B/lock")
 			}
 			b.ReportMetric(float64(more), "goroutines")
@@ -188,8 +189,7 @@ func heapInUse() float64 {
 	return float64(m.HeapAlloc + m.StackInuse)
 }
 
-// BenchmarkSoak goes round a thousand keys; -benchtime=1000000x is the whole
-// soak.
+// BenchmarkSoak uses a thousand keys in turn. With -benchtime=1000000x it is the whole soak.
 func BenchmarkSoak(b *testing.B) {
 	const keys = 1000
 	uri := newDatabase(b)
@@ -216,12 +216,13 @@ func BenchmarkFakeCycle(b *testing.B) {
 	}
 }
 
-// BenchmarkFakeContended: two take the key from each other.
+// BenchmarkFakeContended measures two workers that take the key from each other.
 func BenchmarkFakeContended(b *testing.B) {
 	f, err := NewFakePreemptiveLockerFactory(nil)
 	require.NoError(b, err)
 	b.ReportAllocs()
-	over := make(chan struct{}) // closed by the first to be done: the other may wait in vain
+	// The first worker that is done closes over, because the other one may wait in vain.
+	over := make(chan struct{})
 	var once sync.Once
 	var next atomic.Int64
 	var group sync.WaitGroup
@@ -251,8 +252,8 @@ func BenchmarkFakeContended(b *testing.B) {
 	group.Wait()
 }
 
-// The next three are what a claim or a release takes to reach another provider.
-// Their ns/op are those alone; what is between them is not counted.
+// The next three measure how long a claim or a release takes to reach another provider. Their ns/op
+// is only that time, without the operations in between.
 
 func BenchmarkPreemption(b *testing.B) {
 	benchEvents(b, func(e *benchEvent) time.Duration { return e.preemption })
@@ -275,8 +276,9 @@ type benchWaiter struct {
 	err  error
 }
 
-// benchEvents repeats: one holds, a second claims and waits, a third claims, the
-// first releases, the third holds; neighbours are at different providers.
+// benchEvents repeats these steps: one lock holds, a second claims and waits, a third supersedes
+// the second and waits, a fourth supersedes the third and waits, the first releases, and the fourth
+// holds. Successive locks belong to different providers.
 func benchEvents(b *testing.B, pick func(*benchEvent) time.Duration) {
 	const key = 7
 	ctx := context.Background()
@@ -296,7 +298,8 @@ func benchEvents(b *testing.B, pick func(*benchEvent) time.Duration) {
 			w.ch, w.err = w.lock.Lock(ctx)
 			w.back <- time.Now()
 		}()
-		time.Sleep(5 * time.Millisecond) // until it waits
+		// The lock has begun to wait by then.
+		time.Sleep(5 * time.Millisecond)
 	}
 	holder, _ := claim()
 	wait(holder)
@@ -318,7 +321,8 @@ func benchEvents(b *testing.B, pick func(*benchEvent) time.Duration) {
 		e.displacement = (<-second.back).Sub(start)
 		require.ErrorIs(b, second.err, ErrLockPreempted)
 		wait(third)
-		fourth, _ := claim() // at the other provider than the holder
+		// The fourth lock is at another provider than the holder.
+		fourth, _ := claim()
 		<-third.back
 		wait(fourth)
 		start = time.Now()

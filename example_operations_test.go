@@ -20,9 +20,8 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// A redelivery has the same number as its original. While that one is at work it
-// is turned away; after that it runs, which is how a failed deployment is tried
-// again.
+// A redelivery has the same sequence number as the original delivery. While the original is at
+// work, the redelivery is rejected. Afterwards it runs, so a failed deployment can be tried again.
 func ExamplePreemptiveLocker_Sequence_redelivery() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
@@ -34,14 +33,16 @@ func ExamplePreemptiveLocker_Sequence_redelivery() {
 				work()
 				return nil
 			})
-		if errors.Is(err, locker.ErrClaimOutdated) { // of those whose outcome is OutcomeSuperseded
+		// The outcome of this error is OutcomeSuperseded.
+		if errors.Is(err, locker.ErrClaimOutdated) {
 			fmt.Println("turned away:", order)
 		}
 	}
 
 	deliver(7, func() {
 		fmt.Println("deploying 7")
-		deliver(7, func() { fmt.Println("never printed") }) // while the first is at work
+		// The first delivery is still at work.
+		deliver(7, func() { fmt.Println("never printed") })
 	})
 	deliver(7, func() { fmt.Println("deploying 7 once more") })
 	deliver(6, func() { fmt.Println("never printed") })
@@ -52,8 +53,8 @@ func ExamplePreemptiveLocker_Sequence_redelivery() {
 	// turned away: 6
 }
 
-// Work that belongs to no pull request has a name of its own, and pull request 0: an
-// environment here. Numbers above 2^31 belong into the name, too.
+// Work that belongs to no pull request, such as an environment, gets a name and pull request 0. A
+// number above 2^31 has to be a part of the name, too.
 func ExamplePreemptiveLocker_withoutPullRequest() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
@@ -81,8 +82,8 @@ func ExamplePreemptiveLocker_withoutPullRequest() {
 	// newer: <nil>
 }
 
-// A step that must not be cut in half runs to its end, though its holder is notified
-// immediately. No other step begins after that.
+// A step that must not be interrupted runs to its end, even if its holder is notified in the
+// middle. After the notification no other step begins.
 func ExamplePreemptiveLocker_Shield() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
@@ -92,9 +93,10 @@ func ExamplePreemptiveLocker_Shield() {
 	l := newLocker("octo/cat", 42, "opened")
 	err = l.Do(context.Background(), func(ctx context.Context) error {
 		err := l.Shield(ctx, time.Minute, func(step context.Context) error {
-			go func() { // the next delivery, usually in another process
+			// The next delivery usually arrives in another process.
+			go func() {
 				newer <- newLocker("octo/cat", 42, "synchronize").Do(context.Background(), func(context.Context) error {
-					return nil // starts once the holder's function has returned
+					return nil // starts when the holder's function has returned
 				})
 			}()
 			<-ctx.Done()
@@ -122,13 +124,14 @@ func ExamplePreemptiveLocker_Shield() {
 	// newer: <nil>
 }
 
-// Metrics: count what happens to the locks of a provider. examples/prometheus
-// does it for Prometheus.
+// An observer counts the events of a provider's locks. The package examples/prometheus exports such
+// counters to Prometheus.
 func ExampleWithObserver() {
 	var mu sync.Mutex
 	count := map[string]int{}
 	newLocker, err := locker.NewFakePreemptiveLockerFactory([]locker.LockProviderOption{
-		locker.WithObserver(func(o locker.Observation) { // on any goroutine
+		// The observer may be called on any goroutine.
+		locker.WithObserver(func(o locker.Observation) {
 			mu.Lock()
 			defer mu.Unlock()
 			count[o.Kind.String()]++
@@ -155,7 +158,7 @@ func ExampleWithObserver() {
 	// Output: map[acquired:2 notified:1 released:2]
 }
 
-// Which lock is held by which process: for a page or a command for operators.
+// ListLocks returns the process that holds each lock, for a page or a command for operators.
 func ExamplePostgresLockProvider_ListLocks() {
 	provider, err := locker.NewPostgresProvider("postgres://app:password@db.example.com/app?sslmode=verify-full")
 	if err != nil {
@@ -185,8 +188,8 @@ func ExamplePostgresLockProvider_ListLocks() {
 	_ = w.Flush()
 }
 
-// Asking a holder to stop, wherever it runs: its context is canceled with a
-// cause that matches ErrStopRequested and quotes the reason.
+// RequestStop asks a holder to stop, in whatever process it runs. The context of the holder is
+// canceled with a cause that matches ErrStopRequested and quotes the reason.
 func ExamplePostgresLockProvider_RequestStop() {
 	provider, err := locker.NewPostgresProvider("postgres://app:password@db.example.com/app?sslmode=verify-full")
 	if err != nil {
@@ -205,7 +208,7 @@ func ExamplePostgresLockProvider_RequestStop() {
 	}
 }
 
-// The test of docs/testing.md.
+// TestNewerWorkWins is the test of docs/testing.md.
 func TestNewerWorkWins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		provider, err := locker.NewFakeProvider()
@@ -232,13 +235,13 @@ func TestNewerWorkWins(t *testing.T) {
 	})
 }
 
-// The ends that docs/testing.md says how to bring about.
+// TestEndsInTests brings about the outcomes that docs/testing.md describes.
 func TestEndsInTests(t *testing.T) {
 	for name, tc := range map[string]struct {
 		hold  func(ctx context.Context, l *locker.PreemptiveLocker) error
 		other bool // another locker claims meanwhile
 		want  error
-		whose string // of the two gets that error
+		whose string // the one of the two that gets the error
 	}{
 		"ignores its notification": {func(context.Context, *locker.PreemptiveLocker) error {
 			time.Sleep(11 * time.Second)
@@ -269,14 +272,15 @@ func TestEndsInTests(t *testing.T) {
 					errs["other"] <- newLocker("o/r", 1, "other").Do(t.Context(), func(context.Context) error { return nil })
 				}
 				require.ErrorIs(t, <-errs[tc.whose], tc.want)
-				time.Sleep(time.Minute) // until both are gone
+				// Until then both have ended.
+				time.Sleep(time.Minute)
 			})
 		})
 	}
 }
 
-// Every line that the library logs stands in docs/operations.md, with its level
-// and its keys.
+// TestLogLines requires that docs/operations.md lists every line that the library logs, with its
+// level and its keys.
 func TestLogLines(t *testing.T) {
 	page, err := os.ReadFile("docs/operations.md")
 	require.NoError(t, err)

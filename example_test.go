@@ -10,10 +10,10 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// Work on a pull request under its lock. Newer work on the same pull request,
-// here or in another process, makes this work stop.
+// Work on a pull request runs under its lock. It has to stop when newer work on the same pull
+// request is announced, in this process or in another one.
 func Example() {
-	// In production: locker.NewPostgresPreemptiveLockerFactory(uri, "", nil)
+	// In production, use locker.NewPostgresPreemptiveLockerFactory(uri, "", nil).
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
 		log.Fatal(err)
@@ -21,7 +21,8 @@ func Example() {
 
 	l := newLocker("octo/cat", 42, "synchronize")
 	err = l.Do(context.Background(), func(ctx context.Context) error {
-		fmt.Println("deploying octo/cat#42") // and stop soon after ctx is done
+		// The deployment has to stop soon after ctx is done.
+		fmt.Println("deploying octo/cat#42")
 		return nil
 	})
 	fmt.Println("error:", err)
@@ -30,9 +31,9 @@ func Example() {
 	// error: <nil>
 }
 
-// One value says how a Do has ended, the worst first. Here three things went wrong: the
-// deployment was preempted, was cut off because it did not stop in time, and then
-// failed. To test for ErrLockPreempted first would hide the other two.
+// OutcomeOf returns how a Do has ended. If several things went wrong, it returns the worst. Here
+// the deployment was preempted, then its lock was revoked because it did not stop in time, and then
+// it failed. A test for ErrLockPreempted alone would hide the other two.
 func ExampleOutcomeOf() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory([]locker.LockProviderOption{
 		locker.WithPreemptionTimeout(10 * time.Millisecond),
@@ -49,7 +50,8 @@ func ExampleOutcomeOf() {
 			fmt.Printf("%s: newer work took over: nothing to do\n", event)
 		case locker.OutcomeLost:
 			fmt.Printf("%s: two may have run concurrently: look what is half done (finished: %v)\n", event, finished)
-		default: // its name is also fit for a metric's label
+		// The name of an outcome can also be the value of a metric's label.
+		default:
 			fmt.Printf("%s: %v: %v\n", event, outcome, err)
 		}
 		return err
@@ -57,7 +59,8 @@ func ExampleOutcomeOf() {
 
 	newerRuns, olderEnded, newerEnded := make(chan bool), make(chan bool), make(chan bool)
 	err = deploy("opened", func(context.Context) error {
-		go func() { // the next delivery, usually in another process
+		// The next delivery usually arrives in another process.
+		go func() {
 			defer close(newerEnded)
 			_ = deploy("synchronize", func(context.Context) error {
 				close(newerRuns)
@@ -65,7 +68,8 @@ func ExampleOutcomeOf() {
 				return nil
 			})
 		}()
-		<-newerRuns // this deployment does not mind its context
+		// This deployment ignores its context.
+		<-newerRuns
 		return errors.New("health check failed")
 	})
 	fmt.Println("preempted:", errors.Is(err, locker.ErrLockPreempted), "lost:", errors.Is(err, locker.ErrLockLost))
@@ -77,8 +81,8 @@ func ExampleOutcomeOf() {
 	// synchronize: done
 }
 
-// The function's context is canceled when newer work is announced, and the
-// newer work starts once the function has returned.
+// The function's context is canceled when newer work is announced. The newer work starts when the
+// function has returned.
 func ExamplePreemptiveLocker_Do() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
@@ -88,9 +92,10 @@ func ExamplePreemptiveLocker_Do() {
 
 	newer := make(chan error)
 	err = newLocker("octo/cat", 42, "opened").Do(ctx, func(ctx context.Context) error {
-		go func() { // the next delivery, usually in another process
+		// The next delivery usually arrives in another process.
+		go func() {
 			newer <- newLocker("octo/cat", 42, "synchronize").Do(context.Background(), func(context.Context) error {
-				return nil // starts once the function above has returned
+				return nil // starts when the function above has returned
 			})
 		}()
 		<-ctx.Done()
@@ -107,7 +112,7 @@ func ExamplePreemptiveLocker_Do() {
 	// newer: <nil>
 }
 
-// Lock and Release by hand: the channel says when to stop.
+// Without Do, the channel that Lock returns reports when to stop.
 func ExamplePreemptiveLocker_Lock() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
@@ -123,11 +128,13 @@ func ExamplePreemptiveLocker_Lock() {
 	newer := newLocker("octo/cat", 42, "synchronize")
 	locked := make(chan error)
 	go func() {
-		_, err := newer.Lock(ctx) // announces itself, and waits
+		// Lock announces a claim, and waits.
+		_, err := newer.Lock(ctx)
 		locked <- err
 	}()
 
-	step := time.NewTicker(time.Hour) // the work, in steps
+	// The work is done in steps.
+	step := time.NewTicker(time.Hour)
 	defer step.Stop()
 work:
 	for {
@@ -149,8 +156,8 @@ work:
 	// released: <nil>
 }
 
-// What a claim does to others while the key is held: the newer claim decides. Here all
-// three wait in vain, because the holder does not release.
+// The mode of the newer claim decides what happens to the holder while the key is held. Here all
+// three claims fail, because the holder does not release.
 func ExamplePreemptiveLocker_Mode() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
@@ -183,8 +190,8 @@ func ExamplePreemptiveLocker_Mode() {
 	// released: <nil>
 }
 
-// A bound for one wait. The error says which claim holds the key. The bound does not end
-// the hold, as the end of the context would.
+// Wait bounds the wait of one claim. The error of a timeout names the claim that holds the key.
+// Unlike a deadline of the context, the bound does not end the hold.
 func ExamplePreemptiveLocker_Wait() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
@@ -214,7 +221,7 @@ func ExamplePreemptiveLocker_Wait() {
 	// error: <nil>
 }
 
-// What a claim says about itself reaches those that it displaces, in any process.
+// The labels of a claim are part of the error of each claim that loses to it, in any process.
 func ExamplePreemptiveLocker_Labels() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
@@ -228,14 +235,16 @@ func ExamplePreemptiveLocker_Labels() {
 	}
 	newer := make(chan error)
 	err = push("1111111").Do(context.Background(), func(ctx context.Context) error {
-		go func() { // the next push, usually in another process
+		// The next push usually arrives in another process.
+		go func() {
 			newer <- push("2222222").Do(context.Background(), func(context.Context) error { return nil })
 		}()
 		<-ctx.Done()
 		return ctx.Err()
 	})
 	var conflict *locker.ConflictError
-	if errors.As(err, &conflict) && conflict.Winner != nil { // nil if it is not known, as after an outage
+	// Winner is nil if the newer claim is not known, for example after an outage.
+	if errors.As(err, &conflict) && conflict.Winner != nil {
 		fmt.Println("superseded by", conflict.Winner.Labels["url"])
 	}
 	fmt.Println("newer:", <-newer)
@@ -244,9 +253,9 @@ func ExamplePreemptiveLocker_Labels() {
 	// newer: <nil>
 }
 
-// Webhooks may arrive late, or twice. With an order that comes from the event
-// itself, here a counter of pushes, they are turned away, whatever their arrival.
-// (GitHub's updated_at alone is too coarse: docs/webhook.md.)
+// Webhooks may arrive late, or twice. With a sequence number that comes from the event itself, late
+// and repeated deliveries are rejected. The number here is a counter of pushes. (GitHub's
+// updated_at alone is too coarse: see docs/webhook.md.)
 func ExamplePreemptiveLocker_Sequence() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
@@ -257,7 +266,7 @@ func ExamplePreemptiveLocker_Sequence() {
 		push  int64
 	}{
 		{"synchronize", 2},
-		{"opened", 1}, // late
+		{"opened", 1}, // arrives late
 	} {
 		l := newLocker("octo/cat", 42, delivery.event).Sequence(delivery.push)
 		err := l.Do(context.Background(), func(context.Context) error { return nil })
@@ -268,14 +277,15 @@ func ExamplePreemptiveLocker_Sequence() {
 	// opened came too late: true
 }
 
-// A holder that was frozen, and does not know yet that it lost its lock, cannot
-// do harm to a resource that refuses older tokens.
+// A holder that was frozen, and does not know yet that it has lost its lock, can do no harm to a
+// resource that rejects older tokens.
 func ExamplePreemptiveLocker_Token() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
 		log.Fatal(err)
 	}
-	var newest int64 // kept with the resource
+	// The resource keeps the newest token that it has seen.
+	var newest int64
 	write := func(token int64, text string) {
 		if token < newest {
 			fmt.Println("refused:", text)
@@ -306,14 +316,14 @@ func ExamplePreemptiveLocker_Token() {
 	// refused: opened, too late
 }
 
-// Code that knows nothing of locks can send the fencing token of the hold with what it
-// writes.
+// Code that does not know about locks can send the fencing token of the hold with each write.
 func ExampleTokenFromContext() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
 		log.Fatal(err)
 	}
-	var newest int64 // kept with the resource
+	// The resource keeps the newest token that it has seen.
+	var newest int64
 	write := func(ctx context.Context, text string) {
 		if token := locker.TokenFromContext(ctx); token < newest {
 			fmt.Println("refused:", text)
@@ -343,13 +353,13 @@ func ExampleTokenFromContext() {
 	// refused: opened, too late
 }
 
-// Deployer is a small service that is to be tested.
+// Deployer is a small service with a unit test.
 type Deployer struct {
 	Lockers locker.PreemptiveLockerFactory
 	Run     func(ctx context.Context, repo string, pr uint) error
 }
 
-// Deploy is called for every webhook. Being superseded by a newer one is no
+// Deploy is called for every webhook. A deployment that was superseded by a newer one is no
 // failure.
 func (d *Deployer) Deploy(ctx context.Context, repo string, pr uint, event string) error {
 	err := d.Lockers(repo, pr, event).Do(ctx, func(ctx context.Context) error { return d.Run(ctx, repo, pr) })
@@ -359,20 +369,21 @@ func (d *Deployer) Deploy(ctx context.Context, repo string, pr uint, event strin
 	return err
 }
 
-// The unit test of a service needs no database: the fake provider keeps the same
-// promises as the one on PostgreSQL.
+// The unit test of a service needs no database. The fake provider keeps the same promises as the
+// one on PostgreSQL.
 func ExampleNewFakePreemptiveLockerFactory() {
 	lockers, err := locker.NewFakePreemptiveLockerFactory(nil)
 	if err != nil {
 		log.Fatal(err)
 	}
-	runs := 0 // guarded by the lock
+	runs := 0 // protected by the lock
 	started := make(chan struct{})
 	d := &Deployer{Lockers: lockers, Run: func(ctx context.Context, repo string, pr uint) error {
 		runs++
 		if runs == 1 {
 			close(started)
-			<-ctx.Done() // the first deployment hangs until it is notified
+			// The first deployment runs until it is notified.
+			<-ctx.Done()
 		}
 		return nil
 	}}
@@ -389,7 +400,7 @@ func ExampleNewFakePreemptiveLockerFactory() {
 	// runs: 2
 }
 
-// verbose is a custom LockProvider: it prints what another one is asked for.
+// verbose is a custom LockProvider. It prints the calls of another one.
 type verbose struct {
 	locker.LockProvider
 }
@@ -406,7 +417,7 @@ func (v verbose) New(ctx context.Context, key int64, event string) (locker.Preem
 	return lock, err
 }
 
-// Any LockProvider will do, also one that wraps another.
+// The factory accepts any LockProvider, including one that wraps another.
 func ExampleNewPreemptiveLockerFactory() {
 	provider, err := locker.NewFakeProvider()
 	if err != nil {
@@ -428,8 +439,8 @@ func ExampleNewPreemptiveLockerFactory() {
 	// error: <nil>
 }
 
-// A provider made by hand can be closed, and shared by several factories. New
-// with a key of one's own needs neither repo nor pull request.
+// A provider that a program creates itself can be closed, and shared by several factories. Its
+// method New takes any key, without a repo and a pull request.
 func ExampleNewFakeProvider() {
 	provider, err := locker.NewFakeProvider(
 		locker.WithLockTimeout(time.Minute),
@@ -445,7 +456,7 @@ func ExampleNewFakeProvider() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	// No Notify: this one waits for its turn and disturbs no other.
+	// Without Notify the lock waits until the key is free, and no holder is notified.
 	if _, err := lock.Lock(ctx); err != nil {
 		log.Fatal(err)
 	}
@@ -456,8 +467,8 @@ func ExampleNewFakeProvider() {
 	// error: <nil>
 }
 
-// A lock delay gives the predecessor's last requests time to arrive, wherever
-// they go. Every Lock then takes that long.
+// A lock delay gives the predecessor's last requests time to arrive. Every Lock then takes that
+// long.
 func ExampleWithLockDelay() {
 	const delay = 20 * time.Millisecond
 	newLocker, err := locker.NewFakePreemptiveLockerFactory(nil, locker.WithLockDelay(delay))
@@ -475,7 +486,7 @@ func ExampleWithLockDelay() {
 	// error: <nil>
 }
 
-// A max lock duration ends the undisturbed time of a holder that got stuck.
+// A max lock duration notifies a holder that is stuck.
 func ExampleWithMaxLockDuration() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory([]locker.LockProviderOption{
 		locker.WithMaxLockDuration(10 * time.Millisecond),
@@ -484,7 +495,8 @@ func ExampleWithMaxLockDuration() {
 		log.Fatal(err)
 	}
 	err = newLocker("octo/cat", 42, "opened").Do(context.Background(), func(ctx context.Context) error {
-		<-ctx.Done() // stuck, but it minds its context
+		// The function is stuck, but it ends with its context.
+		<-ctx.Done()
 		return ctx.Err()
 	})
 	outcome, _ := locker.OutcomeOf(err)
@@ -492,8 +504,8 @@ func ExampleWithMaxLockDuration() {
 	// Output: expired
 }
 
-// Claims arrive faster than the work ends. After one hold that a newer claim has ended,
-// the next one is let finish.
+// Claims arrive faster than the work ends. After one hold that was ended by a newer claim, the next
+// one may finish.
 func ExampleWithProgress() {
 	newLocker, err := locker.NewFakePreemptiveLockerFactory([]locker.LockProviderOption{
 		locker.WithProgress(1, time.Minute),
@@ -532,31 +544,34 @@ func ExampleWithProgress() {
 	// released: <nil>
 }
 
-// Locks that every process with the same database shares.
+// All processes with the same database share these locks.
 func ExampleNewPostgresPreemptiveLockerFactory() {
 	newLocker, err := locker.NewPostgresPreemptiveLockerFactory(
 		"postgres://app:password@db.example.com/app?sslmode=verify-full",
-		"", // or the service name for Datadog APM
+		"", // or a service name for Datadog APM
 		[]locker.LockProviderOption{locker.WithLockTimeout(time.Minute)},
 	)
 	if err != nil {
-		log.Fatal(err) // a bad option; the database is not asked before the first Lock
+		// The error is that of a bad option. The factory does not connect to the database before
+		// the first Lock.
+		log.Fatal(err)
 	}
 	err = newLocker("octo/cat", 42, "synchronize").Do(context.Background(), func(ctx context.Context) error {
 		return deploy(ctx, "octo/cat", 42)
 	})
-	if outcome, _ := locker.OutcomeOf(err); outcome > locker.OutcomePreempted { // the larger, the worse
+	// A larger outcome is a worse one.
+	if outcome, _ := locker.OutcomeOf(err); outcome > locker.OutcomePreempted {
 		log.Print(err)
 	}
 }
 
-// A provider on PostgreSQL that is closed when the service ends.
+// A service closes its provider when it ends.
 func ExampleNewPostgresProvider() {
 	provider, err := locker.NewPostgresProvider("postgres://app:password@db.example.com/app?sslmode=verify-full")
 	if err != nil {
 		log.Fatal(err)
 	}
-	// Notifies every holder, and waits until all have stopped.
+	// Close notifies every holder, and waits until all of them have stopped.
 	defer func() { _ = provider.Close() }()
 
 	newLocker, err := locker.NewPreemptiveLockerFactory(provider)

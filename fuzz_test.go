@@ -14,7 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// quote writes a JSON string as a server does: < and the like stay as they are.
+// quote encodes a string as JSON like a server: it does not escape < and the like.
 func quote(t *testing.T, s string) string {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
@@ -23,9 +23,9 @@ func quote(t *testing.T, s string) string {
 	return strings.TrimSuffix(b.String(), "\n")
 }
 
-// Anybody may write to the channel: any payload is survived, and what is
-// understood means the same when it is written down again. What the statements
-// and an operator write arrives as it was sent.
+// Any program can write to the channel. No payload causes a panic, and a payload that is understood
+// means the same when it is encoded again. The messages of the statements and of an operator arrive
+// as they were sent.
 func FuzzDecodeMessage(f *testing.F) {
 	id := []byte("0123456789abcdef")
 	for _, payload := range []string{
@@ -70,9 +70,8 @@ func FuzzDecodeMessage(f *testing.F) {
 	})
 }
 
-// An event of any content becomes one that fits the column and the wire (C30).
-// It is unit, count times, and then rest: the fuzzer is quick with short inputs
-// only.
+// An event of any content becomes one that fits the column and the wire (C30). It consists of unit,
+// repeated count times, and rest, because the fuzzer is fast only with short inputs.
 func FuzzCleanEvent(f *testing.F) {
 	for _, unit := range []string{
 		"a", "synchronize", "\x00", "a\x00b", "\xff", "a\xffb", "\xed\xa0\x80", "\u2028", "\x7f", "\x01", "\n", "<>&", "\"", "\\",
@@ -93,15 +92,16 @@ func FuzzCleanEvent(f *testing.F) {
 		require.LessOrEqual(t, len(quoted), maxEvent)
 		require.Equal(t, got, cleanEvent(got), "cleaning again changes nothing")
 
-		// The longest payload that carries it.
+		// This is the longest payload that contains the event.
 		payload := fmt.Sprintf(`{"kind":"%s","lockKey":%d,"claim":%d,"id":"%s","event":%s}`,
 			kindClaim, math.MinInt64, math.MinInt64, uuid.Max, quoted)
 		require.LessOrEqual(t, len(payload), maxPayload)
 
-		// Nothing is lost that need not be.
+		// No more is cut than necessary.
 		if utf8.ValidString(event) && !strings.Contains(event, "\x00") {
 			require.True(t, strings.HasPrefix(event, got))
-			plain := true // takes its own length when quoted
+			// plain reports that quoting does not lengthen the event, except by the quotes.
+			plain := true
 			for _, r := range event {
 				plain = plain && r >= 0x20 && r < 0x7f && r != '"' && r != '\\'
 			}
@@ -115,8 +115,7 @@ func FuzzCleanEvent(f *testing.F) {
 	})
 }
 
-// What is accepted as a repo's pull request fits the columns of env_locks
-// (C29), and has one key (C1).
+// An accepted repo and pull request fit the columns of env_locks (C29), and have one key (C1).
 func FuzzRepo(f *testing.F) {
 	for _, repo := range []string{"", "a/b", "a\x00", "\x00", "\xff", "a/b\xc3", "é/ü", "\U0010ffff", "\xed\xa0\x80", strings.Repeat("a", 300)} {
 		for _, pr := range []uint{0, 1, math.MaxInt32, math.MaxInt32 + 1, math.MaxUint32, math.MaxUint} {

@@ -24,11 +24,10 @@ import (
 // secret is the password in every URI of these tests.
 const secret = "sw0rdfish"
 
-// noCtx is a nil context; written out, linters would object.
+// noCtx is a nil context. Linters would object to a literal nil.
 var noCtx context.Context
 
-// deadEnd listens where no input that is refused may lead to. It hangs up on
-// whoever connects.
+// deadEnd is a server that no rejected input may reach. It closes every connection immediately.
 type deadEnd struct {
 	uri      string
 	listener net.Listener
@@ -58,21 +57,21 @@ func newDeadEnd(t *testing.T) *deadEnd {
 	return tr
 }
 
-// requireNoCaller gives a caller a moment to show up.
+// requireNoCaller gives a connection a moment to arrive, and requires that none has.
 func (tr *deadEnd) requireNoCaller(t *testing.T) {
 	t.Helper()
 	time.Sleep(100 * time.Millisecond)
 	require.Zero(t, tr.callers.Load(), "connections")
 }
 
-// requireNoLeak checks at the end of the test that its goroutines are gone. It
-// has to come first in the test.
+// requireNoLeak checks at the end of the test that its goroutines have ended. It has to be the
+// first call of the test.
 func requireNoLeak(t *testing.T) {
 	current := goleak.IgnoreCurrent()
 	t.Cleanup(func() { goleak.VerifyNone(t, current) })
 }
 
-// requireRefused checks an error: it names what was wrong, and no password.
+// requireRefused requires that an error names the argument that was wrong, and no password.
 func requireRefused(t *testing.T, err error, name string) {
 	t.Helper()
 	require.ErrorContains(t, err, name)
@@ -96,9 +95,9 @@ func openDB(t *testing.T, uri string) *sqlx.DB {
 	return db
 }
 
-// constructors are all ways to make a provider from a URI and options. Each
-// returns only the error; what it made is nil with an error, and closed
-// otherwise.
+// constructors returns all functions that create a provider or lock from a URI and options. Each of
+// them returns only the error. A value that was created without an error is closed, and with an
+// error it has to be nil.
 func constructors(t *testing.T) map[string]func(uri string, opts ...LockProviderOption) error {
 	db := openDB(t, newDeadEnd(t).uri)
 	return map[string]func(uri string, opts ...LockProviderOption) error{
@@ -134,7 +133,8 @@ func constructors(t *testing.T) map[string]func(uri string, opts ...LockProvider
 func TestInputURI(t *testing.T) {
 	requireNoLeak(t)
 	tr := newDeadEnd(t)
-	at := "127.0.0.1" // as in tr.uri; the port does not matter to what is refused
+	// The address is that of tr.uri. The port does not matter for input that is rejected.
+	at := "127.0.0.1"
 	invalid := map[string]string{
 		"empty":                       "",
 		"blank":                       " \t\n",
@@ -171,7 +171,7 @@ func TestInputURI(t *testing.T) {
 	tr.requireNoCaller(t)
 }
 
-// What is accepted means what lib/pq takes it to mean.
+// An accepted URI means the same as it does to lib/pq.
 func TestInputURIMeaning(t *testing.T) {
 	for _, uri := range []string{
 		"postgres://", "postgresql://", "postgres:///", "postgres://?host=/sockets&dbname=db", "postgres://?sslmode=disable",
@@ -202,14 +202,15 @@ func TestInputURIMeaning(t *testing.T) {
 		if want.SSLMode == "" {
 			want.SSLMode = pq.SSLModeRequire
 		}
-		if want.ApplicationName == "" { // lib/pq puts the fallback into both
+		// lib/pq sets both names to the fallback.
+		if want.ApplicationName == "" {
 			want.ApplicationName, want.FallbackApplicationName = got.ApplicationName, got.FallbackApplicationName
 		}
 		assert.Equal(t, meaning(want), meaning(got), uri)
 	}
 }
 
-// meaning is what a configuration says, without how it was said.
+// meaning returns the settings of a configuration, whatever the form in which they were given.
 func meaning(c pq.Config) string {
 	return fmt.Sprint(c.Host, c.Hostaddr, c.Port, c.Multi, c.TargetSessionAttrs, c.User, c.Password, c.Database, c.SSLMode,
 		c.Options, c.ApplicationName, c.FallbackApplicationName, c.ConnectTimeout, c.Runtime)
@@ -299,7 +300,7 @@ func TestInputIdleTimeout(t *testing.T) {
 	tr.requireNoCaller(t)
 }
 
-// An unset configuration value never switches a bound off.
+// A duration that is zero never switches a bound off.
 func TestInputZeroDurations(t *testing.T) {
 	requireNoLeak(t)
 	zero := []LockProviderOption{WithLockTimeout(0), WithMaxLockDuration(0), WithPreemptionTimeout(0), WithSessionTimeout(0)}
@@ -418,7 +419,7 @@ func TestInputNilProvider(t *testing.T) {
 	}
 }
 
-// A provider of a user's that returns neither a lock nor an error.
+// A user's provider returns neither a lock nor an error.
 func TestInputNilLock(t *testing.T) {
 	f, err := NewPreemptiveLockerFactory(ownFunc(func() int64 { return 1 }))
 	require.NoError(t, err)
@@ -464,7 +465,8 @@ func TestInputNilContext(t *testing.T) {
 		requireRefused(t, pl.Shield(t.Context(), 0, func(context.Context) error { return nil }), "limit is not positive")
 		requireRefused(t, pl.Shield(t.Context(), -1, func(context.Context) error { return nil }), "limit is not positive")
 		requireRefused(t, pl.Shield(t.Context(), 1, func(context.Context) error { return nil }), "outside of Do")
-		requireRefused(t, pl.Release(t.Context()), "Release before Lock") // none of this was a Lock
+		// None of the calls above has counted as a Lock.
+		requireRefused(t, pl.Release(t.Context()), "Release before Lock")
 	}
 	_, err = postgres.(*PostgresLockProvider).ListLocks(noCtx)
 	requireRefused(t, err, "context is nil")
@@ -477,7 +479,7 @@ func TestInputNilContext(t *testing.T) {
 	require.Nil(t, l)
 	tr.requireNoCaller(t)
 
-	// What was refused is not used up.
+	// A call that was rejected can be repeated.
 	fake := &FakeLockProvider{}
 	lock, err := fake.New(t.Context(), 1, "opened")
 	require.NoError(t, err)
@@ -525,13 +527,14 @@ func TestInputNewPostgresLock(t *testing.T) {
 	_, err := NewPostgresLock(done, untouched, 1, tr.uri, "opened", LockProviderConfig{})
 	require.ErrorIs(t, err, context.Canceled)
 
-	// A db whose own URI is bad says so when it is used first, password and all.
+	// If the URI of db itself is bad, the first use of db fails with an error that may contain the
+	// password. The error of NewPostgresLock does not contain it.
 	for _, uri := range []string{
 		"postgres://user:" + secret + "@127.0.0.1:port/db",
 		"postgres://user:" + secret + "%zz@127.0.0.1/db",
 		"mysql://user:" + secret + "@127.0.0.1/db",
 		"host=127.0.0.1 password=a " + secret,
-		tr.uri, // only hung up on
+		tr.uri, // the server closes the connection
 	} {
 		l, err := NewPostgresLock(t.Context(), openDB(t, uri), 1, tr.uri, "opened", LockProviderConfig{})
 		require.Nil(t, l)
@@ -585,7 +588,7 @@ func TestInputRepo(t *testing.T) {
 	tr.requireNoCaller(t)
 }
 
-// The edge of what is accepted, on both providers.
+// Input at the limits of what is accepted, on both providers.
 func TestInputRepoAccepted(t *testing.T) {
 	requireNoLeak(t)
 	postgres, err := NewLockProvider(PostgresLockProviderKind, WithPostgresBackend(newDatabase(t), ""))
@@ -609,7 +612,7 @@ func TestInputRepoAccepted(t *testing.T) {
 	require.NoError(t, postgres.(*PostgresLockProvider).Close())
 }
 
-// A reason to stop is a user's text, too: it is cut to fit (C30).
+// The reason of a request to stop is any text, too. It is cut to fit (C30).
 func TestInputStopReason(t *testing.T) {
 	requireNoLeak(t)
 	provider, err := NewLockProvider(PostgresLockProviderKind, WithPostgresBackend(newDatabase(t), ""))
@@ -636,7 +639,7 @@ func TestInputStopReason(t *testing.T) {
 	}
 }
 
-// Nothing is sent before there is a reason to (C26).
+// Nothing is sent before it is needed (C26).
 func TestInputNothingSentTooEarly(t *testing.T) {
 	requireNoLeak(t)
 	tr := newDeadEnd(t)
@@ -728,8 +731,8 @@ func TestInputZeroValues(t *testing.T) {
 
 func second[T any](_ T, err error) error { return err }
 
-// The zero FakeLockProvider works, whichever of its methods comes first and from
-// however many goroutines.
+// The zero FakeLockProvider works, whichever of its methods is called first and from however many
+// goroutines.
 func TestInputZeroFakeLockProvider(t *testing.T) {
 	requireNoLeak(t)
 	require.NoError(t, (&FakeLockProvider{}).Close())
@@ -754,7 +757,7 @@ func TestInputZeroFakeLockProvider(t *testing.T) {
 	require.ErrorIs(t, err, ErrProviderClosed)
 }
 
-// lines is a log to look into.
+// lines is a log whose text the test can read.
 type lines struct {
 	mu   sync.Mutex // guards text
 	text bytes.Buffer
@@ -766,13 +769,14 @@ func (l *lines) Write(p []byte) (int, error) {
 	return l.text.Write(p)
 }
 
-// Neither printing what holds the URI, nor the errors and log lines of a server
-// that cannot be used, tell the password (C31).
+// No error, no log line and no printed value that contains the URI shows the password, even if the
+// server cannot be used (C31).
 func TestInputPassword(t *testing.T) {
 	requireNoLeak(t)
 	good, err := url.Parse(newDatabase(t))
 	require.NoError(t, err)
-	if _, has := good.User.Password(); !has { // the server asks for none, and takes any
+	// The server asks for no password, and accepts any.
+	if _, has := good.User.Password(); !has {
 		good.User = url.UserPassword(good.User.Username(), secret)
 	}
 	with := func(change func(u *url.URL)) string {
@@ -792,7 +796,8 @@ func TestInputPassword(t *testing.T) {
 		"read-only":         with(func(u *url.URL) { u.RawQuery += "&default_transaction_read_only=on" }),
 		"certificates":      with(func(u *url.URL) { u.RawQuery = "sslmode=verify-full&sslrootcert=/no/such/file" }),
 	}
-	var group sync.WaitGroup // most of them take the lock timeout
+	// Most of the calls take the lock timeout.
+	var group sync.WaitGroup
 	for name, uri := range uris {
 		p, err := NewLockProvider(PostgresLockProviderKind, WithPostgresBackend(uri, "service"), WithLogger(logger),
 			WithLockTimeout(6*time.Second))

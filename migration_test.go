@@ -21,8 +21,9 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// What docs/migration.md says about services of the original library on the same
-// database. The other side is internal/standin, in processes of its own.
+// TestMigration tests what docs/migration.md promises about services of the original library on the
+// same database. The other side is internal/standin, in separate processes. In the names and
+// comments of these tests, "we" and "ours" are this library, and "theirs" is a stand-in.
 func TestMigration(t *testing.T) {
 	t.Parallel()
 	program := filepath.Join(t.TempDir(), "standin")
@@ -70,26 +71,27 @@ func TestMigration(t *testing.T) {
 	}
 }
 
-// migration is one test: a database that both libraries use.
+// migration is the environment of one test: a database that both libraries use.
 type migration struct {
 	*testing.T
 	program, uri string
 	db           *sql.DB
 }
 
-// provider makes one of ours, with an open session, as it is during a roll-out.
+// provider creates one of our providers, with an open session, as it is during a roll-out.
 func (m *migration) provider(options ...LockProviderOption) *PostgresLockProvider {
 	m.Helper()
 	return m.plain(append([]LockProviderOption{WithOriginalReplicas()}, options...)...)
 }
 
-// plain makes one of ours without WithOriginalReplicas.
+// plain creates one of our providers without WithOriginalReplicas.
 func (m *migration) plain(options ...LockProviderOption) *PostgresLockProvider {
 	m.Helper()
 	p, err := NewLockProvider(PostgresLockProviderKind, append([]LockProviderOption{WithPostgresBackend(m.uri, "")}, options...)...)
 	require.NoError(m, err)
 	m.Cleanup(func() { _ = p.(*PostgresLockProvider).Close() })
-	_, err = p.LockKey(context.Background(), "repo", 0) // makes the schema
+	// The call creates the schema.
+	_, err = p.LockKey(context.Background(), "repo", 0)
 	require.NoError(m, err)
 	return p.(*PostgresLockProvider)
 }
@@ -109,7 +111,7 @@ type migrationGot struct {
 	err error
 }
 
-// locks begins to lock.
+// locks calls Lock in the background.
 func (m *migration) locks(l *PostgresLock) <-chan migrationGot {
 	done := make(chan migrationGot, 1)
 	go func() {
@@ -119,7 +121,7 @@ func (m *migration) locks(l *PostgresLock) <-chan migrationGot {
 	return done
 }
 
-// hold claims and locks.
+// hold announces a claim and locks.
 func (m *migration) hold(p *PostgresLockProvider, key int64, event string) (*PostgresLock, <-chan NotificationPayload) {
 	m.Helper()
 	l := m.claim(p, key, event)
@@ -133,7 +135,7 @@ func (m *migration) unlock(l *PostgresLock) {
 	require.NoError(m, l.Unlock(context.Background()))
 }
 
-// until asks the database until it returns true.
+// until repeats a query until it returns true.
 func (m *migration) until(query string, args ...any) {
 	m.Helper()
 	deadline := time.After(soon)
@@ -157,21 +159,21 @@ const (
 	advisory = `SELECT count(*) = 1 FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1
 		AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 		AND (classid::bigint << 32) | objid::bigint = $1`
-	isHeld    = advisory + ` AND granted`
-	isAwaited = advisory + ` AND NOT granted` // only stand-ins wait inside the server
+	isHeld = advisory + ` AND granted`
+	// Only stand-ins wait inside the server.
+	isAwaited = advisory + ` AND NOT granted`
 
-	// How many advisory locks there are next to those of our sessions.
+	// keyLocksHeld counts the advisory locks except for those of our sessions.
 	keyLocksHeld = `SELECT count(*) FROM pg_locks l WHERE locktype = 'advisory' AND objsubid = 1
 		AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 		AND NOT EXISTS (SELECT FROM env_lock_sessions x WHERE x.lock = (l.classid::bigint << 32) | l.objid::bigint)`
 	noneHeld = `SELECT (` + keyLocksHeld + `) = 0`
 
-	// Of ours, once it has seen that the key is not free.
+	// weWait is true once one of our locks has seen that the key is not free.
 	weWait = `SELECT count(*) = 1 FROM env_lock_state WHERE lock_key = $1 AND waiting`
 )
 
-// backend is the server's process of the connection that has our session's advisory
-// lock.
+// backend returns the server process of the connection that has our session's advisory lock.
 func (m *migration) backend(p *PostgresLockProvider) (pid int) {
 	m.Helper()
 	ref, connected := p.session.trust.current()
@@ -180,8 +182,8 @@ func (m *migration) backend(p *PostgresLockProvider) (pid int) {
 	return pid
 }
 
-// cut ends the connection that has our session's advisory lock, and returns when
-// there is another one.
+// cut ends the connection that has our session's advisory lock, and returns when the session has
+// another one.
 func (m *migration) cut(p *PostgresLockProvider) {
 	m.Helper()
 	before, _ := p.session.trust.current()
@@ -221,7 +223,7 @@ func (m *migration) eventually(what string, cond func() bool) {
 	}
 }
 
-// runs waits until one of our connections has run a statement that began from now on.
+// runs waits until one of our connections has run a statement that began after the call of runs.
 func (m *migration) runs(query string) {
 	m.Helper()
 	var now time.Time
@@ -230,7 +232,7 @@ func (m *migration) runs(query string) {
 		query, now)
 }
 
-// sleeps waits until a lock that waits has found its key busy.
+// sleeps waits until a waiting lock has found its key busy.
 func (m *migration) sleeps(l *PostgresLock) {
 	m.Helper()
 	m.eventually("the lock waits", func() bool {
@@ -262,7 +264,7 @@ type standin struct {
 	t    testing.TB
 	cmd  *exec.Cmd
 	in   io.WriteCloser
-	gone chan struct{} // closed when its output has ended
+	gone chan struct{} // closed when the process's output has ended
 
 	mu      sync.Mutex // guards reports
 	reports map[string]chan standinReport
@@ -283,7 +285,8 @@ func (m *migration) standin(flags ...string) *standin {
 	out, err := s.cmd.StdoutPipe()
 	require.NoError(m, err)
 	require.NoError(m, s.cmd.Start())
-	go func() { // ends with the process
+	// The goroutine ends with the process.
+	go func() {
 		defer close(s.gone)
 		for lines := bufio.NewScanner(out); lines.Scan(); {
 			var r standinReport
@@ -297,11 +300,13 @@ func (m *migration) standin(flags ...string) *standin {
 	return s
 }
 
-// kill ends the process as a crash does.
+// kill ends the process like a crash.
 func (s *standin) kill() {
-	_ = s.cmd.Process.Kill() // fails if it has ended
+	// Kill fails if the process has ended.
+	_ = s.cmd.Process.Kill()
 	<-s.gone
-	_ = s.cmd.Wait() // it was killed
+	// The error is that the process was killed.
+	_ = s.cmd.Wait()
 }
 
 func (s *standin) box(what, name string) chan standinReport {
@@ -320,7 +325,7 @@ func (s *standin) send(format string, args ...any) {
 	require.NoError(s.t, err)
 }
 
-// await waits until the process reports.
+// await waits for a report of the process.
 func (s *standin) await(what, name string) standinReport {
 	s.t.Helper()
 	r, err := s.next(what, name)
@@ -345,7 +350,7 @@ func (s *standin) next(what, name string) (standinReport, error) {
 	}
 }
 
-// not requires that the process has not reported something.
+// not requires that the process has not sent a report.
 func (s *standin) not(what, name string) {
 	s.t.Helper()
 	select {
@@ -367,8 +372,8 @@ func (s *standin) unlock(name string) {
 	s.await("unlocked", name)
 }
 
-// A row of env_locks means the same key to both, whoever wrote it; a table that
-// exists is used as it is (C1, C28).
+// A row of env_locks means the same key to both libraries, whichever wrote it. A table that exists
+// is used as it is (C1, C28).
 func migrationKeys(m *migration) {
 	_, err := m.db.Exec(`CREATE TABLE env_locks (lock_key bigint UNIQUE, repo text, pull_request integer, PRIMARY KEY (repo, pull_request))`)
 	require.NoError(m, err)
@@ -386,7 +391,7 @@ func migrationKeys(m *migration) {
 	theirs.send("key new/repo 2")
 	require.Equal(m, key, theirs.await("key", "new/repo").Key)
 
-	// Both at the same moment.
+	// Both ask at the same moment.
 	for pr := range uint(20) {
 		theirs.send("key both/repo %d", pr)
 		key, err := p.LockKey(context.Background(), "both/repo", pr)
@@ -395,9 +400,9 @@ func migrationKeys(m *migration) {
 	}
 }
 
-// A key that a stand-in gives out while we run has no row in our table yet. That must
-// not be taken for a row that was deleted: the first claim does not wait. Without the
-// option it waits the session timeout.
+// A key that a stand-in assigns while one of our providers runs has no row in our table yet. That
+// must not be taken for a row that was deleted: with the option the first claim does not wait.
+// Without the option it waits for the session timeout.
 func migrationNewKeys(m *migration) {
 	p, theirs := m.provider(), m.standin()
 	theirs.send("key fresh/repo 1")
@@ -411,7 +416,7 @@ func migrationNewKeys(m *migration) {
 	require.GreaterOrEqual(m, time.Since(start), timeout)
 }
 
-// One holder at a time, whichever library it uses.
+// There is one holder at a time, whichever library it uses.
 func migrationExclusion(m *migration) {
 	const key = 11
 	p, theirs := m.provider(), m.standin()
@@ -429,7 +434,8 @@ func migrationExclusion(m *migration) {
 	start := time.Now()
 	got := pgReceive(m, "our lock", done)
 	require.NoError(m, got.err)
-	m.Logf("we had the key %v after it was unlocked", time.Since(start).Round(time.Millisecond)) // no notification arrives: at most the poll interval
+	// No notification arrives, so this takes the poll interval at most.
+	m.Logf("we had the key %v after it was unlocked", time.Since(start).Round(time.Millisecond))
 
 	theirs.send("lock second %d", key)
 	m.until(isAwaited, key)
@@ -441,7 +447,7 @@ func migrationExclusion(m *migration) {
 	theirs.unlock("second")
 }
 
-// Without the option we still respect what stand-ins hold, and notify them. They do
+// Without the option our claims still respect the holds of stand-ins, and notify them. Stand-ins do
 // not see our holds.
 func migrationOneWay(m *migration) {
 	const key = 41
@@ -451,7 +457,8 @@ func migrationOneWay(m *migration) {
 	done := m.locks(l)
 	require.Equal(m, "ours", theirs.await("notified", "old").Event)
 	m.until(weWait, key)
-	m.runs(sqlWait) // it has tried once more
+	// The claim has tried once more.
+	m.runs(sqlWait)
 	select {
 	case got := <-done:
 		require.FailNow(m, "two holders", "%v", got)
@@ -468,8 +475,8 @@ func migrationOneWay(m *migration) {
 	theirs.unlock("blind")
 }
 
-// Our newer claim notifies a stand-in that holds, and gets the key as soon as that
-// stops. A Lock without a claim disturbs no holder (C6).
+// Our newer claim notifies a stand-in that holds, and acquires the key as soon as the stand-in has
+// released it. A Lock without a claim notifies no holder (C6).
 func migrationNotified(m *migration) {
 	const key, other = 12, 112
 	p, theirs := m.provider(), m.standin()
@@ -500,9 +507,9 @@ func migrationNotified(m *migration) {
 	m.unlock(quiet.(*PostgresLock))
 }
 
-// A stand-in that waits inside the server gets the key before any of ours, also
-// before a newer claim, and may not listen yet when that claim finds the key taken.
-// It is notified all the same; so is one that holds after one of our waits has ended.
+// A stand-in that waits inside the server gets the key before any of our claims, even before a
+// newer one. It may not listen yet when that claim finds the key taken. It is notified anyway. So
+// is a stand-in that holds after one of our waits has ended.
 func migrationNotifiedLater(m *migration) {
 	const key = 13
 	p, theirs := m.provider(), m.standin()
@@ -517,7 +524,8 @@ func migrationNotifiedLater(m *migration) {
 	theirs.await("locked", "queued")
 	require.Equal(m, "newest", theirs.await("notified", "queued").Event)
 
-	m.unlock(newer) // ends the wait
+	// Unlock ends the wait.
+	m.unlock(newer)
 	require.Error(m, pgReceive(m, "the end of our wait", done).err)
 	theirs.unlock("queued")
 	theirs.hold("another", key)
@@ -528,8 +536,8 @@ func migrationNotifiedLater(m *migration) {
 	require.NoError(m, pgReceive(m, "our lock", done).err)
 }
 
-// The key of a stand-in that crashed is free as soon as the server has noticed: no row
-// says that it was held, so there is nothing to watch.
+// The key of a stand-in that crashed is free as soon as the server has noticed the crash. No row
+// names a holder, so there is no session to watch.
 func migrationKilled(m *migration) {
 	const key = 14
 	p, theirs := m.provider(), m.standin()
@@ -543,8 +551,8 @@ func migrationKilled(m *migration) {
 	require.Less(m, time.Since(start), defaultSessionTimeout)
 }
 
-// A stand-in that waits gets the key when our session's connection ends. Our holder
-// is notified after the reconnect, and from then on our claims notify the stand-in.
+// A stand-in that waits gets the key when our session's connection ends. Our holder is notified
+// after the reconnect, and from then on our claims notify the stand-in.
 func migrationConnectionTaken(m *migration) {
 	const key, other = 15, 115
 	p, theirs := m.provider(), m.standin()
@@ -571,10 +579,11 @@ func migrationConnectionTaken(m *migration) {
 	require.NoError(m, pgReceive(m, "our lock", done).err)
 	require.Less(m, time.Since(start), defaultSessionTimeout)
 	m.unlock(next)
-	m.until(`SELECT (` + keyLocksHeld + `) = 1`) // of other
+	// The remaining lock is that of the key other.
+	m.until(`SELECT (` + keyLocksHeld + `) = 1`)
 }
 
-// Without a stand-in that waits a hold is kept, and its key lock is there again.
+// If no stand-in waits, a hold is kept, and its key is locked again.
 func migrationConnectionKept(m *migration) {
 	const key = 42
 	p, theirs := m.provider(), m.standin()
@@ -594,8 +603,8 @@ func migrationConnectionKept(m *migration) {
 	m.until(noneHeld)
 }
 
-// The server may not notice that a connection has ended. What still has the key locks
-// then is our own old connection, which is no reason to lose the holds.
+// The server may not notice that a connection has ended. The advisory locks of the keys then still
+// belong to our old connection, which is no reason to lose the holds.
 func migrationConnectionSilent(m *migration) {
 	const key = 43
 	network := newProxy(m, "", m.uri, nil)
@@ -616,8 +625,8 @@ func migrationConnectionSilent(m *migration) {
 	theirs.await("locked", "late")
 }
 
-// All holds of a session go through a reconnect together, also those that begin or end
-// during it; only those whose key was taken are lost.
+// All holds of a session are restored together by a reconnect, including those that begin or end
+// during it. Only holds whose key was taken are lost.
 func migrationManyReconnect(m *migration) {
 	const holds, taken = 2*maxChecked + 10, 1_234
 	p, theirs := m.provider(), m.standin()
@@ -656,16 +665,17 @@ func migrationManyReconnect(m *migration) {
 	require.Equal(m, holds-1, m.count(keyLocksHeld))
 	var released sync.WaitGroup
 	for _, l := range locks {
-		released.Go(func() { _ = l.Unlock(context.Background()) }) // one of them is lost
+		// One of the locks has been lost.
+		released.Go(func() { _ = l.Unlock(context.Background()) })
 	}
 	m.terminate(m.backend(p))
 	released.Wait()
 	m.until(noneHeld)
 }
 
-// The key of a process that has ended is free for a stand-in immediately. As long as
-// that holds it, the row names the dead holder, so our claims do not notify the
-// stand-in. Our next lock has watched the dead session meanwhile.
+// The key of a process that has ended is free for a stand-in immediately. As long as the stand-in
+// holds it, the row names the dead holder, so our claims do not notify the stand-in. Our next lock
+// has watched the dead session meanwhile.
 func migrationWeDie(m *migration) {
 	const key, timeout = 44, 3 * time.Second
 	network := newProxy(m, "", m.uri, nil)
@@ -695,8 +705,8 @@ func migrationWeDie(m *migration) {
 	network.silence()
 }
 
-// A claim of a stand-in does not reach our holder, not even by the check of its row:
-// the stand-in waits until the holder releases, or is revoked for another cause.
+// A claim of a stand-in does not reach our holder, not even by the check of its row. The stand-in
+// waits until the holder releases, or is revoked for another cause.
 func migrationNotHeard(m *migration) {
 	const key = 16
 	p, theirs := m.provider(), m.standin()
@@ -709,7 +719,7 @@ func migrationNotHeard(m *migration) {
 	pgQuiet(m, ch)
 	theirs.not("locked", "newer")
 
-	// The guide's query passes it on (C13).
+	// The guide's query asks the holder to stop for the stand-in (C13).
 	_, err := m.db.Exec(m.guide("bridge"))
 	require.NoError(m, err)
 	require.Equal(m, "an old replica waits", pgReceive(m, "our notification", ch).Message)
@@ -732,8 +742,8 @@ func migrationGivesUp(m *migration) {
 	m.until(isHeld, key)
 }
 
-// Tokens, the overview and the operators' calls know our holds alone. What holds a
-// key without a row is found by the guide's query.
+// Tokens, the overview and the operators' calls cover only our holds. The guide's query finds the
+// sessions that hold a key without a row.
 func migrationOverview(m *migration) {
 	p, theirs := m.provider(), m.standin()
 	key, err := p.LockKey(context.Background(), "repo", 45)
@@ -765,7 +775,7 @@ func migrationOverview(m *migration) {
 	require.Greater(m, l.Token(), first)
 }
 
-// An advisory lock that was taken by hand makes the key busy for us, with the option and
+// An advisory lock that was taken by hand makes the key busy for our locks, with the option and
 // without (C2).
 func migrationByHand(m *migration) {
 	for pr, provider := range []func(...LockProviderOption) *PostgresLockProvider{m.provider, m.plain} {
@@ -798,8 +808,8 @@ func migrationByHand(m *migration) {
 	}
 }
 
-// Advisory locks can be taken twice by one session. Locks of one provider exclude each
-// other all the same, and what one gives back is not what the other holds.
+// One session can take an advisory lock twice. Locks of one provider exclude each other anyway, and
+// the advisory lock that one of them releases is not that of the other.
 func migrationSameProvider(m *migration) {
 	const key = 48
 	p, theirs := m.provider(), m.standin()
@@ -824,14 +834,15 @@ func migrationSameProvider(m *migration) {
 	m.until(isAwaited, key)
 
 	m.unlock(first)
-	theirs.await("locked", "old") // it was in the server's queue
+	// The stand-in was first in the server's queue.
+	theirs.await("locked", "old")
 	theirs.unlock("old")
 	require.NoError(m, pgReceive(m, "our second lock", done).err)
 	m.until(isHeld, key)
 	m.unlock(second)
 	m.until(noneHeld)
 
-	// Many of them, one after the other.
+	// Many locks hold the key, one after the other.
 	var holds atomic.Int64
 	var workers sync.WaitGroup
 	for range 8 {
@@ -859,7 +870,7 @@ func migrationSameProvider(m *migration) {
 	m.until(noneHeld)
 }
 
-// However a lock ends, its key's advisory lock ends with it.
+// However a lock ends, its key's advisory lock is released.
 func migrationLeaks(m *migration) {
 	const key, other = 49, 149
 	p, theirs := m.provider(WithLockTimeout(1500*time.Millisecond), WithPreemptionTimeout(50*time.Millisecond)), m.standin()
@@ -869,9 +880,10 @@ func migrationLeaks(m *migration) {
 	m.unlock(l)
 	require.Zero(m, m.count(keyLocksHeld))
 
-	// Failures: the lock timeout, a context, an Unlock during the wait.
+	// The wait fails with the lock timeout, with a newer claim, or with an Unlock during the wait.
 	l, _ = m.hold(q, key, "held by another provider")
-	timedOut := m.claim(p, other, "elsewhere") // the key is free, the claim is not the newest
+	// The key is free, but the claim is not the newest.
+	timedOut := m.claim(p, other, "elsewhere")
 	m.claim(q, other, "newer")
 	require.ErrorIs(m, pgReceive(m, "a superseded wait", m.locks(timedOut)).err, ErrLockPreempted)
 	waiter, err := p.New(context.Background(), key, "without a claim")
@@ -886,20 +898,21 @@ func migrationLeaks(m *migration) {
 	m.unlock(l)
 	m.until(noneHeld)
 
-	// A caller that has left when the key is granted.
+	// The caller has left when the key is granted.
 	for range 50 {
 		ctx, cancel := context.WithCancel(context.Background())
 		l, err := p.New(context.Background(), key, "leaves")
 		require.NoError(m, err)
 		time.AfterFunc(time.Duration(rand.Int64N(int64(2*time.Millisecond))), cancel)
 		if _, err := l.Lock(ctx); err == nil {
-			_ = l.Unlock(context.Background()) // its context has ended, which may have revoked it
+			// The lock's context has ended, so the lock may have been revoked.
+			_ = l.Unlock(context.Background())
 		}
 		cancel()
 	}
 	m.until(noneHeld)
 
-	// A waiter that is superseded, a holder that is revoked.
+	// A holder is revoked, and a waiter is superseded.
 	_, ch := m.hold(p, key, "revoked")
 	next, _ := m.hold(q, key, "next")
 	require.Equal(m, "next", pgReceive(m, "our notification", ch).Message)
@@ -913,7 +926,7 @@ func migrationLeaks(m *migration) {
 	m.unlock(next)
 	m.until(noneHeld)
 
-	// Close, with a hold and a wait.
+	// Close is called during a hold and a wait.
 	theirs.hold("old", key)
 	_, ch = m.hold(p, other, "closed")
 	done = m.locks(m.claim(p, key, "waits"))
@@ -926,8 +939,8 @@ func migrationLeaks(m *migration) {
 	m.until(noneHeld)
 }
 
-// The key of a hold may be taken by a stand-in after it was granted and before its
-// caller knows: that grant does not count, and the claim tries again.
+// A stand-in may take the key of a hold after it was granted and before its caller knows. That
+// grant does not count, and the claim tries again.
 func migrationGone(m *migration) {
 	const key = 50
 	p := m.provider()
@@ -952,8 +965,8 @@ func migrationGone(m *migration) {
 	m.until(noneHeld)
 }
 
-// A waiter does not touch the advisory lock of a key whose row names another holder,
-// though it may be free: that holder may be about to reconnect.
+// A waiter does not touch the advisory lock of a key whose row names another holder, even if that
+// lock is free, because the holder may be about to reconnect.
 func migrationUntouched(m *migration) {
 	const key = 55
 	p := m.provider()
@@ -980,8 +993,8 @@ func migrationUntouched(m *migration) {
 	require.False(m, tries(), "it is another claim's")
 }
 
-// Connections of our sessions that are killed again and again cost no hold, and no key
-// lock is left behind.
+// Connections of our sessions that are killed again and again cost no hold, and no advisory lock of
+// a key is left behind.
 func migrationFlapping(m *migration) {
 	const duration = 4 * time.Second
 	keys := []int64{51, 52, 53}
@@ -1011,7 +1024,8 @@ func migrationFlapping(m *migration) {
 					if holders[k].Add(1) != 1 {
 						m.Error("two holders")
 					}
-					time.Sleep(time.Duration(rand.Int64N(int64(50 * time.Millisecond)))) // the work
+					// This is the work.
+					time.Sleep(time.Duration(rand.Int64N(int64(50 * time.Millisecond))))
 					holders[k].Add(-1)
 					if err := l.Unlock(context.Background()); err != nil {
 						m.Error(err)
@@ -1041,8 +1055,8 @@ func migrationFlapping(m *migration) {
 	}
 }
 
-// After the roll-out the option is removed, replica by replica: those with it and those
-// without exclude each other.
+// After the roll-out the option is removed, replica by replica. Replicas with the option and
+// replicas without it exclude each other.
 func migrationRemoved(m *migration) {
 	const key, each = 54, 20
 	var holders atomic.Int64
@@ -1072,8 +1086,8 @@ func migrationRemoved(m *migration) {
 	m.until(noneHeld)
 }
 
-// A replica of ours that is closed gives its keys to the old version that takes over
-// again, and what it leaves in its own tables disturbs no process.
+// A closed replica of ours gives its keys to the old version, which takes over again. The rows that
+// the replica leaves in its tables affect no process.
 func migrationBack(m *migration) {
 	const key = 18
 	p, theirs := m.provider(), m.standin()
@@ -1095,15 +1109,14 @@ func migrationBack(m *migration) {
 	theirs.hold("newer", key)
 	theirs.unlock("newer")
 
-	// And forward once more.
+	// The new version takes over once more.
 	start := time.Now()
 	m.hold(m.provider(), key, "ours again")
 	require.Less(m, time.Since(start), defaultSessionTimeout)
 }
 
-// Two processes of the old version and two providers of the new one work on the
-// same keys: never two holders, each gets its turn, no call hangs, nothing stays
-// behind.
+// Two processes of the old version and two providers of the new one work on the same keys. There
+// are never two holders, each process gets its turn, no call hangs, and nothing is left behind.
 func migrationRolling(m *migration) {
 	const (
 		duration = 5 * time.Second       // at least
@@ -1114,7 +1127,7 @@ func migrationRolling(m *migration) {
 	holder := make([]atomic.Pointer[string], len(keys))
 	var overlaps, failures sync.Map
 	held := func(k int, who string, stop <-chan struct{}) {
-		// The hold is longer than what is judged, so every overlap is a true one.
+		// The lock is held for longer than the time that is measured, so every overlap is real.
 		if other := holder[k].Swap(&who); other != nil {
 			overlaps.Store(fmt.Sprintf("%s and %s", who, *other), true)
 		}
@@ -1191,7 +1204,8 @@ func migrationRolling(m *migration) {
 					return false, err
 				}
 				stop := make(chan struct{})
-				go func() { // ends with the hold
+				// The goroutine ends with the hold.
+				go func() {
 					<-ch
 					close(stop)
 				}()
@@ -1233,7 +1247,7 @@ func migrationRolling(m *migration) {
 	m.until(`SELECT count(*) = 0 FROM env_lock_state WHERE holder_id IS NOT NULL OR claim_open`)
 }
 
-// What the old version sends on its own channels disturbs nothing of ours.
+// Messages of the old version on its channels do not affect our locks.
 func migrationFlood(m *migration) {
 	const (
 		held, used = 31, 32

@@ -16,7 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// TestPostgresOperators: what an operator sees and can do (C35).
+// TestPostgresOperators tests what an operator can see and do (C35).
 func TestPostgresOperators(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -97,7 +97,7 @@ func TestPostgresOperators(t *testing.T) {
 	require.ErrorContains(t, err, "maintenance")
 	require.ErrorIs(t, <-ended, ErrStopRequested)
 
-	// A waiter that dies is not shown as one that waits.
+	// A waiter whose process has ended is not shown as waiting.
 	dying := pgProvider(t, uri)
 	go func() { _, _ = pgLocker(t, dying)("acme/widget", 7, "dies").Lock(ctx) }()
 	require.Eventually(t, func() bool {
@@ -127,7 +127,7 @@ func operationsSQL(t *testing.T, comment string) string {
 	return query
 }
 
-// TestPostgresResetSequence: one number in nanoseconds keeps out all later ones in
+// TestPostgresResetSequence tests that one number in nanoseconds rejects all later ones in
 // microseconds, until an operator resets it (C48).
 func TestPostgresResetSequence(t *testing.T) {
 	t.Parallel()
@@ -175,7 +175,7 @@ func TestPostgresResetSequence(t *testing.T) {
 	require.NoError(t, err)
 	require.True(t, known)
 
-	// It does not disturb the holder. The next claim does.
+	// ResetSequence does not notify the holder. The next claim does.
 	holder := pgLocker(t, p)("org/repo", 7, "holder").Sequence(wrong)
 	notified, err := holder.Lock(ctx)
 	require.NoError(t, err)
@@ -190,8 +190,8 @@ func TestPostgresResetSequence(t *testing.T) {
 	require.NoError(t, pgReceive(t, "the next claim", next))
 }
 
-// TestPostgresLateRelease: a release that comes after its hold was lost does not
-// free a successor of the same process (C19).
+// TestPostgresLateRelease tests that a release that comes after its hold was lost does not free the
+// hold of a successor in the same process (C19).
 func TestPostgresLateRelease(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -207,8 +207,8 @@ func TestPostgresLateRelease(t *testing.T) {
 	require.NoError(t, l.Unlock(pgBackground))
 }
 
-// Keys in JSON reach programs that have no integers of 64 bits: JavaScript and jq round
-// what is above 2^53, and node-postgres gives out, and sends back, strings.
+// Keys in JSON reach programs that have no integers of 64 bits. JavaScript and jq round integers
+// above 2^53, and node-postgres returns and sends strings.
 func TestKeysInJSON(t *testing.T) {
 	const key = math.MaxInt64 - 1
 	want := LockStatus{Key: key, Token: 7, Event: "opened"}
@@ -241,15 +241,16 @@ func TestKeysInJSON(t *testing.T) {
 		require.NoError(t, err)
 		ch, err := l.Lock(t.Context())
 		require.NoError(t, err)
-		for range ch { // notified, and then revoked
+		// The channel gets the notification, and is closed by the revocation.
+		for range ch {
 		}
 		synctest.Wait()
 		require.Contains(t, log.String(), `"key":"9223372036854775806"`)
 	})
 }
 
-// Ping proves that the session is connected, that the server takes writes, and that
-// notifications arrive. Otherwise its error says what is wrong.
+// Ping returns nil if the session is connected, the server accepts writes, and notifications
+// arrive. Otherwise its error names the reason.
 func TestPing(t *testing.T) {
 	t.Parallel()
 	fails := func(t *testing.T, p *PostgresLockProvider, texts ...string) {
@@ -317,7 +318,8 @@ func TestPing(t *testing.T) {
 		t.Parallel()
 		f := newField(t)
 		require.NoError(t, f.p.Ping(pgBackground))
-		pgUntil(t, "Ping fails", func() bool { // the listener looks after itself every 3 s
+		// The listener checks itself every 3 s.
+		pgUntil(t, "Ping fails", func() bool {
 			deaf := f.relay.listening()
 			if deaf == nil || !deaf.inject("UNLISTEN *") {
 				return false
@@ -335,7 +337,7 @@ func TestPing(t *testing.T) {
 	})
 }
 
-// A Ping that NOTIFY fails for waits between two attempts, and goes on when it works.
+// A Ping whose NOTIFY fails pauses between two attempts, and returns nil once NOTIFY works.
 func TestPingWhileNotifyFails(t *testing.T) {
 	t.Parallel()
 	uri, failures, works := fieldShadow(t)
@@ -363,13 +365,14 @@ func TestStatsAfterClose(t *testing.T) {
 	require.False(t, st.Listening)
 }
 
-// A key that another program has locked is named as such.
+// The error for a key that another program has locked names that program.
 func TestForeignHolderIsNamed(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
 	p := pgProvider(t, uri, WithLockTimeout(3*time.Second))
 	db := pgDB(t, uri)
-	require.NoError(t, goRound(pgLocker(t, p)("warm", 1, "up"))) // its first connections take time
+	// The first connections take time.
+	require.NoError(t, goRound(pgLocker(t, p)("warm", 1, "up")))
 	const key = -42
 	conn, err := db.Conn(pgBackground)
 	require.NoError(t, err)
@@ -392,7 +395,7 @@ func TestForeignHolderIsNamed(t *testing.T) {
 	require.NoError(t, conn.Close())
 }
 
-// What is spared, and the streak, are seen by operators.
+// ListLocks shows until when a hold is spared, and the streak.
 func TestProgressIsShown(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -415,8 +418,8 @@ func TestProgressIsShown(t *testing.T) {
 	require.NoError(t, second.Release(pgBackground))
 }
 
-// What the row of a free key says about a hold does not count: a replica of an earlier
-// version, or an operator, frees keys without the columns that came later.
+// Columns about a hold in the row of a free key have no effect: a replica of an earlier version, or
+// an operator, frees keys without clearing the columns that were added later.
 func TestFreeRowSaysNothing(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)

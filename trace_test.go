@@ -18,9 +18,9 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// traceLog is what a tracer was told.
+// traceLog records the calls of a tracer.
 type traceLog struct {
-	mu  sync.Mutex // guards everything, also that of the entries
+	mu  sync.Mutex // guards everything, including the entries
 	all []*traceEntry
 }
 
@@ -46,7 +46,7 @@ func (log *traceLog) tracer(ctx context.Context, op Operation) (context.Context,
 	}
 }
 
-// of returns the entries of a kind that began so far.
+// of returns the entries of a kind that have begun so far.
 func (log *traceLog) of(kind OperationKind) (found []traceEntry) {
 	log.mu.Lock()
 	defer log.mu.Unlock()
@@ -111,7 +111,7 @@ func tracedCalls(e *env) {
 	}
 }
 
-// What a tracer returns may be nil.
+// A tracer may return nil for the context and for the function.
 func TestTracerReturnsNothing(t *testing.T) {
 	calls := 0
 	ending := func(ctx context.Context, _ Operation) (context.Context, func(OperationEnd)) {
@@ -130,7 +130,7 @@ func TestTracerReturnsNothing(t *testing.T) {
 	}
 }
 
-// Of two tracers the second one works under the first.
+// The operations of the second of two tracers are below those of the first.
 func TestTracerBoth(t *testing.T) {
 	var told []string
 	named := func(name string) Tracer {
@@ -159,16 +159,16 @@ func TestTracerEvent(t *testing.T) {
 	}
 }
 
-// Statements are reported under the call that they serve, with the address of the
-// server. Others are not reported: no heartbeat, no check of rows, no call without a
-// tracer.
+// Statements are reported under the call that they serve, with the address of the server. Other
+// statements are not reported: heartbeats, checks of rows, and those of calls without a tracer.
 func TestTracerStatements(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
 	u, err := url.Parse(uri)
 	require.NoError(t, err)
 	password, has := u.User.Password()
-	if !has { // the server asks for none, and takes any
+	// The server asks for no password, and accepts any.
+	if !has {
 		password = "sw0rdfish-of-the-traces"
 		u.User = url.UserPassword(u.User.Username(), password)
 	}
@@ -208,8 +208,7 @@ func TestTracerStatements(t *testing.T) {
 	}, names)
 }
 
-// A statement that the server rejects is reported with the server's error, and so is
-// its repeat.
+// A statement that the server rejects is reported with the server's error, and so is its repeat.
 func TestTracerStatementFails(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
@@ -240,7 +239,8 @@ func TestTracerStatementFails(t *testing.T) {
 	require.NoError(t, l.Release(t.Context()))
 }
 
-// Where a connection leads to, also one through a Unix socket or without a database.
+// leadsTo returns the server of a connection, including one through a Unix socket or without a
+// database.
 func TestTracerServer(t *testing.T) {
 	for _, test := range []struct {
 		network, address, dsn string
@@ -256,7 +256,7 @@ func TestTracerServer(t *testing.T) {
 	}
 }
 
-// Without a tracer nothing is spent.
+// Without a tracer there is no allocation.
 func TestTracerCost(t *testing.T) {
 	p, l, ctx := &PreemptiveLocker{conf: &PreemptiveLockerConfig{}}, &link{}, t.Context()
 	require.Zero(t, testing.AllocsPerRun(100, func() {
@@ -267,8 +267,8 @@ func TestTracerCost(t *testing.T) {
 	}))
 }
 
-// Every statement of a link has a name. The call exec or each of a link takes a context,
-// that of a line a duration.
+// Every statement of a link has a name. The methods exec and each of a link take a context, and
+// those of a line take a duration.
 func TestTracerStatementNames(t *testing.T) {
 	files, err := filepath.Glob("*.go")
 	require.NoError(t, err)
