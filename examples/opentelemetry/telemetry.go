@@ -1,4 +1,5 @@
-// Package telemetry exports what the locks of a provider do as OpenTelemetry spans and metrics. Copy it into your service.
+// Package telemetry exports the events of a provider's locks as OpenTelemetry spans and metrics.
+// Copy it into your service.
 //
 //	t, err := telemetry.New(otel.GetTracerProvider(), otel.GetMeterProvider())
 //	…
@@ -28,7 +29,7 @@ import (
 
 const name = "github.com/preemptable/locker/examples/opentelemetry"
 
-// Attributes for which there is no convention.
+// The attributes for which there is no convention.
 const (
 	EventKey   = attribute.Key("locker.event")
 	LockKey    = attribute.Key("locker.key")
@@ -78,7 +79,7 @@ func New(tracers trace.TracerProvider, meters metric.MeterProvider) (*Telemetry,
 	return t, errors.Join(failed[:]...)
 }
 
-// Trace is for locker.WithTracer.
+// Trace is the function for locker.WithTracer.
 func (t *Telemetry) Trace(ctx context.Context, op locker.Operation) (context.Context, func(locker.OperationEnd)) {
 	if op.Kind == locker.OperationStatement {
 		return t.statement(ctx, op)
@@ -97,7 +98,7 @@ func (t *Telemetry) Trace(ctx context.Context, op locker.Operation) (context.Con
 	}
 }
 
-// statement follows the conventions for PostgreSQL. Its name is the summary of the query.
+// statement follows the conventions for PostgreSQL. The span's name is the summary of the query.
 func (t *Telemetry) statement(ctx context.Context, op locker.Operation) (context.Context, func(locker.OperationEnd)) {
 	attributes := []attribute.KeyValue{
 		semconv.DBSystemNamePostgreSQL, semconv.DBNamespace(op.Database),
@@ -110,7 +111,8 @@ func (t *Telemetry) statement(ctx context.Context, op locker.Operation) (context
 	ctx, span := t.tracer.Start(ctx, op.Statement, trace.WithSpanKind(trace.SpanKindClient), trace.WithTimestamp(start),
 		trace.WithAttributes(attributes...), trace.WithAttributes(semconv.DBQueryText(strings.TrimSpace(op.Query))))
 	return ctx, func(end locker.OperationEnd) {
-		errorType := semconv.ErrorTypeOther.Value.AsString() // the connection's
+		// This is the type of an error of the connection.
+		errorType := semconv.ErrorTypeOther.Value.AsString()
 		var server interface{ SQLState() string }
 		if errors.As(end.Err, &server) {
 			errorType = server.SQLState()
@@ -134,9 +136,10 @@ func fail(span trace.Span, err error, errorType string) {
 	}
 }
 
-// Observe is for locker.WithObserver. No attribute of a metric holds a repo, an event or a key, nor do the claim's labels
-// (o.Labels: a commit, a URL) become attributes: every value would make a time series that never ends. Of a span they may
-// well be attributes: set them on the service's own.
+// Observe is the function for locker.WithObserver. No attribute of a metric contains a repo, an
+// event, a key, or the claim's labels (o.Labels: a commit, a URL), because every value would create
+// a time series that never ends. They can be attributes of a span: set them on the service's own
+// spans.
 func (t *Telemetry) Observe(o locker.Observation) {
 	ctx := context.Background()
 	with := metric.WithAttributes(KindKey.String(o.Kind.String()), OutcomeKey.String(outcomeOf(o.Err)))

@@ -20,7 +20,7 @@ import (
 	telemetry "github.com/preemptable/locker/examples/opentelemetry"
 )
 
-// What an operation that failed looks like.
+// TestErrors tests the span of an operation that failed.
 func TestErrors(t *testing.T) {
 	for _, test := range []struct {
 		kind        locker.OperationKind

@@ -1,4 +1,5 @@
-// Package metrics exports what the locks of a provider do as Prometheus metrics. Copy it into your service.
+// Package metrics exports the events of a provider's locks as Prometheus metrics. Copy it into your
+// service.
 //
 //	m := metrics.New(registry)
 //	provider, err := locker.NewPostgresProvider(uri, locker.WithObserver(m.Observe))
@@ -14,14 +15,15 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// Metrics counts and times what happens to locks.
+// Metrics counts and times the events of locks.
 //
 //	locker_events_total{kind,outcome}  counter; kind as in locker.ObservationKind, outcome as in locker.Outcome
 //	locker_wait_seconds{kind}          histogram of Lock: acquired, superseded, failed, skipped
 //	locker_hold_seconds{kind}          histogram of holds: released, revoked, lost
 //
-// The outcome is that of the observation's error: why a claim was superseded, has failed or was skipped, why a holder was
-// notified, and why a hold that was released had been notified. Without an error it is "completed".
+// The outcome is that of the observation's error. It is the reason why a claim was superseded,
+// failed or was skipped, why a holder was notified, and why a released hold had been notified.
+// Without an error it is "completed".
 //
 //	locker_queue, locker_held, locker_waiting, locker_connected, locker_suspended_seconds,
 //	locker_listening                 gauges of the provider, see WatchStats
@@ -52,9 +54,9 @@ func New(registry prometheus.Registerer) *Metrics {
 	return m
 }
 
-// Observe is for locker.WithObserver. No metric's label holds a repo, an event or a key, nor do the claim's own labels
-// (o.Labels: a commit, a URL) become labels of a metric: every value would make a time series that never ends. They belong
-// into a log.
+// Observe is the function for locker.WithObserver. No label of a metric contains a repo, an event,
+// a key, or a claim's own labels (o.Labels: a commit, a URL), because every value would create a
+// time series that never ends. They belong into a log.
 func (m *Metrics) Observe(o locker.Observation) {
 	kind := o.Kind.String()
 	outcome, _ := locker.OutcomeOf(o.Err)
@@ -67,7 +69,8 @@ func (m *Metrics) Observe(o locker.Observation) {
 	}
 }
 
-// WatchStats adds gauges of a provider's session. Providers without Stats, such as the fake, have none.
+// WatchStats adds gauges of a provider's session. Providers without Stats, such as the fake, have
+// none.
 func (m *Metrics) WatchStats(provider locker.LockProvider) {
 	p, ok := provider.(interface{ Stats() locker.Stats })
 	if !ok {

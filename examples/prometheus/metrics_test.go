@@ -16,7 +16,7 @@ import (
 	metrics "github.com/preemptable/locker/examples/prometheus"
 )
 
-// withStats lends the fake the Stats of a provider on PostgreSQL.
+// withStats adds the Stats of a provider on PostgreSQL to the fake.
 type withStats struct {
 	locker.LockProvider
 	stats locker.Stats
@@ -24,15 +24,17 @@ type withStats struct {
 
 func (p *withStats) Stats() locker.Stats { return p.stats }
 
-// A holder, a waiter that is superseded by a third one, a late one, one that is skipped and one that has to wait for too
-// long: scraped over HTTP as Prometheus does.
+// TestScrape scrapes the metrics over HTTP, as Prometheus does. There is a holder, a waiter that is
+// superseded by a third claim, a late claim, one that is skipped, and one that has to wait for too
+// long.
 func TestScrape(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	m := metrics.New(registry)
 	fake, err := locker.NewFakeProvider(locker.WithObserver(m.Observe))
 	require.NoError(t, err)
 	defer func() { require.NoError(t, fake.Close()) }()
-	m.WatchStats(fake) // it has none
+	// The fake has no Stats.
+	m.WatchStats(fake)
 	provider := &withStats{fake, locker.Stats{Queued: 3, Held: 1, Waiting: 2, Connected: true, Listening: true}}
 	m.WatchStats(provider)
 
@@ -47,7 +49,8 @@ func TestScrape(t *testing.T) {
 		_, err := newLocker("o/r", 1, "second").Sequence(2).Lock(ctx)
 		second <- err
 	}()
-	<-told // the second has been announced
+	// The second claim has been announced.
+	<-told
 	last := newLocker("o/r", 1, "third").Sequence(3)
 	go func() {
 		_, err := last.Lock(ctx)

@@ -1,18 +1,19 @@
-// Command webhook is a small service that deploys pull requests, of which any number of replicas may run side
-// by side.
+// Command webhook is a small service that deploys pull requests. Any number of replicas can run
+// side by side.
 //
-// GitHub delivers every push to one of the replicas. Each delivery claims the lock of its pull request before
-// it works: the newest claim wins, a job that is running for an older one is told to stop, and one that is
-// still waiting leaves immediately. With -mode the pushes to some branches let a running job finish. Replicas share
-// nothing but a PostgreSQL database; without -postgres the locks live in this process's memory, which is enough to
-// try it out.
+// GitHub delivers every push to one of the replicas. Each delivery claims the lock of its pull
+// request before it works. The newest claim wins: a job that runs for an older one is notified, and
+// an older one that still waits leaves immediately. With -mode the pushes to some branches let a
+// running job finish. Replicas share only a PostgreSQL database. Without -postgres the locks live
+// in this process's memory, which is enough to try it out.
 //
 //	WEBHOOK_SECRET=… go run ./examples/webhook -addr :8080 -name one -mode 'release/*=let_finish'
 //
-// What it does is written to stdout, one JSON object per line: received, turned away, skipped, started, told to
-// stop, stopped, finished, left, failed, and in the end what the delivery's commit is to show: reports. What the lock
-// library and the HTTP server have to say goes to stderr. With -ops an address of its own, for operators, answers
-// GET /locks and GET /ready.
+// The service writes events to stdout, one JSON object per line: "received", "turned away",
+// "skipped", "started", "told to stop", "stopped", "finished", "left" and "failed". The last event
+// of a delivery, "reports", is the result that its commit should show. Messages of the lock library
+// and of the HTTP server go to stderr. With -ops a second address, for operators, serves GET /locks
+// and GET /ready.
 package main
 
 import (
@@ -33,21 +34,22 @@ import (
 )
 
 const (
-	// preemptionTimeout is how long a job that was told to stop keeps its lock at most.
+	// preemptionTimeout is how long a job that was notified keeps its lock at most.
 	preemptionTimeout = 10 * time.Second
-	// maxDuration is how long a job may run before it is told to stop.
+	// maxDuration is how long a job may run before it is notified.
 	maxDuration = 30 * time.Minute
-	// patience is how long a delivery waits that lets the running job finish. The default lock timeout is too short
-	// for that: it is made for a job that was told to stop.
+	// patience is how long a delivery waits that lets the running job finish. The default lock
+	// timeout is too short for that, because it is meant for a job that was notified.
 	patience = maxDuration + preemptionTimeout + 10*time.Second
-	// shutdownTimeout is how long everything together may take to end: a job's winding down, and giving back
-	// its lock.
+	// shutdownTimeout bounds the whole shutdown: the time that a job takes to wind down, and the
+	// release of its lock.
 	shutdownTimeout = preemptionTimeout + 10*time.Second
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal ends the process the hard way
+	// A second signal ends the process immediately.
+	context.AfterFunc(ctx, stop)
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -60,7 +62,7 @@ func main() {
 type config struct {
 	addr     string
 	ops      string
-	postgres string // may hold a password: never printed
+	postgres string // may contain a password, so it is never printed
 	secret   string
 	from     string
 	name     string
@@ -75,7 +77,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	flags.SetOutput(stderr)
 	flags.StringVar(&c.addr, "addr", "127.0.0.1:8080", "address to listen on")
 	flags.StringVar(&c.ops, "ops", "", "address for operators to GET /locks and /ready from; keep it private (default: none; needs PostgreSQL)")
-	// No default from the environment here: -help prints defaults.
+	// There is no default from the environment here, because -help prints defaults.
 	flags.StringVar(&c.postgres, "postgres", "", "PostgreSQL `URI` (default: $WEBHOOK_POSTGRES_URI; if that is empty too, locks live in memory)")
 	flags.StringVar(&c.from, "from", "", "take deliveries of this `kind` of webhook alone, as X-GitHub-Hook-Installation-Target-Type says: repository, organization or integration, an app (default: all)")
 	flags.Func("mode", "what a push does to the job that runs: preempt, let_finish or skip_if_busy, as `[BRANCH=]MODE`; BRANCH is a pattern such as release/*; may be repeated, the first that matches counts (default preempt). With skip_if_busy a push that comes while another is at work is not deployed later, and one that comes too late is not turned away", c.modes.add)
@@ -104,13 +106,14 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	return c, nil
 }
 
-// closingProvider is what both providers are.
+// closingProvider is a provider that can be closed. Both providers are.
 type closingProvider interface {
 	locker.LockProvider
 	io.Closer
 }
 
-// newProvider also returns the provider as the one on PostgreSQL, or nil if locks live in memory.
+// newProvider returns the provider, and the same provider as the one on PostgreSQL, or nil if locks
+// live in memory.
 func newProvider(c config, log *slog.Logger) (closingProvider, *locker.PostgresLockProvider, error) {
 	options := []locker.LockProviderOption{
 		locker.WithPreemptionTimeout(preemptionTimeout),
@@ -125,7 +128,7 @@ func newProvider(c config, log *slog.Logger) (closingProvider, *locker.PostgresL
 	return postgres, postgres, err
 }
 
-// run serves until ctx is done and everything has ended after it.
+// run serves until ctx is done and everything has ended.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	c, err := parseConfig(args, getenv, stderr)
 	if err != nil {
@@ -151,7 +154,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	go func() { served <- server.Serve(listener) }()
 	about := []any{"addr", listener.Addr().String()}
 
-	ops := newServer(nil, log) // serves nothing unless it is given a handler and a listener
+	// This server serves nothing unless it gets a handler and a listener.
+	ops := newServer(nil, log)
 	if c.ops != "" {
 		opsListener, err := net.Listen("tcp", c.ops)
 		if err != nil {
@@ -164,13 +168,15 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	events.Info("listening", about...)
 
 	select {
-	case err = <-served: // it never returns nil, and here it was not asked to end
+	// Serve never returns nil, and here it was not asked to end.
+	case err = <-served:
 	case <-ctx.Done():
 		events.Info("shutting down")
 	}
 
-	// In this order: take nothing new, tell what runs to stop, hang up once every request has its answer, wait, and
-	// only then close what the jobs give their locks back to.
+	// The order matters. The worker stops accepting deliveries and notifies running jobs. The
+	// servers shut down once every request has its response. Then the jobs have to end. The
+	// provider is closed last, because the jobs release their locks through it.
 	deadline, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
 	worker.stop()

@@ -21,48 +21,56 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// maxBody bounds what is read of one request before anything about its sender is known. GitHub itself never
-// sends more than 25 MB; a pull_request delivery is about 25 KB.
+// maxBody bounds the part of a request that is read before its sender is authenticated. GitHub
+// never sends more than 25 MB, and a pull_request delivery has about 25 KB.
 const maxBody = 1 << 20
 
-// delivery is what this service needs to know of one webhook delivery.
+// delivery contains the data of one webhook delivery that this service needs.
 type delivery struct {
 	id     string
-	repo   string // whose locks it claims: the host and the number of the repository
+	repo   string // names the locks: the host and the number of the repository
 	name   string // for people: owner and name, which can change
 	pr     uint
 	action string
 	branch string
 	head   string
 	page   string // of the head commit, for people
-	actor  string // whose doing the event is
-	// updated is when GitHub last changed the pull request, as the payload says, to the second.
+	actor  string // the user that caused the event
+	// updated is when GitHub last changed the pull request, according to the payload, to the
+	// second.
 	updated time.Time
-	// arrived is when this replica accepted the delivery. Set by worker.accept.
+	// arrived is when this replica accepted the delivery. It is set by worker.accept.
 	arrived time.Time
 }
 
-// event names the delivery to other replicas and in their logs: it is the text that a run is told
-// when this delivery takes its place. It has the repository's name, because d.repo tells people nothing.
+// event describes the delivery to other replicas and in their logs. A job gets this text as the
+// reason when this delivery takes its place. It contains the repository's name, because d.repo
+// means nothing to people.
 func (d delivery) event() string {
 	return fmt.Sprintf("%s %.7s delivery %.8s of %s#%d", d.action, d.head, d.id, d.name, d.pr)
 }
 
-// spread is the room in an order for the deliveries of one second: 16 minutes in microseconds.
+// spread is the number of places in the order for the deliveries of one second: 16 minutes in
+// microseconds.
 const spread = 1_000_000_000
 
-// order is the delivery's place among those of its pull request, whenever and at whichever replica it arrives.
+// order returns the delivery's place among those of its pull request. It does not depend on when
+// and at which replica the delivery arrives.
 //
-// The second in which GitHub changed the pull request counts first. It is not enough: two pushes can fall into
-// one second, and a claim with the same order as one that is not over is turned away, so the newer push would
-// never be deployed. Within a second it is therefore the time at which GitHub made the delivery. A redelivery
-// keeps its id and hence its order: it is turned away while the first one is at work, and runs once that is over.
-// So is the same event that GitHub delivers a second time for another webhook, say for an app beside a repository's:
-// the id is that of the event, not of the webhook.
+// The second in which GitHub changed the pull request counts first. It is not enough, because two
+// pushes can fall into one second. A claim with the same order as one that still waits or holds is
+// rejected, so the newer push would never be deployed. Within a second the time therefore counts at
+// which GitHub created the delivery.
 //
-// That time comes out of the delivery's id, which is a time-based UUID in the examples of GitHub's
-// documentation, though all that it promises is that the id is unique. An id of another kind costs little: then the arrival counts, so that of two
-// pushes within one second the later to arrive wins, and a redelivery takes the place of its original.
+// A redelivery keeps its id and hence its order. It is rejected while the first delivery is at
+// work, and runs once that has ended. The same is true of an event that GitHub delivers a second
+// time for another webhook, for example for an app and for the repository, because the id is that
+// of the event and not of the webhook.
+//
+// The time of creation comes from the delivery's id. In the examples of GitHub's documentation the
+// id is a time-based UUID, but GitHub only promises that it is unique. With an id of another kind
+// the arrival counts. Then the later to arrive of two pushes within one second wins, and a
+// redelivery takes the place of its original.
 func (d delivery) order() int64 {
 	made := d.arrived
 	if id, err := uuid.Parse(d.id); err == nil && id.Version() == 1 {
@@ -72,33 +80,36 @@ func (d delivery) order() int64 {
 	return d.updated.Unix()*spread + min(max(age, 0), spread-1)
 }
 
-// job says what the delivery asks for, or "" when it asks for nothing.
+// job returns the kind of job that the delivery asks for, or "" if it asks for none.
 func (d delivery) job() string {
 	switch d.action {
 	case "opened", "reopened", "synchronize":
 		return "deploy"
 	case "closed":
 		return "destroy"
-	case "review_requested": // look whether what a reviewer is going to see works
+	// The test checks that what a reviewer is going to see works.
+	case "review_requested":
 		return "test"
 	default:
 		return ""
 	}
 }
 
-// labels are what a delivery tells about itself to those that it displaces, in any replica. GitHub bounds the length
-// of all these names, so that they stay below the size that labels may have.
+// labels returns the labels of the delivery's claim, which reach the claims that lose to it, in any
+// replica. GitHub bounds the length of all these names, so they stay below the size that labels may
+// have.
 func (d delivery) labels() map[string]string {
 	return map[string]string{"delivery": d.id, "commit": d.head, "url": d.page, "actor": d.actor}
 }
 
-// modes say what the pushes to a branch do to the job that runs: the first whose pattern matches counts.
+// modes determine what the pushes to a branch do to a running job. The first pattern that matches
+// counts.
 type modes []struct {
-	branch string // a pattern; "" is every branch
+	branch string // a pattern, or "" for every branch
 	mode   locker.ClaimMode
 }
 
-// add is for a flag: "let_finish", or "release/*=let_finish".
+// add parses the value of a flag: "let_finish", or "release/*=let_finish".
 func (m *modes) add(text string) error {
 	branch, name, ok := strings.Cut(text, "=")
 	if !ok {
@@ -119,9 +130,9 @@ func (m *modes) add(text string) error {
 	return errors.New("want preempt, let_finish or skip_if_busy")
 }
 
-// of returns the mode of a delivery's claim. Only pushes have a choice. Of a pull request that was closed nothing has
-// to be deployed any longer, and a test is of no use while a job runs that changes what it looks at: every deployment
-// ends with the same test.
+// of returns the mode of a delivery's claim. Only pushes have a choice. A pull request that was
+// closed needs no deployment any longer. A test is useless while a job runs that changes what the
+// test looks at, and every deployment ends with the same test.
 func (m modes) of(d delivery) locker.ClaimMode {
 	switch d.job() {
 	case "destroy":
@@ -137,9 +148,9 @@ func (m modes) of(d delivery) locker.ClaimMode {
 	return locker.Preempt
 }
 
-// newHandler serves POST /webhook and GET /healthz. It answers a delivery as soon as the worker has accepted
-// it: GitHub hangs up after ten seconds, and a deployment takes longer. If from is not empty, deliveries of other
-// kinds of webhooks are ignored.
+// newHandler serves POST /webhook and GET /healthz. It responds as soon as the worker has accepted
+// a delivery, because GitHub hangs up after ten seconds, and a deployment takes longer. If from is
+// not empty, deliveries of other kinds of webhooks are ignored.
 func newHandler(secret []byte, from string, w *worker) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(rw http.ResponseWriter, _ *http.Request) {
@@ -149,7 +160,7 @@ func newHandler(secret []byte, from string, w *worker) http.Handler {
 		}
 		fmt.Fprintln(rw, "ok")
 	})
-	// The pattern's method makes the mux answer 405 to every other one.
+	// Because the pattern contains the method, the mux responds with 405 to every other one.
 	mux.HandleFunc("POST /webhook", func(rw http.ResponseWriter, r *http.Request) {
 		d, status, err := readDelivery(rw, r, secret)
 		switch {
@@ -166,9 +177,9 @@ func newHandler(secret []byte, from string, w *worker) http.Handler {
 	return mux
 }
 
-// readDelivery reads, authenticates and parses one request, in this order: nothing is parsed before the
-// signature has been found to be right. The status goes with the error. An event that is no pull_request gives
-// a delivery without a job.
+// readDelivery reads, authenticates and parses one request, in this order. Nothing is parsed before
+// the signature has been verified. If there is an error, the status belongs to it. For an event
+// other than pull_request it returns a delivery without a job.
 func readDelivery(rw http.ResponseWriter, r *http.Request, secret []byte) (delivery, int, error) {
 	body, err := io.ReadAll(http.MaxBytesReader(rw, r.Body, maxBody))
 	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
@@ -227,9 +238,10 @@ func readDelivery(rw http.ResponseWriter, r *http.Request, secret []byte) (deliv
 	return d, 0, nil
 }
 
-// lockName is what a repository is called in its locks: github.com/186853002. Its number stays when it is renamed or
-// moved to another owner, and has no upper and lower case; the host tells two servers apart. It returns "" if one of
-// them is missing.
+// lockName returns the name of a repository in its locks, such as github.com/186853002. The
+// repository's number stays the same when it is renamed or moved to another owner, and has no upper
+// and lower case. The host distinguishes two servers. lockName returns "" if one of them is
+// missing.
 func lockName(page string, id int64) string {
 	u, err := url.Parse(page)
 	if err != nil || u.Host == "" || id <= 0 {
@@ -238,12 +250,12 @@ func lockName(page string, id int64) string {
 	return fmt.Sprintf("%s/%d", strings.ToLower(u.Host), id)
 }
 
-// readyTimeout bounds GET /ready. It is below the second that Kubernetes waits by default.
+// readyTimeout bounds GET /ready. It is shorter than the second that Kubernetes waits by default.
 const readyTimeout = 900 * time.Millisecond
 
-// newOpsHandler serves GET /locks: what is held and waited for in the whole database; and GET /ready: whether this
-// replica can take locks, which ping finds out, and takes deliveries. It is not for the address that GitHub reaches,
-// because it knows no secret.
+// newOpsHandler serves GET /locks, the locks that are held or waited for in the whole database, and
+// GET /ready, which reports whether this replica can acquire locks, according to ping, and accepts
+// deliveries. It must not be reachable from the address for GitHub, because it requires no secret.
 func newOpsHandler(list func(context.Context) ([]locker.LockStatus, error), ping func(context.Context) error, w *worker) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /ready", func(rw http.ResponseWriter, r *http.Request) {
@@ -254,7 +266,8 @@ func newOpsHandler(list func(context.Context) ([]locker.LockStatus, error), ping
 		ctx, cancel := context.WithTimeout(r.Context(), readyTimeout)
 		defer cancel()
 		if err := ping(ctx); err != nil {
-			http.Error(rw, err.Error(), http.StatusServiceUnavailable) // errors of the library hold no password
+			// Errors of the library contain no password.
+			http.Error(rw, err.Error(), http.StatusServiceUnavailable)
 			return
 		}
 		fmt.Fprintln(rw, "ok")
@@ -262,19 +275,23 @@ func newOpsHandler(list func(context.Context) ([]locker.LockStatus, error), ping
 	mux.HandleFunc("GET /locks", func(rw http.ResponseWriter, r *http.Request) {
 		holders, err := list(r.Context())
 		if err != nil {
-			http.Error(rw, err.Error(), http.StatusInternalServerError) // errors of the library hold no password
+			// Errors of the library contain no password.
+			http.Error(rw, err.Error(), http.StatusInternalServerError)
 			return
 		}
 		rw.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(rw).Encode(append([]locker.LockStatus{}, holders...)) // [] rather than null; a reader that is gone needs no error
+		// An empty list is encoded as [], not as null. If the reader is gone, the error does not
+		// matter.
+		_ = json.NewEncoder(rw).Encode(append([]locker.LockStatus{}, holders...))
 	})
 	return mux
 }
 
 const signaturePrefix = "sha256="
 
-// validSignature reports whether header is the signature that GitHub computes for body: "sha256=" and the
-// hexadecimal HMAC-SHA256 of the raw bytes. The comparison takes the same time wherever the two differ.
+// validSignature reports whether header is the signature that GitHub computes for body: "sha256="
+// and the hexadecimal HMAC-SHA256 of the raw bytes. The comparison takes the same time wherever the
+// two differ.
 func validSignature(secret, body []byte, header string) bool {
 	digits, ok := strings.CutPrefix(header, signaturePrefix)
 	if !ok {

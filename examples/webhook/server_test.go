@@ -27,7 +27,7 @@ import (
 
 const testSecret = "It's a Secret to Everybody"
 
-// event is one line of what the service says.
+// event is one line of the service's events.
 type event struct {
 	Time     time.Time `json:"time"`
 	Kind     string    `json:"msg"`
@@ -52,7 +52,7 @@ type event struct {
 type eventLog struct {
 	mu    sync.Mutex
 	lines []event
-	seen  chan event // when not nil, gets every event too
+	seen  chan event // if not nil, receives every event as well
 }
 
 func (l *eventLog) Write(line []byte) (int, error) {
@@ -69,7 +69,7 @@ func (l *eventLog) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// of returns what happened to one delivery, in order: "received", "started", …, without what it reports.
+// of returns the events of one delivery, in order: "received", "started", …, except for "reports".
 func (l *eventLog) of(delivery string) []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -98,7 +98,7 @@ func testWorker(t *testing.T) (*worker, *eventLog) {
 	return testWorkerOn(t, fakeProvider(t))
 }
 
-// fakeProvider is closed once the test, and the workers on it, have ended.
+// fakeProvider creates a provider that is closed once the test, and the workers on it, have ended.
 func fakeProvider(t *testing.T, options ...locker.LockProviderOption) *locker.FakeLockProvider {
 	t.Helper()
 	provider, err := locker.NewFakeProvider(options...)
@@ -126,7 +126,8 @@ func recorded(t testing.TB, action string) []byte {
 	return body
 }
 
-// push returns a recorded push as if it had been made just now; in a bubble that is a moment of the bubble's.
+// push returns a recorded push as if it had been made now. In a bubble that is the time of the
+// bubble.
 func push(t testing.TB) []byte {
 	t.Helper()
 	const then = `"updated_at": "2019-05-15T15:20:33Z"`
@@ -152,7 +153,7 @@ func statusOf(h http.Handler, r *http.Request) int {
 }
 
 func TestSignature(t *testing.T) {
-	// The example from GitHub's documentation.
+	// An example of GitHub's documentation.
 	const good = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
 	for name, tc := range map[string]struct {
 		header string
@@ -258,13 +259,15 @@ func TestEventAndJob(t *testing.T) {
 	})
 }
 
-// The older of two pushes is told to stop, and by which; the newer one runs after it and finishes.
+// The older of two pushes is notified, with the newer one as the reason. The newer one runs after
+// it and finishes.
 func TestNewerPushWins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)
 		h := newHandler([]byte(testSecret), "", w)
 		require.Equal(t, 202, statusOf(h, signed("first000-1", push(t))))
-		synctest.Wait() // it works
+		// The first job runs.
+		synctest.Wait()
 		time.Sleep(2500 * time.Millisecond)
 		require.Equal(t, 202, statusOf(h, signed("second00-2", push(t))))
 		require.NoError(t, w.wait(t.Context()))
@@ -278,7 +281,7 @@ func TestNewerPushWins(t *testing.T) {
 	})
 }
 
-// What a delivery's commit is to show, with the page of the newer commit; and which delivery an event is caused by.
+// A commit's report names the page of the newer commit. An event names the delivery that caused it.
 func TestReports(t *testing.T) {
 	const page = "https://github.com/Codertocat/Hello-World/pull/2/commits/"
 	const head = "ec26c3e57ca3a959ca5aad62de7213c562f8c821"
@@ -303,7 +306,7 @@ func TestReports(t *testing.T) {
 	})
 }
 
-// The words for what cannot be brought about here: see locker.Outcome.
+// The reports of errors that the other tests do not cause: see locker.Outcome.
 func TestReportOfErrors(t *testing.T) {
 	for err, want := range map[error][2]string{
 		locker.ErrLockBusy:        {"skipped", "skipped: at work is another delivery"},
@@ -319,8 +322,8 @@ func TestReportOfErrors(t *testing.T) {
 	}
 }
 
-// On a branch whose pushes let the running job finish, it does, and of the pushes that wait meanwhile the newest runs
-// after it. A pull request that is closed stops it all the same.
+// On a branch whose pushes let the running job finish, it does. Of the pushes that wait meanwhile
+// the newest runs after it. Closing the pull request stops it anyway.
 func TestLetFinish(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)
@@ -346,7 +349,7 @@ func TestLetFinish(t *testing.T) {
 	})
 }
 
-// A test is skipped while a deployment runs, and disturbs none; on its own it runs.
+// A test is skipped while a deployment runs, and does not stop it. Alone it runs.
 func TestSkipped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)
@@ -390,7 +393,7 @@ func TestModes(t *testing.T) {
 		{"synchronize", "main", locker.Preempt},
 		{"opened", "release/1.4", locker.LetFinish},
 		{"reopened", "dependabot/go", locker.SkipIfBusy},
-		{"synchronize", "release/1.0", locker.LetFinish}, // the first counts
+		{"synchronize", "release/1.0", locker.LetFinish}, // the first pattern counts
 		{"closed", "release/1.4", locker.Preempt},
 		{"review_requested", "release/1.4", locker.SkipIfBusy},
 	} {
@@ -417,7 +420,8 @@ func TestWaitingPushLeaves(t *testing.T) {
 	})
 }
 
-// A job that winds down for longer than the preemption timeout has lost its lock meanwhile, and that is an error.
+// A job that winds down for longer than the preemption timeout has lost its lock meanwhile, which
+// is an error.
 func TestOverrun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		provider := fakeProvider(t, locker.WithPreemptionTimeout(500*time.Millisecond))
@@ -443,8 +447,8 @@ func (p *unfairProvider) LockKey(ctx context.Context, repo string, pr uint) (int
 	return p.LockProvider.LockKey(ctx, repo, pr)
 }
 
-// Of a burst it is the last to arrive that finishes, however long the claims take, and no pull request disturbs
-// another.
+// The last push of a burst finishes, and no other, however long the claims take. Pull requests do
+// not affect each other.
 func TestBurst(t *testing.T) {
 	const pulls, pushes = 5, 40
 	synctest.Test(t, func(t *testing.T) {
@@ -481,7 +485,8 @@ func (p *failingProvider) LockKey(ctx context.Context, repo string, pr uint) (in
 	return p.LockProvider.LockKey(ctx, repo, pr)
 }
 
-// A delivery whose claim cannot be announced says so, and does not hold up the ones behind it.
+// A delivery whose claim cannot be announced is logged as failed, and does not delay the following
+// ones.
 func TestFailedClaim(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		provider := fakeProvider(t)
@@ -500,7 +505,7 @@ func TestFailedClaim(t *testing.T) {
 	})
 }
 
-// running is the whole service, reached over real connections.
+// running is the whole service, which is reached over real connections.
 type running struct {
 	t        *testing.T
 	url, ops string
@@ -528,7 +533,7 @@ func startService(t *testing.T, env map[string]string, args ...string) *running 
 	return s
 }
 
-// next returns the next event that is no report.
+// next returns the next event other than "reports".
 func (s *running) next() event {
 	s.t.Helper()
 	select {
@@ -545,7 +550,7 @@ func (s *running) next() event {
 	return event{}
 }
 
-// post delivers what is to be accepted.
+// post sends a delivery and requires that it is accepted.
 func (s *running) post(id string, body []byte) {
 	s.t.Helper()
 	r := signed(id, body)
@@ -569,7 +574,7 @@ func (s *running) get(url string) (status int, body []byte) {
 	return res.StatusCode, body
 }
 
-// end shuts the service down and waits until it has ended well.
+// end shuts the service down and requires that it ends without an error.
 func (s *running) end() {
 	s.t.Helper()
 	s.shutdown()
@@ -581,8 +586,8 @@ func (s *running) end() {
 	}
 }
 
-// The whole service over a real connection: it ends what runs and what waits, says why, and returns without an
-// error.
+// The whole service, over a real connection: when it shuts down it ends the jobs that run and wait,
+// logs the reason, and returns no error.
 func TestGracefulShutdown(t *testing.T) {
 	s := startService(t, nil, "-work", "1h", "-wind-down", "1ms")
 	status, _ := s.get(s.url + "/healthz")
@@ -597,8 +602,8 @@ func TestGracefulShutdown(t *testing.T) {
 	require.Error(t, err, "it still listens")
 }
 
-// Recorded deliveries, byte for byte, over real connections: GitHub delivers the push once more after the pull
-// request was closed. It must not bring the environment back.
+// Recorded deliveries are sent byte for byte over real connections. GitHub delivers the push once
+// more after the pull request was closed. It must not deploy the environment again.
 func TestLateDelivery(t *testing.T) {
 	const opened, pushed, closed = "72d3162e-cc78-11e3-81ab-4c9367dc0958", "72d31630-cc78-11e3-81ab-4c9367dc0958", "72d31640-cc78-11e3-81ab-4c9367dc0958"
 	s := startService(t, nil, "-work", "1ms")
@@ -617,7 +622,7 @@ func TestLateDelivery(t *testing.T) {
 	require.Equal(t, []string{"received", "started", "finished", "received", "turned away"}, s.events.of(pushed))
 }
 
-// While one closes the environment a late push arrives: the job that runs is not disturbed.
+// While a job closes the environment a late push arrives. The job is not notified.
 func TestLateDeliveryDisturbsNoOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)
@@ -631,8 +636,8 @@ func TestLateDeliveryDisturbsNoOther(t *testing.T) {
 	})
 }
 
-// A redelivery of what is at work is turned away, at whichever replica it arrives; once the work is over it is
-// how one tries again.
+// A redelivery of the delivery at work is rejected, at whichever replica it arrives. Once the work
+// has ended, a redelivery runs it again.
 func TestRedelivery(t *testing.T) {
 	const id = "72d3162e-cc78-11e3-81ab-4c9367dc0958"
 	synctest.Test(t, func(t *testing.T) {
@@ -656,16 +661,16 @@ func TestRedelivery(t *testing.T) {
 	})
 }
 
-// GitHub delivers one push for an app and for a repository's webhook, with the same id, milliseconds apart and to
-// two replicas. The second disturbs no job. Where every webhook has ids of its own it stops the first, unless one
-// kind of webhook is ignored.
+// GitHub delivers one push for an app and for a repository's webhook, with the same id,
+// milliseconds apart and to two replicas. The second delivery stops no job. If every webhook has
+// different ids, the second stops the first, unless one kind of webhook is ignored.
 func TestSamePushTwice(t *testing.T) {
 	const one, other = "72d3162e-cc78-11e3-81ab-4c9367dc0958", "72d4008e-cc78-11e3-81ab-4c9367dc0958" // 6 ms later
 	for name, tc := range map[string]struct {
 		from          string
 		second        string // the id of the second delivery
 		status        int
-		first, events []string // of the first and of the second
+		first, events []string // of the first and of the second delivery
 	}{
 		"one id": {"", one, 202,
 			[]string{"received", "started", "finished"}, []string{"received", "turned away"}},
@@ -676,7 +681,8 @@ func TestSamePushTwice(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				time.Sleep(time.Until(time.Date(2014, 4, 25, 12, 52, 24, 600e6, time.UTC))) // 20 ms after the first id was made
+				// This is 20 ms after the first id was created.
+				time.Sleep(time.Until(time.Date(2014, 4, 25, 12, 52, 24, 600e6, time.UTC)))
 				body := push(t)
 				provider := fakeProvider(t)
 				deliver := func(w *worker, kind, id string) int {
@@ -698,8 +704,8 @@ func TestSamePushTwice(t *testing.T) {
 	}
 }
 
-// What is one repository has one name in the locks: after it was renamed or moved, in whatever case it is written. Two
-// hosts have different ones.
+// A repository has one name in the locks, even after it was renamed or moved, and in whatever case
+// it is written. On another host it has another name.
 func TestLockName(t *testing.T) {
 	const want = "github.com/186853002"
 	require.Equal(t, want, lockName("https://github.com/Codertocat/Hello-World", 186853002))
@@ -711,7 +717,8 @@ func TestLockName(t *testing.T) {
 	require.Empty(t, lockName("https://%", 1))
 }
 
-// A push after the repository was renamed stops the work of one before, and the same names on another host do not.
+// A push after the repository was renamed stops the work of one from before. A repository of the
+// same name on another host does not.
 func TestRenamedRepository(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)
@@ -732,8 +739,8 @@ func TestRenamedRepository(t *testing.T) {
 	})
 }
 
-// Two pushes within one second of GitHub's clock: the newer one wins by the time in its id, in whatever order they
-// arrive; with ids that hold no time, the later to arrive wins.
+// Of two pushes within one second of GitHub's clock the newer one wins, by the time in its id, in
+// whatever order they arrive. If the ids contain no time, the later to arrive wins.
 func TestTwoPushesInOneSecond(t *testing.T) {
 	for name, tc := range map[string]struct{ arriveFirst, arriveLast, wins string }{
 		"in order":     {"72d3162e-cc78-11e3-81ab-4c9367dc0958", "72d3172e-cc78-11e3-81ab-4c9367dc0958", "72d3172e-cc78-11e3-81ab-4c9367dc0958"},
@@ -743,7 +750,8 @@ func TestTwoPushesInOneSecond(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				time.Sleep(time.Until(time.Date(2014, 4, 25, 12, 52, 24, 600e6, time.UTC))) // 20 ms after the ids were made
+				// This is 20 ms after the ids were created.
+				time.Sleep(time.Until(time.Date(2014, 4, 25, 12, 52, 24, 600e6, time.UTC)))
 				w, events := testWorker(t)
 				h := newHandler([]byte(testSecret), "", w)
 				for _, id := range []string{tc.arriveFirst, tc.arriveLast} {
@@ -767,7 +775,7 @@ func TestOrder(t *testing.T) {
 	order := func(id string, updated, arrived time.Time) int64 {
 		return delivery{id: id, updated: updated, arrived: arrived}.order()
 	}
-	// An example of GitHub's documentation, which says that it was delivered at 20:33:44.
+	// An example of GitHub's documentation. According to it, the delivery was sent at 20:33:44.
 	const made = "58474f00-b361-11eb-836d-0e4f3503ccbe"
 	base := second.Unix() * 1_000_000_000
 	require.Equal(t, base+920_000, order(made, second, second.Add(time.Hour)), "the arrival does not count")
@@ -786,7 +794,7 @@ func TestLocks(t *testing.T) {
 		status  int
 		want    string
 	}{
-		"some":    {held, nil, 200, `[{"Key":"9007199254740993","Repo":"o/r"`}, // JavaScript would make it …992
+		"some":    {held, nil, 200, `[{"Key":"9007199254740993","Repo":"o/r"`}, // JavaScript would round the number to …992
 		"none":    {nil, nil, 200, "[]"},
 		"failing": {nil, errors.New("no connection"), 500, "no connection"},
 	} {
@@ -830,7 +838,7 @@ func TestReady(t *testing.T) {
 	})
 }
 
-// On PostgreSQL: the same late delivery, and what operators see while a job runs.
+// The same late delivery on PostgreSQL, and what operators see while a job runs.
 func TestPostgres(t *testing.T) {
 	instance, err := pgserver.Shared(t.Context())
 	if errors.Is(err, pgserver.ErrNoBinaries) {
@@ -873,7 +881,8 @@ func TestPostgres(t *testing.T) {
 	require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, s.events.of(closed))
 }
 
-// Once shutdown has begun a delivery is refused, so that GitHub shows it as failed, and what waits leaves.
+// Once shutdown has begun a delivery is rejected, so that GitHub shows it as failed, and waiting
+// deliveries leave.
 func TestStoppedWorker(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, events := testWorker(t)

@@ -12,26 +12,26 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// errShutdown is what running work is told when the service ends.
+// errShutdown is the cause with which running work is canceled when the service ends.
 var errShutdown = errors.New("the service is shutting down")
 
-// steps is the number of parts into which a simulated job is cut; between two of them it looks whether it
-// should stop.
+// steps is the number of parts of a simulated job. Between two of them the job checks whether it
+// has to stop.
 const steps = 10
 
-// worker runs one job per delivery, each in a goroutine of its own, under the lock of the delivery's pull
-// request.
+// worker runs one job per delivery, each in a separate goroutine, under the lock of the delivery's
+// pull request.
 //
-// There is no queue and no limit on goroutines: of one pull request at most one job runs and one waits, because
-// every other claim is displaced as soon as a newer one is announced.
+// It needs no queue and no limit on goroutines. For each pull request at most one job runs and one
+// waits, because every other claim is superseded as soon as a newer one is announced.
 type worker struct {
 	newLocker locker.PreemptiveLockerFactory
 	modes     modes
-	duration  time.Duration // of one undisturbed job
-	windDown  time.Duration // that a job takes to leave things tidy once it has been told to stop
+	duration  time.Duration // of a job that is not notified
+	windDown  time.Duration // the time that a notified job takes to leave everything in order
 	events    *slog.Logger
 
-	ctx     context.Context // of all jobs; ends at shutdown
+	ctx     context.Context // of all jobs, canceled at shutdown
 	cancel  context.CancelCauseFunc
 	running sync.WaitGroup
 
@@ -51,8 +51,8 @@ func newWorker(provider locker.LockProvider, modes modes, duration, windDown tim
 	return w, nil
 }
 
-// accept starts the delivery's job and returns immediately. It returns false, and does nothing, once shutdown has
-// begun.
+// accept starts the delivery's job and returns immediately. Once shutdown has begun, it returns
+// false and does nothing.
 func (w *worker) accept(d delivery) bool {
 	log := w.events.With("repo", d.name, "lock", d.repo, "pr", d.pr, "job", d.job(), "event", d.event(), "delivery", d.id,
 		"mode", w.modes.of(d).String())
@@ -62,7 +62,8 @@ func (w *worker) accept(d delivery) bool {
 		return false
 	}
 	d.arrived = time.Now()
-	if next := w.arrival.Add(time.Microsecond); d.arrived.Before(next) { // no two within what an order can tell apart
+	// No two deliveries may arrive within the resolution of an order.
+	if next := w.arrival.Add(time.Microsecond); d.arrived.Before(next) {
 		d.arrived = next
 	}
 	w.arrival = d.arrived
@@ -71,13 +72,13 @@ func (w *worker) accept(d delivery) bool {
 	return true
 }
 
-// run claims the pull request's lock, works while it is held, and tells how it went.
+// run claims the pull request's lock, works while it is held, and logs the result.
 func (w *worker) run(d delivery, log *slog.Logger) {
 	started := false
 	err := w.claim(d).Do(w.ctx, func(ctx context.Context) error {
 		started = true
-		// A real job hands the token to whatever it changes, so that a write by a holder that was cut off and
-		// does not know it yet can be refused there.
+		// A real job passes the token to every resource that it changes. The resource can then
+		// reject a write by a holder that was cut off and does not know it yet.
 		return w.work(ctx, log.With("token", locker.TokenFromContext(ctx)))
 	})
 	reason := ""
@@ -91,14 +92,15 @@ func (w *worker) run(d delivery, log *slog.Logger) {
 	case locker.OutcomeOutdated, locker.OutcomeSuperseded, locker.OutcomePreempted, locker.OutcomeCanceled, locker.OutcomeStopped:
 		switch {
 		case started:
-			// The work itself has said that it was told to stop, and why.
+			// The work itself has logged that it was notified, and the reason.
 		case errors.Is(err, locker.ErrClaimOutdated):
-			// A newer delivery was here before, or this one is a redelivery of what is at work. No other was
-			// disturbed.
+			// A newer delivery came before, or this one is a redelivery of the one at work. No
+			// other job was notified.
 			by := rival(err).Labels["delivery"]
 			log.Info("turned away", "reason", reason, "by", by)
 			if by == d.id {
-				return // what is at work reports
+				// The delivery at work reports.
+				return
 			}
 		case w.ctx.Err() != nil && outcome == locker.OutcomeCanceled:
 			log.Info("left", "reason", context.Cause(w.ctx).Error())
@@ -106,10 +108,10 @@ func (w *worker) run(d delivery, log *slog.Logger) {
 			log.Info("left", "reason", reason, "by", rival(err).Labels["delivery"])
 		}
 	default:
-		// OutcomeLost: the job lost its lock, or went on for so long after it was told to stop that the lock was
-		// taken away: another one may have run concurrently. OutcomeTimeout: the lock was not free in time. GitHub
-		// can deliver again; a service that must not miss the newest state keeps its deliveries in a table and tries
-		// again by itself.
+		// OutcomeLost: the job lost its lock, or continued for so long after its notification that
+		// the lock was revoked. Another job may have run concurrently. OutcomeTimeout: the lock was
+		// not free in time. GitHub can deliver again. A service that must not miss the newest state
+		// keeps its deliveries in a table and retries them itself.
 		log.Error("failed", "outcome", outcome.String(), "reason", reason)
 	}
 	conclusion, summary := report(err)
@@ -120,7 +122,8 @@ func (w *worker) run(d delivery, log *slog.Logger) {
 func (w *worker) claim(d delivery) *locker.PreemptiveLocker {
 	mode := w.modes.of(d)
 	lock := w.newLocker(d.repo, d.pr, d.event()).Mode(mode).Labels(d.labels())
-	if mode != locker.SkipIfBusy { // which is compared with no other claim
+	// A claim that skips is compared with no other claim, so it has no sequence number.
+	if mode != locker.SkipIfBusy {
 		lock.Sequence(d.order())
 	}
 	if mode == locker.LetFinish {
@@ -129,7 +132,8 @@ func (w *worker) claim(d delivery) *locker.PreemptiveLocker {
 	return lock
 }
 
-// rival returns the other claim of an error. All its fields are zero if it is not known, as after an outage.
+// rival returns the other claim of an error. All its fields are zero if it is not known, for
+// example after an outage.
 func rival(err error) locker.ClaimInfo {
 	var conflict *locker.ConflictError
 	if errors.As(err, &conflict) {
@@ -138,8 +142,8 @@ func rival(err error) locker.ClaimInfo {
 	return locker.ClaimInfo{}
 }
 
-// report returns what the check of the delivery's commit is to show, in the words of GitHub's API for check runs. A
-// real service sends it there.
+// report returns what the check of the delivery's commit should show, in the words of GitHub's API
+// for check runs. A real service sends it there.
 func report(err error) (conclusion, summary string) {
 	switch outcome, finished := locker.OutcomeOf(err); outcome {
 	case locker.OutcomeCompleted:
@@ -166,14 +170,14 @@ func report(err error) (conclusion, summary string) {
 	}
 }
 
-// about names the other claim of an error to people: by its page, if the claim has told it.
+// about describes the other claim of an error to people: by the URL in its labels, if there is one.
 func about(err error) string {
 	other := rival(err)
 	return cmp.Or(other.Labels["url"], other.Event, "another delivery")
 }
 
-// work stands for the deployment. It runs while the lock is held, and everything it says is said before the
-// lock is released.
+// work stands for the deployment. It runs while the lock is held, and everything that it logs is
+// logged before the lock is released.
 func (w *worker) work(ctx context.Context, log *slog.Logger) error {
 	log.Info("started")
 	for range steps {
@@ -183,8 +187,8 @@ func (w *worker) work(ctx context.Context, log *slog.Logger) error {
 			cause := context.Cause(ctx)
 			outcome, _ := locker.OutcomeOf(cause)
 			log.Info("told to stop", "reason", cause.Error(), "outcome", outcome.String(), "by", rival(cause).Labels["delivery"])
-			// Still under the lock: it stays ours for the preemption timeout, and winding down has to fit in
-			// there.
+			// The lock is still held, for the preemption timeout at most. Winding down must not
+			// take longer.
 			time.Sleep(w.windDown)
 			log.Info("stopped")
 			return fmt.Errorf("job stopped early: %w", ctx.Err())
@@ -200,7 +204,7 @@ func (w *worker) stopping() bool {
 	return w.closed
 }
 
-// stop makes accept refuse further deliveries and tells everything that runs or waits to end.
+// stop makes accept reject further deliveries, and cancels everything that runs or waits.
 func (w *worker) stop() {
 	w.mu.Lock()
 	w.closed = true
@@ -208,7 +212,8 @@ func (w *worker) stop() {
 	w.cancel(errShutdown)
 }
 
-// wait returns when every job has ended and given back its lock, or with ctx's error if that comes first.
+// wait returns when every job has ended and released its lock, or with ctx's error if that comes
+// first.
 func (w *worker) wait(ctx context.Context) error {
 	done := make(chan struct{})
 	go func() {

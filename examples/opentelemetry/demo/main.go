@@ -1,5 +1,6 @@
-// Demo prints the spans and the metrics of one preemption, both sides: a deployment that is notified, and the newer one that
-// takes its place. It needs a PostgreSQL: scripts/with-postgres finds one.
+// Demo prints the spans and the metrics of both sides of one preemption: a deployment that is
+// notified, and the newer one that takes its place. It needs PostgreSQL, which
+// scripts/with-postgres finds.
 //
 //	scripts/with-postgres sh -c 'cd examples/opentelemetry && go run ./demo'
 package main
@@ -55,7 +56,7 @@ func run(ctx context.Context, out io.Writer) error {
 	return nil
 }
 
-// preemption has two deployments of one pull request, and returns what was exported.
+// preemption runs two deployments of one pull request, and returns the exported spans and metrics.
 func preemption(ctx context.Context, uri string) (spans tracetest.SpanStubs, metrics metricdata.ResourceMetrics, err error) {
 	exporter := tracetest.NewInMemoryExporter()
 	tracers := sdktrace.NewTracerProvider(sdktrace.WithSyncer(exporter))
@@ -79,7 +80,7 @@ func preemption(ctx context.Context, uri string) (spans tracetest.SpanStubs, met
 		return nil, metrics, err
 	}
 
-	// A service has a span of its own around each deployment. The lock is under it.
+	// A service has a separate span for each deployment. The lock's span is below it.
 	deploy := func(event string, work func(ctx context.Context) error) error {
 		ctx, span := tracers.Tracer("demo").Start(ctx, "deploy", trace.WithAttributes(telemetry.EventKey.String(event)))
 		defer span.End()
@@ -93,7 +94,8 @@ func preemption(ctx context.Context, uri string) (spans tracetest.SpanStubs, met
 	go func() {
 		older <- deploy("push 1", func(ctx context.Context) error {
 			close(held)
-			<-ctx.Done() // notified: a newer push has arrived
+			// ctx is canceled when a newer push has arrived.
+			<-ctx.Done()
 			return nil
 		})
 	}()
@@ -109,7 +111,8 @@ func preemption(ctx context.Context, uri string) (spans tracetest.SpanStubs, met
 	return exporter.GetSpans(), metrics, reader.Collect(ctx, &metrics)
 }
 
-// printSpans prints the spans as trees, in the order of their starts. Where the statements went to is printed once.
+// printSpans prints the spans as trees, in the order of their starts. It prints the server of the
+// statements once.
 func printSpans(out io.Writer, spans tracetest.SpanStubs) {
 	slices.SortFunc(spans, func(a, b tracetest.SpanStub) int { return a.StartTime.Compare(b.StartTime) })
 	server := map[attribute.Key]string{}
@@ -148,7 +151,7 @@ func short(text string) string {
 	return text
 }
 
-// printMetrics prints one line for each series: counts, and sums in seconds.
+// printMetrics prints one line for each series, with counts, and sums in seconds.
 func printMetrics(out io.Writer, metrics metricdata.ResourceMetrics) {
 	fmt.Fprintln(out)
 	labels := func(set attribute.Set) string {

@@ -15,7 +15,7 @@ import (
 	"github.com/preemptable/locker/internal/pgserver"
 )
 
-// Both sides of a preemption, as the SDK exports them.
+// TestPreemption tests both sides of a preemption, as the SDK exports them.
 func TestPreemption(t *testing.T) {
 	server, err := pgserver.Shared(t.Context())
 	require.NoError(t, err)

@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// history is everything that has happened so far, in the order in which the driver learnt of it.
+// history contains all events so far, in the order in which the driver received them.
 type history struct {
 	mu      sync.Mutex
 	events  []Event
@@ -34,8 +34,8 @@ func (h *history) all() []Event {
 	return slices.Clone(h.events)
 }
 
-// wait returns the first event, past or to come, that is wanted. It gives up when ctx is done, and when
-// something has happened after which the rest of the story makes no sense.
+// wait returns the first event, past or future, that is wanted. It gives up when ctx is done, and
+// after an event that makes the rest of the story pointless.
 func (h *history) wait(ctx context.Context, what string, wanted func(Event) bool) (Event, error) {
 	for next := 0; ; {
 		h.mu.Lock()

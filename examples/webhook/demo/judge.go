@@ -23,15 +23,15 @@ type Event struct {
 	Addr     string    `json:"addr"`
 	Ops      string    `json:"ops"`
 	Mode     string    `json:"mode"`
-	By       string    `json:"by"`      // the delivery for which this one makes way, or which is at work
+	By       string    `json:"by"`      // the delivery for which this one makes way, or the one at work
 	Outcome  string    `json:"outcome"` // of a notification's cause, and of a failure
 
-	// Of reports.
+	// Of "reports".
 	Conclusion string `json:"conclusion"`
 	Summary    string `json:"summary"`
 
-	Page  string   `json:"-"` // of sent: the commit's, for people
-	Table []string `json:"-"` // of locks
+	Page  string   `json:"-"` // of sent: the page of the commit, for people
+	Table []string `json:"-"` // of locks: the table
 }
 
 // The modes of claims.
@@ -41,7 +41,8 @@ const (
 	skipIfBusy = "skip_if_busy"
 )
 
-// What a service says. It says started, and then stopped or finished, while it holds the lock.
+// The events of a service. It logs "started", and then "stopped" or "finished", while it holds the
+// lock.
 const (
 	listening    = "listening"
 	shuttingDown = "shutting down"
@@ -60,37 +61,38 @@ const (
 // preempted is the outcome of a notification by a newer claim.
 const preempted = "preempted"
 
-// What the driver adds.
+// The events that the driver adds.
 const (
-	sent   = "sent"   // it sends a delivery
-	resent = "resent" // it sends one once more, with the same id
-	locks  = "locks"  // it has asked a service for all locks
-	killed = "killed" // it ended a service by SIGKILL; the process is gone
-	exited = "exited" // a service has ended otherwise; Reason is empty if it was asked to and ended well
+	sent   = "sent"   // a delivery was sent
+	resent = "resent" // a delivery was sent once more, with the same id
+	locks  = "locks"  // a service was asked for all locks
+	killed = "killed" // a service was killed with SIGKILL, and its process has ended
+	exited = "exited" // a service has ended otherwise, and Reason is empty if it was asked to end and did so without an error
 )
 
-// lockDelay is what the library waits before the successor of a holder that died may work.
+// lockDelay is how long the successor of a killed holder has to wait: the session timeout of the
+// library.
 const lockDelay = 10 * time.Second
 
-// skipTime is how long a service may take to find out that a job is at work. A delivery that may be skipped and starts
-// later than that, and after a job has ended, has waited.
+// skipTime is how long a service may take to find out that a job is at work. If a delivery that may
+// be skipped starts later than that, and after a job has ended, it has waited.
 const skipTime = workTime / 3
 
-// pull is what the judge knows of one pull request.
+// pull is what the judge knows about one pull request.
 type pull struct {
 	repo     string
 	pr       uint
-	newest   Event                // the newest delivery that was sent, but for those that may be skipped
-	sent     map[string]Event     // by delivery: for the first time
-	place    map[string]int       // of each delivery in the order of sending for the first time, from 1
+	newest   Event                // the newest delivery that was sent, except for those that may be skipped
+	sent     map[string]Event     // by delivery: when it was sent for the first time
+	place    map[string]int       // by delivery: its place in the order in which they were first sent, from 1
 	again    map[string]bool      // deliveries that were sent once more
-	ended    map[string]time.Time // by delivery: when it came to an end
+	ended    map[string]time.Time // by delivery: when it ended
 	by       map[string]string    // by delivery and replica: the delivery for which it made way or was skipped
-	open     []Event              // what was sent and has not come to an end
+	open     []Event              // deliveries that were sent and have not ended
 	running  []Event              // jobs that have started and not ended
-	latest   Event                // the job that started last, but for those that may be skipped
+	latest   Event                // the job that started last, except for those that may be skipped
 	token    int64                // of the job that started last
-	orphaned time.Time            // when the holder was killed, until another one takes over
+	orphaned time.Time            // when the holder was killed, until another job takes over
 
 	latestEnd time.Time // when a job ended last
 
@@ -103,13 +105,23 @@ func newPull(repo string, pr uint) *pull {
 		ended: make(map[string]time.Time), by: make(map[string]string)}
 }
 
-// judge says whether the events tell of a service that kept its promises. On each pull request: never two jobs
-// concurrently, tokens that grow, no older job after a newer one, no delivery turned away but by a newer one or because
-// it was sent once more, no job disturbed by its own redelivery, none told to stop if all that is newer lets it finish,
-// none disturbed by a delivery that may be skipped, and none of these skipped without a reason or made to wait, every commit that shows
-// what has taken its place, no successor too early after a death, everything that was sent accounted for, and the
-// newest finished. And each process ended well. It returns what it saw of each pull request, and one sentence for each
-// broken promise.
+// judge returns what it saw of each pull request, and one sentence for each promise that the
+// service has broken. For each pull request it requires:
+//
+//   - Two jobs never run concurrently.
+//   - Tokens grow.
+//   - No older job runs after a newer one.
+//   - A delivery is turned away only because of a newer one, or because it was sent once more.
+//   - No job is stopped by its own redelivery.
+//   - No job is told to stop if all newer deliveries let it finish.
+//   - No job is stopped by a delivery that may be skipped. Such a delivery is not skipped without a
+//     reason, and does not wait.
+//   - Every commit shows the one that has taken its place.
+//   - No successor starts too early after a holder was killed.
+//   - Every delivery that was sent has ended.
+//   - The newest delivery finishes.
+//
+// It also requires that each process ends without an error.
 func judge(events []Event) (pulls []*pull, faults []string) {
 	events = slices.Clone(events)
 	slices.SortStableFunc(events, func(a, b Event) int { return a.Time.Compare(b.Time) })
@@ -172,7 +184,7 @@ func judge(events []Event) (pulls []*pull, faults []string) {
 	return pulls, faults
 }
 
-// see takes the next event of the pull request and returns which promises it breaks.
+// see processes the next event of the pull request and returns the promises that it breaks.
 func (p *pull) see(e Event) (broken []string) {
 	complain := func(format string, args ...any) { broken = append(broken, fmt.Sprintf(format, args...)) }
 
@@ -271,7 +283,8 @@ func (p *pull) see(e Event) (broken []string) {
 		}
 	case turnedAway:
 		p.turnedAway++
-		if e.By == e.Delivery { // it reports nothing, but the one that is at work does
+		// A redelivery of the delivery at work reports nothing. The delivery at work does.
+		if e.By == e.Delivery {
 			delete(p.by, e.Delivery+" "+e.Replica)
 		}
 		if p.newest.Delivery == e.Delivery && !p.again[e.Delivery] {
@@ -298,7 +311,7 @@ func (p *pull) see(e Event) (broken []string) {
 	return broken
 }
 
-// preempted reports whether something was sent after a delivery that tells its job to stop.
+// preempted reports whether a later delivery was sent that tells the delivery's job to stop.
 func (p *pull) preempted(delivery string) bool {
 	for id, e := range p.sent {
 		if p.place[id] > p.place[delivery] && e.Mode != letFinish && e.Mode != skipIfBusy {
@@ -308,7 +321,7 @@ func (p *pull) preempted(delivery string) bool {
 	return false
 }
 
-// busy reports whether the delivery that a skipped one names was at work or waited while that was under way.
+// busy reports whether the delivery that a skipped one names was at work or waited at that time.
 func (p *pull) busy(e Event) bool {
 	if e.By != e.Delivery && slices.ContainsFunc(p.open, func(s Event) bool { return s.Delivery == e.By }) {
 		return true
@@ -316,7 +329,7 @@ func (p *pull) busy(e Event) bool {
 	return p.ended[e.By].After(p.sent[e.Delivery].Time)
 }
 
-// settle notes the end of something that was sent.
+// settle records the end of a delivery.
 func (p *pull) settle(e Event) {
 	p.ended[e.Delivery] = e.Time
 	i := slices.IndexFunc(p.open, func(s Event) bool { return s.Delivery == e.Delivery && s.Replica == e.Replica })
@@ -325,7 +338,7 @@ func (p *pull) settle(e Event) {
 	}
 }
 
-// lose forgets what a killed service ran and what it had accepted.
+// lose removes the jobs of a killed service, and the deliveries that it had accepted.
 func (p *pull) lose(e Event) {
 	p.running = slices.DeleteFunc(p.running, func(r Event) bool {
 		if r.Replica != e.Replica {

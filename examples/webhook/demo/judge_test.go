@@ -9,9 +9,10 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// tell makes a history of lines such as "1.5 one #7 started b 2": seconds, replica, pull request, kind,
-// delivery, token, reason. In a kind a hyphen stands for a space. "#0" is no pull request. Words such as mode=let_finish
-// may stand anywhere behind the delivery: mode, by, and shows for what is reported.
+// tell returns a history from lines such as "1.5 one #7 started b 2": seconds, replica, pull
+// request, kind, delivery, token, reason. In a kind a hyphen stands for a space. "#0" is no pull
+// request. Words such as mode=let_finish may follow anywhere after the delivery: mode, by, and for
+// reports shows.
 func tell(t *testing.T, lines string) []Event {
 	t.Helper()
 	var events []Event
@@ -59,9 +60,10 @@ func tell(t *testing.T, lines string) []Event {
 	return events
 }
 
-// Three pull requests on two services, with a job stopped, a waiter displaced, two redeliveries turned away, one of
-// them of a job that runs, a service killed and a takeover; with a job that is let finish, its successor and one between
-// them, and a test that is skipped.
+// A history of three pull requests on two services. A job is stopped, a waiter is superseded, and
+// two redeliveries are turned away, one of them of a running job. A service is killed, and its key
+// is taken over. A job may finish, there is a successor and a delivery between the two, and a test
+// is skipped.
 const good = `
 	0    one #0 listening
 	0    two #0 listening
@@ -102,7 +104,8 @@ const good = `
 
 func TestJudgeAcceptsGoodHistory(t *testing.T) {
 	events := tell(t, good)
-	slices.Reverse(events) // they come from several processes, in any order
+	// The events come from several processes, in any order.
+	slices.Reverse(events)
 	pulls, faults := judge(events)
 	require.Empty(t, faults)
 	require.Len(t, pulls, 3)
@@ -120,7 +123,7 @@ func TestJudgeAcceptsGoodHistory(t *testing.T) {
 
 func TestJudgeIsLoud(t *testing.T) {
 	for name, tc := range map[string]struct {
-		change []string // pairs: a line's end as it stands in good, and what to put there instead
+		change []string // pairs: the end of a line in good, and its replacement
 		want   []string // parts of the faults, in order
 	}{
 		"two together": {

@@ -1,11 +1,11 @@
-// Command demo shows the webhook example at work: it starts the service, sends it recorded GitHub deliveries,
-// prints what happens to each pull request as a timeline, and ends with a verdict. With -postgres three
-// replicas of the service share one PostgreSQL, and one of them is killed while it works.
+// Command demo runs the webhook example: it starts the service, sends recorded GitHub deliveries to
+// it, prints the events of each pull request as a timeline, and ends with a verdict. With -postgres
+// three replicas of the service share one PostgreSQL, and one of them is killed while it works.
 //
 //	go run ./examples/webhook/demo
 //	go run ./examples/webhook/demo -postgres
 //
-// It exits with an error, and says why, if any promise was broken: see judge.
+// If any promise was broken, it prints the reason and exits with an error: see judge.
 package main
 
 import (
@@ -75,15 +75,15 @@ func run(ctx context.Context, postgres bool, out *os.File) (err error) {
 	return perform(ctx, out, cast{binary: binary, uri: uri, names: names, sender: deliveries}, play, limit)
 }
 
-// cast is what takes part.
+// cast contains what a performance needs.
 type cast struct {
 	binary string
-	uri    string // of the database; empty: locks in the service's memory
+	uri    string // of the database, or empty if locks live in the service's memory
 	names  []string
 	sender *sender
 }
 
-// perform starts the services, plays the story, ends the services and judges what happened.
+// perform starts the services, plays the story, ends the services and judges the events.
 func perform(ctx context.Context, out *os.File, c cast, play func(context.Context, *stage) error, limit time.Duration) error {
 	history := newHistory()
 	printed := make(chan struct{})
@@ -106,7 +106,8 @@ func perform(ctx context.Context, out *os.File, c cast, play func(context.Contex
 		}
 		return play(ctx, s)
 	}()
-	c.sender.client.CloseIdleConnections() // a server that shuts down waits for connections that have not been used yet
+	// A server that shuts down waits for connections that have not been used yet.
+	c.sender.client.CloseIdleConnections()
 	for _, service := range s.services {
 		service.terminate()
 	}
@@ -150,7 +151,7 @@ func printSummary(out io.Writer, pulls []*pull) {
 	}
 }
 
-// printReport prints what one commit is to show whose job was told to stop.
+// printReport prints the report of one commit whose job was told to stop.
 func printReport(out io.Writer, events []Event) {
 	i := slices.IndexFunc(events, func(e Event) bool { return e.Kind == toldToStop && e.By != "" })
 	if i < 0 {

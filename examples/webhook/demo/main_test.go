@@ -8,7 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The whole story in memory, with the service as a process of its own.
+// TestDemo runs the whole story in memory, with the service as a separate process.
 func TestDemo(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes several seconds")

@@ -21,8 +21,8 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// sender sends deliveries as GitHub does: recorded ones, as they are or with the number, the branch, the head commit and
-// the time of another pull request put in.
+// sender sends deliveries like GitHub: recorded ones, either unchanged or with the number, the
+// branch, the head commit and the time of another pull request.
 type sender struct {
 	secret   string
 	recorded map[string][]byte // by action
@@ -30,7 +30,7 @@ type sender struct {
 }
 
 func newSender() (*sender, error) {
-	// Ask where the module lies, so that the demo can be started from anywhere in it.
+	// The module's folder is looked up, so that the demo can be started from anywhere in it.
 	module, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}").Output()
 	if err != nil {
 		return nil, fmt.Errorf("go list: %w", err)
@@ -55,10 +55,10 @@ type delivery struct {
 	body []byte
 }
 
-// prepare makes a delivery about a pull request that GitHub has changed just now. An action of which there is no
-// recorded delivery is put into one of another action.
+// prepare returns a delivery about a pull request that GitHub has changed just now. An action
+// without a recorded delivery uses that of another action.
 func (s *sender) prepare(action string, pr uint, branch, head string) (delivery, error) {
-	// Not a struct: everything else that GitHub sends shall stay in.
+	// The payload is not a struct, so that it keeps everything else that GitHub sends.
 	var payload map[string]any
 	recorded, ok := s.recorded[action]
 	if !ok {
@@ -77,7 +77,8 @@ func (s *sender) prepare(action string, pr uint, branch, head string) (delivery,
 	payload["action"], payload["number"], pull["number"] = action, pr, pr
 	headOfPull["ref"], headOfPull["sha"] = branch, head
 	pull["html_url"] = fmt.Sprintf("https://github.com/Codertocat/Hello-World/pull/%d", pr)
-	pull["updated_at"] = time.Now().UTC().Format(time.RFC3339) // no more than a second, as GitHub's
+	// The time is cut to the second, like GitHub's.
+	pull["updated_at"] = time.Now().UTC().Format(time.RFC3339)
 	if _, ok := payload["after"]; ok {
 		payload["after"] = head
 	}
@@ -88,10 +89,10 @@ func (s *sender) prepare(action string, pr uint, branch, head string) (delivery,
 	return newDelivery(body)
 }
 
-// asRecorded makes a delivery of a recorded payload, byte for byte.
+// asRecorded returns a recorded delivery, byte for byte.
 func (s *sender) asRecorded(action string) (delivery, error) { return newDelivery(s.recorded[action]) }
 
-// newDelivery gives a payload an id of the kind that GitHub's have: a UUID with the time in it.
+// newDelivery gives a payload an id of the same kind as GitHub's: a UUID that contains the time.
 func newDelivery(body []byte) (delivery, error) {
 	var payload struct {
 		Number      uint `json:"number"`
@@ -115,7 +116,7 @@ func newDelivery(body []byte) (delivery, error) {
 	}, err
 }
 
-// post sends a delivery, signed, and returns once the service has accepted it.
+// post sends a signed delivery, and returns once the service has accepted it.
 func (s *sender) post(ctx context.Context, url string, d delivery) error {
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, url+"/webhook", bytes.NewReader(d.body))
 	if err != nil {
@@ -138,7 +139,7 @@ func (s *sender) post(ctx context.Context, url string, d delivery) error {
 	return nil
 }
 
-// holders asks a service's address for operators.
+// holders returns the locks from a service's address for operators.
 func (s *sender) holders(ctx context.Context, url string) ([]locker.LockStatus, error) {
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, url+"/locks", nil)
 	if err != nil {
@@ -156,9 +157,10 @@ func (s *sender) holders(ctx context.Context, url string) ([]locker.LockStatus, 
 	return holders, json.NewDecoder(res.Body).Decode(&holders)
 }
 
-// randomCommit returns what looks like a commit's hash.
+// randomCommit returns a random hash that looks like that of a commit.
 func randomCommit() string {
 	hash := make([]byte, 20)
-	_, _ = rand.Read(hash) // never fails
+	// Read never fails.
+	_, _ = rand.Read(hash)
 	return hex.EncodeToString(hash)
 }

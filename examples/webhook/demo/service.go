@@ -16,24 +16,24 @@ import (
 )
 
 const (
-	releases = "release/" // what the names of branches begin with on which a running job may finish
+	releases = "release/" // the prefix of branches on which a running job may finish
 
-	workTime = 1500 * time.Millisecond // of one undisturbed job
-	windDown = 300 * time.Millisecond  // of one that was told to stop
+	workTime = 1500 * time.Millisecond // of a job that is not told to stop
+	windDown = 300 * time.Millisecond  // of a job that was told to stop
 	patience = 25 * time.Second        // how long a service may take to end
 )
 
-// service is one replica of the webhook service, running as a process of its own.
+// service is one replica of the webhook service, which runs as a separate process.
 type service struct {
 	name    string
 	url     string
-	ops     string // for operators; empty without PostgreSQL
+	ops     string // for operators, empty without PostgreSQL
 	cmd     *exec.Cmd
-	stderr  bytes.Buffer // to be read once the service has ended
+	stderr  bytes.Buffer // must be read only after the service has ended
 	history *history
 
-	asked  atomic.Bool   // it was asked to end
-	ended  chan struct{} // closed once the process is gone and everything it said is in the history
+	asked  atomic.Bool   // whether it was asked to end
+	ended  chan struct{} // closed once the process has ended and the history has all its events
 	result error         // set before ended is closed
 }
 
@@ -45,7 +45,8 @@ func startService(ctx context.Context, binary, name, secret, uri string, h *hist
 		args = append(args, "-ops", "127.0.0.1:0")
 	}
 	s.cmd = exec.Command(binary, args...)
-	// Through the environment, where other users cannot read the secret and the password that the URI may hold.
+	// The secret, and the URI, which may contain a password, are passed in the environment, where
+	// other users cannot read them.
 	s.cmd.Env = append(os.Environ(), "WEBHOOK_SECRET="+secret, "WEBHOOK_POSTGRES_URI="+uri)
 	s.cmd.Stderr = &s.stderr
 	stdout, err := s.cmd.StdoutPipe()
@@ -66,7 +67,7 @@ func startService(ctx context.Context, binary, name, secret, uri string, h *hist
 	return s, nil
 }
 
-// follow takes down what the service says until it has ended.
+// follow records the service's events until it has ended.
 func (s *service) follow(stdout io.Reader) {
 	for lines := bufio.NewScanner(stdout); lines.Scan(); {
 		var e Event
@@ -75,7 +76,8 @@ func (s *service) follow(stdout io.Reader) {
 		}
 		s.history.add(e)
 	}
-	_, _ = io.Copy(io.Discard, stdout) // a line that was too long must not block the service
+	// A line that was too long must not block the service.
+	_, _ = io.Copy(io.Discard, stdout)
 	s.result = s.cmd.Wait()
 	if !s.asked.Load() {
 		s.history.add(Event{Kind: exited, Replica: s.name, Reason: fmt.Sprintf("ended unasked (%v)", s.cmd.ProcessState)})
@@ -107,7 +109,7 @@ func (s *service) terminate() {
 	s.history.add(e)
 }
 
-// kill ends the service as a crash would: it cannot release anything.
+// kill ends the service like a crash: it cannot release anything.
 func (s *service) kill() error {
 	s.asked.Store(true)
 	if err := s.cmd.Process.Kill(); err != nil {

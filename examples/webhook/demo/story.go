@@ -11,11 +11,11 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// beat is the pause between two deliveries that do not come in a burst: shorter than a job, and shorter than a
-// job's winding down.
+// beat is the pause between two deliveries that do not come in a burst. It is shorter than a job,
+// and shorter than the winding down of a job.
 const beat = 200 * time.Millisecond
 
-// stage is where a story is played.
+// stage contains what a story uses.
 type stage struct {
 	services []*service
 	sender   *sender
@@ -35,7 +35,8 @@ func (s *stage) together(ctx context.Context, parts ...func(context.Context) err
 	return err
 }
 
-// pr is one pull request in a story. Its methods do nothing once one of them has failed; err says why.
+// pr is one pull request in a story. Its methods do nothing once one of them has failed. The reason
+// is in err.
 type pr struct {
 	ctx    context.Context
 	stage  *stage
@@ -50,7 +51,8 @@ func (s *stage) pr(ctx context.Context, number uint) *pr {
 	return &pr{ctx: ctx, stage: s, number: number, branch: "changes", sent: make(map[string]delivery)}
 }
 
-// mode is what the service is to do with a delivery: with the pushes to a release's branch, and with a test.
+// mode returns the mode that the service uses for a delivery: let_finish for the pushes to a
+// release's branch, skip_if_busy for a test, and otherwise preempt.
 func (p *pr) mode(action string) string {
 	switch {
 	case action == "review_requested":
@@ -62,8 +64,8 @@ func (p *pr) mode(action string) string {
 	}
 }
 
-// deliver sends a delivery to a service and returns its id once it has been accepted. A push comes with a new head
-// commit.
+// deliver sends a delivery to a service and returns its id once it has been accepted. A push has a
+// new head commit.
 func (p *pr) deliver(to *service, action string) (id string) {
 	if p.err != nil {
 		return ""
@@ -75,7 +77,7 @@ func (p *pr) deliver(to *service, action string) (id string) {
 	return p.send(to, action, d, err)
 }
 
-// replay sends a recorded delivery byte for byte; the pull request has to be the recorded one.
+// replay sends a recorded delivery, byte for byte. The pull request has to be the recorded one.
 func (p *pr) replay(to *service, action string) (id string) {
 	if p.err != nil {
 		return ""
@@ -97,7 +99,8 @@ func (p *pr) send(to *service, action string, d delivery, err error) (id string)
 	return d.id
 }
 
-// again sends a delivery once more, as GitHub does when it is asked to, and waits until it has been turned away.
+// again sends a delivery once more, like GitHub on request, and waits until it has been turned
+// away.
 func (p *pr) again(to *service, id string) {
 	if p.err != nil {
 		return
@@ -109,19 +112,21 @@ func (p *pr) again(to *service, id string) {
 	}
 }
 
-// claimed waits until the delivery's claim is in force: until its job runs, or another one has made way for it.
+// claimed waits until the delivery's claim is announced: until its job runs, or another one has
+// made way for it.
 func (p *pr) claimed(id string) {
 	p.await("the claim of "+id, func(e Event) bool {
 		return e.Kind == started && e.Delivery == id || (e.Kind == toldToStop || e.Kind == left) && e.By == id && e.Delivery != id
 	})
 }
 
-// sees waits until something has happened to a delivery.
+// sees waits for an event of a delivery.
 func (p *pr) sees(kind, id string) {
 	p.await(id+" "+kind, func(e Event) bool { return e.Kind == kind && e.Delivery == id })
 }
 
-// skipped waits until a test has been skipped, or has run because the machine is so slow that no job did.
+// skipped waits until a test has been skipped, or has run because on a slow machine no job ran at
+// that moment.
 func (p *pr) skipped(id string) {
 	p.await(id+" skipped", func(e Event) bool { return (e.Kind == skipped || e.Kind == finished) && e.Delivery == id })
 }
@@ -136,7 +141,7 @@ func (p *pr) locks(from *service) {
 	p.stage.history.add(Event{Kind: locks, Replica: from.name, Table: p.stage.table(holders)})
 }
 
-// table prints what ListLocks returned, for people.
+// table formats the result of ListLocks for people.
 func (s *stage) table(holders []locker.LockStatus) []string {
 	name := func(pid int) string {
 		for _, service := range s.services {
@@ -170,7 +175,8 @@ func (s *stage) table(holders []locker.LockStatus) []string {
 		}
 		fmt.Fprintf(w, "#%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", h.PullRequest, holder, in, session, since, token, asked, newest)
 	}
-	_ = w.Flush() // never fails on a strings.Builder
+	// Flush never fails on a strings.Builder.
+	_ = w.Flush()
 	return strings.Split(strings.TrimSuffix(b.String(), "\n"), "\n")
 }
 
@@ -196,7 +202,9 @@ func (p *pr) await(what string, wanted func(Event) bool) {
 func playInMemory(ctx context.Context, s *stage) error {
 	one := s.services[0]
 	return s.together(ctx,
-		func(ctx context.Context) error { // pushed to while it runs and while it waits, then closed while it runs
+		// The pull request gets pushes while it runs and while it waits, and is closed while it
+		// runs.
+		func(ctx context.Context) error {
 			p := s.pr(ctx, 7)
 			p.sees(started, p.deliver(one, "opened"))
 			p.pause(3 * beat)
@@ -207,7 +215,8 @@ func playInMemory(ctx context.Context, s *stage) error {
 			p.sees(finished, p.deliver(one, "closed"))
 			return p.err
 		},
-		func(ctx context.Context) error { // a burst of pushes, then one more while the last of them runs
+		// There is a burst of pushes, and then one more while the last of them runs.
+		func(ctx context.Context) error {
 			p := s.pr(ctx, 8)
 			p.sees(started, p.deliver(one, "opened"))
 			p.pause(5 * beat)
@@ -220,22 +229,26 @@ func playInMemory(ctx context.Context, s *stage) error {
 			p.sees(finished, p.deliver(one, "synchronize"))
 			return p.err
 		},
-		func(ctx context.Context) error { // nothing disturbs this one
+		// No job of this pull request is told to stop.
+		func(ctx context.Context) error {
 			p := s.pr(ctx, 9)
 			opened := p.deliver(one, "opened")
 			p.sees(started, opened)
 			p.pause(2 * beat)
-			p.again(one, opened) // not even GitHub, which delivers once more what is at work
+			// Not even a redelivery of the delivery at work stops it.
+			p.again(one, opened)
 			p.sees(finished, opened)
 			push := p.deliver(one, "synchronize")
 			p.sees(started, push)
 			p.pause(2 * beat)
-			p.skipped(p.deliver(one, "review_requested")) // nor a test
+			// A test does not stop it either.
+			p.skipped(p.deliver(one, "review_requested"))
 			p.sees(finished, push)
 			p.sees(finished, p.deliver(one, "closed"))
 			return p.err
 		},
-		func(ctx context.Context) error { // a branch on which what runs may finish; of what waits the newest is next
+		// On this branch a running job may finish. Of the deliveries that wait the newest is next.
+		func(ctx context.Context) error {
 			p := s.pr(ctx, 11)
 			p.branch = releases + "1.4"
 			p.sees(started, p.deliver(one, "opened"))
@@ -245,7 +258,8 @@ func playInMemory(ctx context.Context, s *stage) error {
 			p.sees(finished, p.deliver(one, "synchronize"))
 			return p.err
 		},
-		func(ctx context.Context) error { // recorded deliveries, byte for byte; the push comes once more after the end
+		// These are recorded deliveries, byte for byte. The push comes once more after the end.
+		func(ctx context.Context) error {
 			p := s.pr(ctx, 2)
 			push := p.replay(one, "synchronize")
 			p.sees(finished, push)
@@ -261,7 +275,8 @@ func playInMemory(ctx context.Context, s *stage) error {
 func playOnPostgres(ctx context.Context, s *stage) error {
 	one, two, three := s.services[0], s.services[1], s.services[2]
 	err := s.together(ctx,
-		func(ctx context.Context) error { // every push arrives at another service
+		// Every push arrives at another service.
+		func(ctx context.Context) error {
 			p := s.pr(ctx, 7)
 			p.sees(started, p.deliver(one, "opened"))
 			p.pause(3 * beat)
@@ -273,7 +288,8 @@ func playOnPostgres(ctx context.Context, s *stage) error {
 			p.sees(finished, p.deliver(one, "closed"))
 			return p.err
 		},
-		func(ctx context.Context) error { // many pushes, round and round
+		// Many pushes arrive at the services in turn.
+		func(ctx context.Context) error {
 			p := s.pr(ctx, 8)
 			last := p.deliver(three, "opened")
 			for i := range 6 {
@@ -284,7 +300,8 @@ func playOnPostgres(ctx context.Context, s *stage) error {
 			p.sees(finished, last)
 			return p.err
 		},
-		func(ctx context.Context) error { // a burst of pushes to one service
+		// A burst of pushes arrives at one service.
+		func(ctx context.Context) error {
 			p := s.pr(ctx, 9)
 			p.sees(started, p.deliver(one, "opened"))
 			p.pause(5 * beat)
@@ -295,7 +312,8 @@ func playOnPostgres(ctx context.Context, s *stage) error {
 			p.sees(finished, last)
 			return p.err
 		},
-		func(ctx context.Context) error { // a branch on which what runs may finish; of what waits the newest is next
+		// On this branch a running job may finish. Of the deliveries that wait the newest is next.
+		func(ctx context.Context) error {
 			p := s.pr(ctx, 11)
 			p.branch = releases + "1.4"
 			p.sees(started, p.deliver(two, "opened"))
@@ -310,7 +328,8 @@ func playOnPostgres(ctx context.Context, s *stage) error {
 		return err
 	}
 	return s.together(ctx,
-		func(ctx context.Context) error { // its service dies while it works; the successor has to wait for the lock delay
+		// The service is killed while it works. The successor has to wait for the session timeout.
+		func(ctx context.Context) error {
 			p := s.pr(ctx, 10)
 			p.sees(started, p.deliver(three, "opened"))
 			p.pause(2 * beat)
@@ -325,15 +344,19 @@ func playOnPostgres(ctx context.Context, s *stage) error {
 			p.sees(finished, p.deliver(one, "closed"))
 			return p.err
 		},
-		func(ctx context.Context) error { // meanwhile life goes on elsewhere
+		// Another pull request is not affected.
+		func(ctx context.Context) error {
 			p := s.pr(ctx, 9)
 			push := p.deliver(two, "synchronize")
 			p.sees(started, push)
 			p.pause(2 * beat)
-			p.skipped(p.deliver(one, "review_requested")) // another service knows that two is at work
+			// The other service finds out that two is at work.
+			p.skipped(p.deliver(one, "review_requested"))
 			p.sees(finished, push)
 			p.sees(finished, p.deliver(one, "closed"))
-			p.again(two, push) // too late, and at another service than the one that knows
+			// The delivery is late, and arrives at another service than the one that has seen the
+			// newer one.
+			p.again(two, push)
 			return p.err
 		},
 	)

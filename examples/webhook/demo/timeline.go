@@ -14,11 +14,11 @@ import (
 // timeline prints events as lines of aligned columns.
 type timeline struct {
 	out    io.Writer
-	colour bool // one for each pull request
+	colour bool // whether to print one colour for each pull request
 
 	begin   time.Time
-	events  []Event        // that have been seen
-	deaths  map[uint]Event // by pull request: its holder was killed and no other has taken over yet
+	events  []Event        // the events so far
+	deaths  map[uint]Event // by pull request: its holder was killed and no other job has taken over yet
 	running map[uint]Event // by pull request: the job that runs
 }
 
@@ -31,11 +31,11 @@ func isTerminal(f *os.File) bool {
 	return err == nil && info.Mode()&os.ModeCharDevice != 0 && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
 }
 
-// settle is how long an event is kept back before it is printed. Events come from several processes; an older
-// one that took longer to arrive goes before a newer one.
+// settle is how long an event is held before it is printed. Events come from several processes. An
+// older event that took longer to arrive is then printed before a newer one.
 const settle = 50 * time.Millisecond
 
-// follow prints what happens until ended is closed, and then what is left.
+// follow prints events until ended is closed, and then the remaining ones.
 func (t *timeline) follow(h *history, ended <-chan struct{}) {
 	t.line(Event{}, "  time/s", "service", "PR", "what", "delivery", "")
 	tick := time.NewTicker(settle / 2)
@@ -78,7 +78,7 @@ func (t *timeline) print(e Event) {
 	}
 }
 
-// describe returns the verb and the note of an event's line; no verb, no line.
+// describe returns the verb and the note of an event's line. Without a verb there is no line.
 func (t *timeline) describe(e Event) (what, note string) {
 	switch e.Kind {
 	case listening:
@@ -129,7 +129,7 @@ func (t *timeline) describe(e Event) (what, note string) {
 	}
 }
 
-// killed says what a service was at when it was killed.
+// killed describes the jobs of a service that was killed.
 func (t *timeline) killed(e Event) string {
 	var lost []string
 	for number, r := range t.running {
@@ -146,7 +146,7 @@ func (t *timeline) killed(e Event) string {
 	return fmt.Sprintf("by SIGKILL, while it ran %s: a successor has to wait %.0f s", strings.Join(lost, ", "), lockDelay.Seconds())
 }
 
-// waited returns how long before an event its delivery has arrived.
+// waited returns the time between the arrival of an event's delivery and the event.
 func (t *timeline) waited(e Event) time.Duration {
 	for _, other := range slices.Backward(t.events) {
 		if other.Kind == received && other.Delivery == e.Delivery {
@@ -156,7 +156,8 @@ func (t *timeline) waited(e Event) time.Duration {
 	return 0
 }
 
-// cause names the delivery for which an event's job made way, or else returns the reason that it was given.
+// cause names the delivery for which an event's job made way, or otherwise returns the event's
+// reason.
 func (t *timeline) cause(verb string, e Event) string {
 	if e.By == e.Delivery && e.Kind == turnedAway {
 		return "it is not over yet"
@@ -169,8 +170,8 @@ func (t *timeline) cause(verb string, e Event) string {
 	return e.Reason
 }
 
-// tokenDigits is how many of a token's digits are shown. On PostgreSQL tokens are about as large as the clock in
-// microseconds; this many start again every 100 s.
+// tokenDigits is the number of a token's last digits that are shown. On PostgreSQL tokens are about
+// as large as the clock in microseconds, so these digits repeat every 100 s.
 const tokenDigits = 8
 
 func shortToken(token int64) string {
@@ -181,7 +182,7 @@ func shortToken(token int64) string {
 	return s
 }
 
-// title is what a person calls a delivery: "synchronize 1f2e3d4".
+// title returns the name of a delivery for people, such as "synchronize 1f2e3d4".
 func title(e Event) string {
 	name, _, _ := strings.Cut(e.Event, " delivery ")
 	return strings.Replace(name, "review_requested", "review", 1)
