@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// What the server says about the connections to a database. It is asked on a connection to another database.
+// The functions of this file ask the server about the connections to a database, on a connection to
+// another database.
 
 // openAdmin connects to the server of a database, but not to that database, so that the connection does not count.
 func openAdmin(uri string) *sql.DB {
@@ -30,8 +31,8 @@ func (b *bench) connections(admin *sql.DB, uri string) (n int, err error) {
 	return n, err
 }
 
-// watchConnections looks again and again how many connections there are. The function that it returns ends that and returns
-// the largest number.
+// watchConnections counts the connections again and again. The function that it returns stops that
+// and returns the largest number.
 func (b *bench) watchConnections(admin *sql.DB, uri string) func() int {
 	stop, done := make(chan struct{}), make(chan struct{})
 	var most int
@@ -62,8 +63,9 @@ func (b *bench) watchConnections(admin *sql.DB, uri string) func() int {
 	}
 }
 
-// transactions counts how many statements a second run on the connections to a database. Each is a transaction of its own.
-// Its start changes with each of them. The server's own count is no use: it misses those that have no statistics to report.
+// transactions returns how many statements per second run on the connections to a database. Each
+// statement is a separate transaction, with a different start. The server's own count cannot be
+// used, because it omits transactions that have no statistics to report.
 func (b *bench) transactions(admin *sql.DB, uri string, d time.Duration) float64 {
 	last := b.queryStarts(admin, uri)
 	n, start := 0, time.Now()
@@ -81,8 +83,8 @@ func (b *bench) transactions(admin *sql.DB, uri string, d time.Duration) float64
 	return float64(n) / time.Since(start).Seconds()
 }
 
-// queryStarts is when the last statement of each idle connection began. One that is at work has parts of a statement to come,
-// each with a start of its own.
+// queryStarts returns when the last statement of each idle connection began. It leaves out
+// connections that are at work, because each part of their statement has a separate start.
 func (b *bench) queryStarts(admin *sql.DB, uri string) map[int]time.Time {
 	rows, err := admin.QueryContext(b.ctx, `SELECT pid, query_start`+clients+` AND state = 'idle'`, databaseOf(uri))
 	check(err)
@@ -98,14 +100,15 @@ func (b *bench) queryStarts(admin *sql.DB, uri string) map[int]time.Time {
 	return starts
 }
 
-// advisoryLocks is the number of entries that a database has in the server's lock table for advisory locks.
+// advisoryLocks returns the number of a database's entries for advisory locks in the server's lock
+// table.
 func (b *bench) advisoryLocks(admin *sql.DB, uri string) (n int) {
 	check(admin.QueryRowContext(b.ctx, `SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database
 		WHERE d.datname = $1 AND l.locktype = 'advisory'`, databaseOf(uri)).Scan(&n))
 	return n
 }
 
-// terminate ends all connections to a database and returns how many there were.
+// terminate ends all connections to a database and returns their number.
 func (b *bench) terminate(admin *sql.DB, uri string) (n int) {
 	check(admin.QueryRowContext(b.ctx, `SELECT count(pg_terminate_backend(pid))`+clients, databaseOf(uri)).Scan(&n))
 	return n

@@ -14,8 +14,8 @@ const (
 	figuresEnd    = "<!-- /figures -->"
 )
 
-// updateGuide writes the figures that the capacity guide quotes into it, so that it cannot say anything else than the result
-// file. It does nothing where there is no guide.
+// updateGuide writes the figures that the capacity guide quotes into it, so that it never differs
+// from the result file. It does nothing if there is no guide.
 func updateGuide(r *result) {
 	text, err := os.ReadFile(capacityGuide)
 	if err != nil {

@@ -10,7 +10,7 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// cut: many busy callers, whose provider's connections are ended again and again.
+// cut measures many busy callers of a provider whose connections are ended again and again.
 func (b *bench) cut() {
 	const callers, times = 256, 8
 	uri, drop := b.database()
@@ -44,15 +44,15 @@ func (b *bench) cut() {
 	)
 }
 
-// business is what became of busy callers.
+// business is the result of busy callers.
 type business struct {
 	errors  int
 	first   error
-	rate    float64 // cycles a second
+	rate    float64 // per second
 	longest time.Duration
 }
 
-// busy has callers lock and release, each a key of its own, until during returns.
+// busy lets callers lock and release, each a separate key, until during returns.
 func (b *bench) busy(f locker.PreemptiveLockerFactory, callers int, during func()) business {
 	var over atomic.Bool
 	var mu sync.Mutex // guards result and cycles
@@ -91,13 +91,13 @@ func (b *bench) busy(f locker.PreemptiveLockerFactory, callers int, during func(
 	return result
 }
 
-// connected: how many connections a provider has, at work and when it is idle.
+// connected counts the connections of a provider, at work and when it is idle.
 func (b *bench) connected() {
 	uri, drop := b.database()
 	defer drop()
 	admin := openAdmin(uri)
 	defer func() { _ = admin.Close() }()
-	timeout := max(time.Second, b.span(10*time.Second)) // the default
+	timeout := max(time.Second, b.span(10*time.Second)) // 10 s is the default
 	p := newProvider(uri, locker.WithSessionTimeout(timeout))
 	defer func() { _ = p.Close() }()
 	f := newFactory(p)
@@ -105,7 +105,8 @@ func (b *bench) connected() {
 	perSecond(256, b.span(3*time.Second), func(i int) error { return cycle(b.ctx, f, uint(i+1)) })
 	most := peak()
 
-	time.Sleep(timeout + 2*time.Second) // what is not needed is closed after the session timeout
+	// Connections that are not needed are closed after the session timeout.
+	time.Sleep(timeout + 2*time.Second)
 	idle, err := b.connections(admin, uri)
 	check(err)
 	heartbeat := timeout * 3 / 10

@@ -13,7 +13,8 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// fake: the in-memory provider, alone and with two who take the key from each other.
+// fake measures the in-memory provider, with one worker and with two that take the key from each
+// other.
 func (b *bench) fake() {
 	p, err := locker.NewLockProvider(locker.FakeLockProviderKind, locker.WithPreemptionTimeout(time.Hour),
 		locker.WithLockTimeout(2*time.Second))
@@ -23,14 +24,16 @@ func (b *bench) fake() {
 	n := b.count(20_000)
 	c := &series{}
 	for range 10 {
-		c.round(n, func() { check(cycle(context.Background(), f, 1)) }, func() { // a context that cannot end costs nothing to watch
+		// A context that cannot end costs nothing to watch.
+		c.round(n, func() { check(cycle(context.Background(), f, 1)) }, func() {
 			mu.Lock()
 			mu.Unlock() //lint:ignore SA2001 the pair is what is measured
 		})
 	}
 	bare := &series{}
 	held := map[int64]uuid.UUID{}
-	var last any // keeps the compiler from leaving out what is not used
+	// last keeps the compiler from removing the unused result.
+	var last any
 	for range 10 {
 		bare.round(n, func() { check(cycle(context.Background(), f, 1)) }, func() { last = barest(held) })
 	}
@@ -42,7 +45,7 @@ func (b *bench) fake() {
 		row{Group: group, Name: "allocations a cycle", Ours: value(c.allocations), Target: atMost(12)},
 	)
 
-	// Contended: each Lock tells the other one, who releases.
+	// In the contended case each Lock notifies the other worker, which releases.
 	c = &series{}
 	for range 10 {
 		c.contended(b, f, n/2)
@@ -54,7 +57,7 @@ func (b *bench) fake() {
 	)
 }
 
-// barest is what a cycle cannot do without.
+// barest does the minimum that a cycle needs.
 func barest(held map[int64]uuid.UUID) any {
 	type lock struct {
 		ch    chan locker.NotificationPayload
@@ -76,11 +79,11 @@ func barest(held map[int64]uuid.UUID) any {
 	return owner
 }
 
-// series are nanoseconds an operation, by rounds.
+// series contains nanoseconds per operation, by rounds.
 type series struct {
 	ours, floor []float64
 	allocations float64
-	deaf        atomic.Int64 // claims that waited in vain, because the holder was not told
+	deaf        atomic.Int64 // claims that waited in vain, because the holder was not notified
 }
 
 func (c *series) measure(n int, f func()) float64 {
@@ -120,7 +123,8 @@ func (c *series) contended(b *bench, f locker.PreemptiveLockerFactory, n int) {
 		close(ping)
 	}))
 	c.ours = append(c.ours, c.measure(n, func() {
-		over := make(chan struct{}) // closed by the first to be done; the other may wait for nobody
+		// The first worker that is done closes over, because the other one may wait in vain.
+		over := make(chan struct{})
 		var once sync.Once
 		check(parallel(2, func(int) error {
 			defer once.Do(func() { close(over) })

@@ -13,11 +13,12 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// other is the pull request of the cycle that goes on beside the locks that are held.
+// other is the pull request of the cycle that runs while the locks are held.
 const other = 1 << 20
 
-// heldBench is one provider that holds more and more locks. A second one, in a database of its own, holds one lock: cycles
-// there are the yardstick at each level.
+// heldBench is one provider that holds more and more locks. A second provider, in a separate
+// database, holds one lock. At each level the cycles are compared with those of the second
+// provider.
 type heldBench struct {
 	*bench
 	uri     string
@@ -25,9 +26,9 @@ type heldBench struct {
 	factory locker.PreemptiveLockerFactory
 	small   locker.PreemptiveLockerFactory
 	raw     *rawPair
-	ctx     context.Context // one that can end, as that of a service is
+	ctx     context.Context // one that can be canceled, like that of a service
 
-	locks         []*locker.PreemptiveLocker // those above held are nil
+	locks         []*locker.PreemptiveLocker // those from held on are nil
 	held          int
 	memory        float64 // before the first lock
 	goroutines    int     // before the provider
@@ -36,7 +37,7 @@ type heldBench struct {
 	rawBytes      float64
 }
 
-// holding: what 1 … 100,000 locks that one provider holds cost.
+// holding measures the cost of 1 … 100,000 locks that one provider holds.
 func (b *bench) holding() {
 	top := 100_000
 	if b.scale < 1 {
@@ -63,7 +64,8 @@ func (b *bench) holding() {
 	h.measureFloors(smallURI)
 
 	h.goroutines = runtime.NumGoroutine()
-	p := newProvider(uri, locker.WithPreemptionTimeout(time.Millisecond)) // Close takes the locks away
+	// Close revokes the locks.
+	p := newProvider(uri, locker.WithPreemptionTimeout(time.Millisecond))
 	defer func() { _ = p.Close() }()
 	h.factory = newFactory(p)
 	h.warmUp()
@@ -73,7 +75,7 @@ func (b *bench) holding() {
 	check(one.Release(b.ctx))
 }
 
-// measureFloors notes what a connection with a listener and the barest lock take.
+// measureFloors measures a connection with a listener, and the barest lock.
 func (h *heldBench) measureFloors(uri string) {
 	before := runtime.NumGoroutine()
 	listener := newRawNotify(uri)
@@ -100,9 +102,10 @@ func (h *heldBench) level(level, top int) {
 	took := timed(func() { h.fill(level) })
 	most := peak()
 
-	// The first second is part of it: nothing has to come to rest after so many locks.
+	// The first second is measured, too. The provider needs no pause after so many locks.
 	first, firstRaw := h.compare(time.Second)
-	rest, restRaw := h.compare(4 * time.Second) // longer than a heartbeat, so that one of them is in it
+	// The time is longer than the interval of heartbeats, so that one of them is in it.
+	rest, restRaw := h.compare(4 * time.Second)
 	h.addCycles(level, first, joined(first, rest), joined(firstRaw, restRaw))
 
 	bytes := (heap() - h.memory) / float64(level)
@@ -131,7 +134,8 @@ func (h *heldBench) fill(level int) {
 	h.held = level
 }
 
-// compare times one more cycle, in turns with one at the provider that holds one lock, and with a raw pair.
+// compare times one more cycle, alternating with one of the provider that holds one lock, and with
+// a raw pair.
 func (h *heldBench) compare(d time.Duration) (toOne, toRaw *comparison) {
 	toOne, toRaw = newComparison(), newComparison()
 	for start := time.Now(); time.Since(start) < max(h.span(d), 400*time.Millisecond); {
@@ -191,7 +195,8 @@ func (h *heldBench) addSizes(level, top, most, goroutines int, bytes float64) {
 			What: "a lib/pq connection and listener", Target: last(atMost(float64(h.atOne + 2))),
 		},
 	)
-	if level < 1000 { // fewer are lost in the rest of the heap
+	// The memory of fewer locks is small compared to the rest of the heap.
+	if level < 1000 {
 		return
 	}
 	h.result.add(
@@ -211,14 +216,15 @@ func (h *heldBench) addIdle(level int) {
 	if h.scale < 1 {
 		idle = 3 * time.Second
 	}
-	time.Sleep(time.Second) // what came before is over then
+	// Earlier work has ended by then.
+	time.Sleep(time.Second)
 	h.result.add(row{
 		Group: heldGroup(level), Name: "transactions a second, idle", Unit: "/s", Ours: value(h.transactions(h.admin, h.uri, idle)),
 		Floor: value(1), What: "one in 3 s on each of 3 connections",
 	})
 }
 
-// heap is what is in use after a collection, goroutines' stacks included.
+// heap returns the memory in use after a collection, including the stacks of goroutines.
 func heap() float64 {
 	var m runtime.MemStats
 	for range 3 {
@@ -228,8 +234,8 @@ func heap() float64 {
 	return float64(m.HeapAlloc + m.StackInuse)
 }
 
-// barestBytes is the memory of what a lock cannot do without: the holder's channel, a timer, an entry for its key and one
-// for its owner.
+// barestBytes returns the memory of the minimum that a lock needs: the holder's channel, a timer,
+// an entry for its key and one for its owner.
 func barestBytes(n int) float64 {
 	type bare struct {
 		ch    chan locker.NotificationPayload

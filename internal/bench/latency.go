@@ -6,7 +6,7 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// cycle: one lock, nobody else.
+// cycle measures one lock without contention.
 func (b *bench) cycle() {
 	uri, drop := b.database()
 	defer drop()
@@ -42,14 +42,14 @@ func (b *bench) cycle() {
 	const raw2 = "pg_advisory_lock + unlock"
 	add("Lock + Release, alternating with the floor", raw2, alternating, ratioAtMost(4.2))
 	add("the same to a raw lock in a row, which is durable", "two one-row UPDATEs, one flush", durable, nil)
-	// A backend that does nothing else stays in the processor's caches and answers faster.
+	// A backend that does nothing else stays in the processor's caches and responds faster.
 	add("Lock + Release, each many times in a row", raw2, blocks, nil)
 }
 
-// pause lets everything come to rest before a sample, ours or the floor's.
+// pause lets all work end before a sample, of the library or of the floor.
 const pause = 5 * time.Millisecond
 
-// attempt is a Lock that runs in a goroutine of its own.
+// attempt is a Lock that runs in a separate goroutine.
 type attempt struct {
 	lock locker.PreemptableLock
 	done chan arrival
@@ -68,7 +68,7 @@ func (b *bench) attempt(p locker.LockProvider, key int64) *attempt {
 	return &attempt{lock: l, done: make(chan arrival, 1)}
 }
 
-// claim announces; it answers when it began.
+// claim announces a claim, and returns when the call began.
 func (b *bench) claim(a *attempt) time.Time {
 	start := time.Now()
 	check(a.lock.Notify(b.ctx))
@@ -82,7 +82,8 @@ func (b *bench) wait(a *attempt) {
 	}()
 }
 
-// told answers when a goroutine that waits for the holder's channel has the payload.
+// told returns a channel that receives the time at which a goroutine that waits for the holder's
+// channel gets the payload.
 func told(ch <-chan locker.NotificationPayload) <-chan time.Time {
 	at := make(chan time.Time, 1)
 	go func() {
@@ -92,8 +93,8 @@ func told(ch <-chan locker.NotificationPayload) <-chan time.Time {
 	return at
 }
 
-// events: how fast news travels between two providers. The floor's database is another one, because a NOTIFY wakes all who
-// listen in a database.
+// events measures how fast messages travel between two providers. The floor uses another database,
+// because a NOTIFY wakes all listeners of a database.
 func (b *bench) events() {
 	uri, drop := b.database()
 	defer drop()
@@ -118,7 +119,8 @@ func (b *bench) events() {
 	first := <-holder.done
 	check(first.err)
 	holder.held = first.ch
-	// One turn: a holds at p; b claims at q and waits; c claims at p; d claims at q; a releases and d holds.
+	// In one turn a holds at p, b claims at q and waits, c claims at p, d claims at q, a releases,
+	// and d holds.
 	turn := func() {
 		var second, third, fourth *attempt
 		displace := func(old, new *attempt) func() time.Duration {
@@ -155,7 +157,8 @@ func (b *bench) events() {
 		holder = fourth
 		p, q = q, p
 	}
-	// The same preemption as the user of a PreemptiveLocker sees it, with the key's look-up.
+	// The same preemption is measured for a user of a PreemptiveLocker, including the look-up of
+	// the key.
 	f, g := newFactory(p), newFactory(q)
 	old := f("org/repo", 1, "benchmark")
 	oldCh, err := old.Lock(b.ctx)
@@ -190,7 +193,8 @@ func (b *bench) events() {
 			turn()
 			wholeTurn()
 		}
-		if i == 0 { // to warm up
+		// The first round is for warming up.
+		if i == 0 {
 			for _, c := range all {
 				c.ours, c.floor = nil, nil
 			}

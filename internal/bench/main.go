@@ -1,16 +1,18 @@
-// Command bench measures the library against the floor that raw PostgreSQL sets for it, on a server of its own with stock
-// settings, and prints one table. It uses nothing but the library's public API.
+// Command bench measures the library against its floor, the equivalent raw PostgreSQL operations,
+// on a separate server with stock settings, and prints one table. It uses only the library's public
+// API.
 //
 //	go run ./internal/bench            # the table; also written to docs/bench/results.{md,json,svg}
 //	go run ./internal/bench -quick     # a tenth of everything, nothing written
 //	go run ./internal/bench -profile   # where the time of one cycle goes; written to docs/bench/profile.md
 //	go run ./internal/bench -plot      # results.svg, and the figures in docs/capacity.md, from results.json again
 //
-// -soak=1000000, or BENCH_SOAK=1000000 in the environment, is the whole soak; -only=cycle,held runs some sections:
-// cycle, events, throughput, held, connections, restart, cut, fake, soak.
+// With -soak=1000000, or BENCH_SOAK=1000000 in the environment, it runs the whole soak. With
+// -only=cycle,held it runs some sections. The sections are cycle, events, throughput, held,
+// connections, restart, cut, fake and soak.
 //
-// Ours and the floor take turns in one run. A figure is the median of its rounds' medians, with the smallest and the largest
-// of them behind it, so that a noisy machine shows.
+// The library and the floor take turns in one run. A figure is the median of its rounds' medians,
+// followed by the smallest and the largest of them, so that a noisy machine shows.
 package main
 
 import (
@@ -33,8 +35,8 @@ import (
 type bench struct {
 	ctx    context.Context
 	server *pgserver.Instance
-	scale  float64 // of counts and durations; 1 is a whole run
-	soak   int     // cycles of the soak
+	scale  float64 // of counts and durations: 1 for a whole run
+	soak   int     // number of cycles
 	result result
 }
 
@@ -56,7 +58,8 @@ func main() {
 	flag.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	switch {
 	case given["out"]:
-	case *profile: // another file
+	// The profile has another default.
+	case *profile:
 		*out = "docs/bench/profile"
 	}
 	if (*quick || *only != "") && !given["out"] {
@@ -85,10 +88,11 @@ func main() {
 	}
 }
 
-// failure is how check leaves.
+// failure is the value with which check panics.
 type failure struct{ error }
 
-// check ends what caught has begun. It is for the goroutine of caught alone; the server goes with the process in any case.
+// check ends the function that caught has called. It may be called only on the goroutine of caught.
+// The server ends with the process in any case.
 func check(err error) {
 	if err != nil {
 		panic(failure{err})
@@ -136,7 +140,8 @@ func (b *bench) run(only, out string) {
 	}
 	b.result.Seconds = int(time.Since(start).Seconds())
 	fmt.Print(b.result.table())
-	check(failed) // what is not complete replaces no file
+	// An incomplete result must not replace a file.
+	check(failed)
 	if out != "" {
 		b.result.write(out)
 		plotFile(out)
@@ -144,7 +149,7 @@ func (b *bench) run(only, out string) {
 	}
 }
 
-// describe notes what the figures were taken on.
+// describe records the machine and the software of the run.
 func (b *bench) describe() {
 	b.result.When = time.Now().UTC().Format("2006-01-02 15:04 UTC")
 	b.result.Go = runtime.Version() + " " + runtime.GOOS + "/" + runtime.GOARCH

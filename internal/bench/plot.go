@@ -9,7 +9,8 @@ import (
 	"strings"
 )
 
-// The colours are readable on white and on black alike: which theme a page has is not known to a picture in it.
+// The colours are readable on white and on black, because a picture cannot know the theme of its
+// page.
 const (
 	ink   = "#768390" // text and axes
 	faint = "#76839040"
@@ -17,7 +18,7 @@ const (
 	amber = "#c27803" // the floor
 )
 
-// plotFile draws out.svg from out.json and brings the figures in the capacity guide up to date.
+// plotFile draws out.svg from out.json and updates the figures in the capacity guide.
 func plotFile(out string) {
 	text, err := os.ReadFile(out + ".json")
 	check(err)
@@ -51,7 +52,8 @@ type curve struct {
 
 type point struct{ x, y, low, high float64 }
 
-// curve picks the rows of a group, and of a name if one is given, that have a place on the x axis.
+// curve returns the rows of a group, and of a name if one is given, that have a place on the x
+// axis.
 func (r *result) curve(name, colour, dash, group, rowName string, of func(row) *figure) curve {
 	c := curve{name: name, colour: colour, dash: dash}
 	for _, w := range r.Rows {
@@ -64,7 +66,7 @@ func (r *result) curve(name, colour, dash, group, rowName string, of func(row) *
 	return c
 }
 
-// panel is one diagram: x is logarithmic, y begins at zero.
+// panel is one diagram. Its x axis is logarithmic, and its y axis begins at zero.
 type panel struct {
 	x, y, w, h  float64
 	title, axis string
@@ -112,14 +114,14 @@ func (p panel) draw(b *strings.Builder, curves ...curve) {
 			dash = ` stroke-dasharray="` + c.dash + `"`
 		}
 		fmt.Fprintf(b, `<polyline points="%s" fill="none" stroke="%s" stroke-width="2"%s/>`+"\n", strings.Join(path, " "), c.colour, dash)
-		// The legend has a line each, above the diagram.
+		// Each line of the legend is above the diagram.
 		y := 36 + 16*float64(i)
 		fmt.Fprintf(b, `<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f" stroke="%s" stroke-width="2"%s/>`, p.x, y-4, p.x+26, y-4, c.colour, dash)
 		fmt.Fprintf(b, `<text x="%.1f" y="%.1f" fill="%s">%s</text>`+"\n", p.x+32, y, c.colour, c.name)
 	}
 }
 
-// niceStep is the next of 1, 2, 5 times a power of ten.
+// niceStep returns the next of 1, 2, 5 times a power of ten.
 func niceStep(v float64) float64 {
 	base := math.Pow(10, math.Floor(math.Log10(v)))
 	for _, m := range []float64{1, 2, 5} {
@@ -130,7 +132,7 @@ func niceStep(v float64) float64 {
 	return 10 * base
 }
 
-// tick is a number on an axis, without rounding residues.
+// tick formats a number on an axis, without rounding residues.
 func tick(v float64) string {
 	if v >= 1000 {
 		return short(math.Round(v))

@@ -14,15 +14,18 @@ import (
 	"github.com/preemptable/locker/internal/table"
 )
 
-// profile shows where the time of one cycle goes, as seen from outside of the library:
+// profile measures where the time of one cycle goes, from outside of the library:
 //
-//   - the server's own time, from its log of what binding and executing each statement took;
-//   - a round trip: a prepared SELECT 1, less what the server says that it worked on it;
-//   - a commit: a one-row UPDATE that does not wait for the disk, less the round trip and the server's work on it;
-//   - a flush: a one-row UPDATE that waits, less one that does not; how many there are, from pg_stat_wal;
-//   - the rest is the library's and the scheduler's.
+//   - The server's own time is taken from its log, which has the time of binding and executing each statement.
+//   - A round trip is the time of a prepared SELECT 1, less the server's time for it.
+//   - A commit is the time of a one-row UPDATE that does not wait for the disk, less the round trip and the server's time
+//     for it.
+//   - A flush is the time of a one-row UPDATE that waits, less that of one that does not. The number of flushes is taken
+//     from pg_stat_wal.
+//   - The rest is the time of the library and the scheduler.
 //
-// The times are taken first; the server writes the log in a second pass, since that costs time.
+// The times are measured first. The server writes the log in a second pass, because that costs
+// time.
 func (b *bench) profile(out string) {
 	server, err := pgserver.Start(b.ctx, pgserver.Options{})
 	check(err)
@@ -47,7 +50,8 @@ func (b *bench) profile(out string) {
 	n := b.count(200)
 	for i := range 11 {
 		for s := range sides {
-			if i == 1 { // the first round warms up
+			// The first round is for warming up.
+			if i == 1 {
 				times[s] = nil
 			}
 			times[s] = append(times[s], nil)
@@ -58,7 +62,8 @@ func (b *bench) profile(out string) {
 			}
 		}
 	}
-	// How often the disk is waited for. The server's WAL writer adds a few a second.
+	// syncs is how often the server waits for the disk. Its WAL writer adds a few flushes per
+	// second.
 	syncs := b.flushes(uri, func() int {
 		const many = 1000
 		for range many {
@@ -75,7 +80,8 @@ func (b *bench) profile(out string) {
 	check(server.Set(b.ctx, "log_parameter_max_length", "0"))
 	check(server.Set(b.ctx, "log_min_duration_statement", "0"))
 	time.Sleep(500 * time.Millisecond)
-	for _, side := range sides { // each backend reads the settings before its next statement
+	// Each backend reads the settings before its next statement.
+	for _, side := range sides {
 		check(side())
 	}
 	all := make([][]logged, len(sides))
@@ -121,7 +127,7 @@ func (b *bench) profile(out string) {
 	fmt.Fprintf(&b2, "# Where the time of one cycle goes\n\n%s, PostgreSQL %s, stock settings. Medians of %d rounds of %d.\n\n%s\n",
 		time.Now().UTC().Format("2006-01-02 15:04 UTC"), version, len(times[0]), n, table.Align(lines))
 
-	// What the check of rows that goes with a heartbeat costs with many locks held.
+	// This is the cost of the check of rows that goes with a heartbeat, with many locks held.
 	locks := make([]*locker.PreemptiveLocker, 10_000)
 	check(each(len(locks), func(i int) error {
 		locks[i-1] = f("org/repo", uint(i), "benchmark")
@@ -147,7 +153,7 @@ func (b *bench) profile(out string) {
 
 func percent(part, whole float64) string { return fmt.Sprintf("%.0f %%", 100*part/whole) }
 
-// part is a line of the profile. Lines with one key stand beside each other.
+// part is a line of the profile. Lines of the two columns with the same key are shown in one row.
 type part struct {
 	key, name string
 	us        float64
@@ -158,7 +164,8 @@ func parts(whole float64, statements []logged, n int, trip, commit, flush, syncs
 	var trips, writes, work float64
 	for _, l := range statements {
 		k := l.perRun(n)
-		if k < 0.1 { // a heartbeat
+		// Such a rare statement belongs to a heartbeat.
+		if k < 0.1 {
 			continue
 		}
 		trips += k
@@ -178,20 +185,23 @@ func parts(whole float64, statements []logged, n int, trip, commit, flush, syncs
 	)
 }
 
-// math2 rounds a count to two places.
+// math2 rounds a count to two decimal places.
 func math2(v float64) float64 { return float64(int(v*100+0.5)) / 100 }
 
-// flushes is how often the server synced its log to disk in one of what run does.
+// flushes returns how often the server synced its log to disk for one of the operations that run
+// counts.
 func (b *bench) flushes(uri string, run func() int) float64 {
 	db := openDB(uri, 1)
 	defer func() { _ = db.Close() }()
 	count := func() (n float64, err error) {
-		time.Sleep(5 * time.Second) // the backends report with their next heartbeat
+		// The backends report with their next heartbeat.
+		time.Sleep(5 * time.Second)
 		err = db.QueryRowContext(b.ctx, "SELECT wal_sync FROM pg_stat_wal").Scan(&n)
 		return n, err
 	}
 	before, err := count()
-	if err != nil { // PostgreSQL 18 counts elsewhere; by design it is one
+	// PostgreSQL 18 counts elsewhere. By design the number is one.
+	if err != nil {
 		run()
 		return 1
 	}
@@ -201,7 +211,7 @@ func (b *bench) flushes(uri string, run func() int) float64 {
 	return float64(int((after-before)/float64(n) + 0.5))
 }
 
-// logged is what the server's log says of one statement.
+// logged is the server's log of one statement.
 type logged struct {
 	text   string
 	runs   int
@@ -228,10 +238,10 @@ func (l logged) label() string {
 
 var logLine = regexp.MustCompile(`\[(\d+)\] LOG:  duration: ([\d.]+) ms  (bind|execute) [^:]*: ?(.*)`)
 
-// parseLog sums up the log by statement, the costliest first.
+// parseLog summarizes the log by statement, the costliest first.
 func parseLog(text string) []logged {
 	times := map[string][]float64{}
-	binds := map[string]float64{} // by backend: what the bind before took
+	binds := map[string]float64{} // by backend: the time of the last bind
 	var pid, kind, statement string
 	var took float64
 	flush := func() {
@@ -253,7 +263,8 @@ func parseLog(text string) []logged {
 		flush()
 		if m := logLine.FindStringSubmatch(line); m != nil {
 			pid, kind, statement = m[1], m[3], m[4]
-			v, _ := strconv.ParseFloat(m[2], 64) // the pattern admits numbers only
+			// The pattern matches only numbers.
+			v, _ := strconv.ParseFloat(m[2], 64)
 			took = v * 1e3
 		}
 	}

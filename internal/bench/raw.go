@@ -13,7 +13,7 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// What the floors are made of: database/sql, lib/pq, prepared statements.
+// The parts of the floors: database/sql, lib/pq, and prepared statements.
 
 func openDB(uri string, conns int) *sql.DB {
 	connector, err := pq.NewConnector(uri)
@@ -24,7 +24,7 @@ func openDB(uri string, conns int) *sql.DB {
 	return db
 }
 
-// statement is a prepared statement on a connection of its own.
+// statement is a prepared statement on a separate connection.
 type statement struct {
 	db   *sql.DB
 	conn *sql.Conn
@@ -51,7 +51,8 @@ func (s *statement) close() {
 	_ = s.db.Close()
 }
 
-// newUpdate is an UPDATE of one row, whose commit waits for the disk or does not.
+// newUpdate returns an UPDATE of one row, whose commit waits for the disk or not, depending on
+// synchronousCommit.
 func newUpdate(uri, synchronousCommit string) *statement {
 	s := prepare(uri, "SELECT 1")
 	table := "bench_row_" + synchronousCommit
@@ -64,8 +65,8 @@ func newUpdate(uri, synchronousCommit string) *statement {
 	return s
 }
 
-// rawPair is one connection that runs two statements in turns: it locks and unlocks an
-// advisory lock, or takes and gives back a row.
+// rawPair is one connection that alternates between two statements. They lock and unlock an
+// advisory lock, or acquire and release a row.
 type rawPair struct {
 	db           *sql.DB
 	conn         *sql.Conn
@@ -76,15 +77,15 @@ func newRawPair(uri string) *rawPair {
 	return newPair(uri, "SELECT pg_advisory_lock($1)", "SELECT pg_advisory_unlock($1)")
 }
 
-// newRowPair is a pair that takes and gives back a row: the commit of the first waits
-// for the disk, as that of every lock has to whose token must not be given out twice.
-// The rows are there once makeRows has been called.
+// newRowPair returns a pair that acquires and releases a row. The commit of the first statement
+// waits for the disk, as it must for every lock whose token must not be returned twice. makeRows
+// creates the rows.
 func newRowPair(uri string) *rawPair {
 	return newPair(uri, "UPDATE bench_rows SET n = n + 1 WHERE id = $1",
 		"UPDATE bench_rows SET n = n + 1 WHERE id = $1 RETURNING set_config('synchronous_commit', 'off', true)")
 }
 
-// makeRows makes the rows of newRowPair, from 0 on.
+// makeRows creates the rows of newRowPair, from 0 on.
 func makeRows(uri string, n int) {
 	db := openDB(uri, 1)
 	defer func() { _ = db.Close() }()
@@ -118,7 +119,7 @@ func (r *rawPair) close() {
 	_ = r.db.Close()
 }
 
-// rawPool is a pool of such connections.
+// rawPool is a pool of raw pairs.
 type rawPool struct {
 	all  []*rawPair
 	free chan *rawPair
@@ -159,7 +160,7 @@ func newRawNotify(uri string) *rawNotify {
 	return r
 }
 
-// once answers the time from the call to when a goroutine that waits for the notification has it.
+// once returns the time from the call until a goroutine that waits for the notification has it.
 func (r *rawNotify) once() time.Duration {
 	arrived := make(chan time.Time, 1)
 	go func() {
@@ -176,9 +177,10 @@ func (r *rawNotify) close() {
 	_ = r.listener.Close()
 }
 
-// What ours are made of.
+// The parts of the library's side.
 
-// newProvider makes a provider whose timeouts do not interfere. Its Close waits for holders for an hour.
+// newProvider creates a provider whose timeouts do not interfere. Its Close waits for holders for
+// an hour.
 func newProvider(uri string, options ...locker.LockProviderOption) *locker.PostgresLockProvider {
 	p, err := locker.NewLockProvider(locker.PostgresLockProviderKind, append([]locker.LockProviderOption{
 		locker.WithPostgresBackend(uri, ""), locker.WithLockTimeout(time.Minute), locker.WithPreemptionTimeout(time.Hour),
@@ -202,7 +204,7 @@ func cycle(ctx context.Context, f locker.PreemptiveLockerFactory, pr uint) error
 	return l.Release(ctx)
 }
 
-// parallel runs f(0) … f(n-1) at once and answers the first error.
+// parallel runs f(0) … f(n-1) concurrently and returns the first error.
 func parallel(n int, f func(i int) error) error {
 	errs := make(chan error, n)
 	for i := range n {
@@ -217,7 +219,7 @@ func parallel(n int, f func(i int) error) error {
 	return first
 }
 
-// perSecond has n workers repeat f for a while and answers how often it ran in a second.
+// perSecond lets n workers repeat f for a while and returns how often it ran per second.
 func perSecond(n int, d time.Duration, f func(worker int) error) float64 {
 	var total atomic.Int64
 	start := time.Now()
@@ -233,7 +235,7 @@ func perSecond(n int, d time.Duration, f func(worker int) error) float64 {
 	return float64(total.Load()) / time.Since(start).Seconds()
 }
 
-// each runs f for 1 … n, some at a time.
+// each runs f for 1 … n, some calls concurrently.
 func each(n int, f func(i int) error) error {
 	var next atomic.Int64
 	return parallel(min(n, 256), func(int) error {

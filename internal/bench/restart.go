@@ -13,7 +13,7 @@ import (
 	"github.com/preemptable/locker/internal/pgserver"
 )
 
-// restarts: what becomes of the locks of one provider when the server is restarted.
+// restarts measures how the locks of one provider survive restarts of the server.
 func (b *bench) restarts() {
 	server, err := pgserver.Start(b.ctx, pgserver.Options{})
 	if errors.Is(err, pgserver.ErrNoBinaries) {
@@ -61,7 +61,7 @@ func (b *bench) restartsWith(server *pgserver.Server, held int) {
 	check(each(held, func(i int) error { return locks[i-1].Release(b.ctx) }))
 }
 
-// measure restarts the server some times.
+// measure restarts the server several times.
 func (r *restarted) measure(mode string) {
 	repeat := 3
 	if r.scale < 1 {
@@ -74,7 +74,8 @@ func (r *restarted) measure(mode string) {
 		c.ours.add(ours)
 		c.floor.add(floor)
 	}
-	time.Sleep(r.span(5 * time.Second)) // a heartbeat may find more
+	// A later heartbeat may find more.
+	time.Sleep(r.span(5 * time.Second))
 	group := fmt.Sprintf("%s restart of the server, %s held by one provider", mode, plural(len(r.channels), "lock"))
 	r.result.add(
 		row{Group: group, Name: "holds disturbed", Ours: value(float64(r.disturbed())), Target: atMost(0)},
@@ -92,8 +93,9 @@ func millis(r rounds) (all []float64) {
 	return all
 }
 
-// once restarts the server. It returns the times from when the server takes connections again until the session is
-// reconnected and all of its holds are checked, and until a raw connection is there.
+// once restarts the server. It returns two times that begin when the server accepts connections
+// again: until the session has reconnected and all of its holds are checked, and until a raw
+// connection is open.
 func (r *restarted) once(mode string) (ours, floor time.Duration) {
 	for len(r.reconnected) > 0 {
 		<-r.reconnected
@@ -120,7 +122,8 @@ func (r *restarted) once(mode string) (ours, floor time.Duration) {
 	}
 }
 
-// firstConnection connects until it succeeds. It returns when the attempt that did began and ended.
+// firstConnection connects until it succeeds. It returns the start and the end of the attempt that
+// succeeded.
 func firstConnection(ctx context.Context, uri string) (begun, made time.Time) {
 	for ctx.Err() == nil {
 		begun = time.Now()
@@ -135,7 +138,8 @@ func firstConnection(ctx context.Context, uri string) (begun, made time.Time) {
 	return begun, begun
 }
 
-// disturbed counts the holders that were notified, or whose row does not name a holder any longer if those are more.
+// disturbed returns the number of holders that were notified, or of rows that do not name a holder
+// any longer if that is larger.
 func (r *restarted) disturbed() int {
 	notified := 0
 	for _, ch := range r.channels {

@@ -11,7 +11,7 @@ import (
 	"github.com/preemptable/locker/internal/table"
 )
 
-// result is what a run leaves behind.
+// result is the result of a run.
 type result struct {
 	When     string  `json:"when"`
 	Commit   string  `json:"commit,omitempty"`
@@ -19,7 +19,7 @@ type result struct {
 	CPUs     int     `json:"cpus"`
 	Postgres string  `json:"postgres"`
 	Settings string  `json:"settings"`
-	FlushMS  float64 `json:"flush_ms"` // what a commit costs more when it waits for the disk
+	FlushMS  float64 `json:"flush_ms"` // the additional time of a commit that waits for the disk
 	Seconds  int     `json:"seconds"`
 	Rows     []row   `json:"rows"`
 }
@@ -28,15 +28,15 @@ type result struct {
 type row struct {
 	Group  string   `json:"group"`
 	Name   string   `json:"name"`
-	X      float64  `json:"x,omitempty"` // where the plot puts it
+	X      float64  `json:"x,omitempty"` // the position in the plot
 	Unit   string   `json:"unit,omitempty"`
 	Ours   *figure  `json:"ours"`
 	Floor  *figure  `json:"floor,omitempty"`
-	What   string   `json:"what,omitempty"` // what the floor is
+	What   string   `json:"what,omitempty"` // describes the floor
 	Ratio  *figure  `json:"ratio,omitempty"`
 	Target *target  `json:"target,omitempty"`
 	Met    *bool    `json:"met,omitempty"`
-	Extra  *float64 `json:"worst,omitempty"` // the worst sample, where it is worth a word
+	Extra  *float64 `json:"worst,omitempty"` // the worst sample, where it is of interest
 }
 
 type figure struct {
@@ -81,7 +81,7 @@ func (r *result) add(rows ...row) {
 	}
 }
 
-// short writes a number with three digits that matter.
+// short formats a number with three significant digits.
 func short(v float64) string {
 	switch a := math.Abs(v); {
 	case v == math.Trunc(v) && a < 1e6, a >= 1000:
@@ -150,7 +150,7 @@ func (w row) cells() []string {
 	return []string{w.Name, ours, floor, ratio, goal, met}
 }
 
-// table is the whole result in Markdown.
+// table returns the whole result in Markdown.
 func (r *result) table() string {
 	lines := [][]string{{"", "ours", "floor", "ours ÷ floor", "target", "met"}, {"---", "---", "---", "---", "---", "---"}}
 	group := ""

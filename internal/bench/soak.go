@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// soaked: many cycles over a thousand keys. Nothing may grow.
+// soaked runs many cycles over a thousand keys. Nothing may grow.
 func (b *bench) soaked() {
 	const keys, workers, parts = 1000, 100, 4
 	uri, drop := b.database()
@@ -22,7 +22,8 @@ func (b *bench) soaked() {
 		locks, states, dead, hot, updates, goHeap, rss float64
 	}
 	look := func() (s state) {
-		time.Sleep(4 * time.Second) // backends report with their next statement: the heartbeat
+		// Backends report with their next statement, which is the heartbeat.
+		time.Sleep(4 * time.Second)
 		check(admin.QueryRowContext(b.ctx, `
 SELECT pg_total_relation_size('env_locks'), pg_total_relation_size('env_lock_state'),
     (SELECT sum(n_dead_tup) FROM pg_stat_user_tables), n_tup_hot_upd, n_tup_upd
@@ -77,7 +78,8 @@ FROM pg_stat_user_tables WHERE relname = 'env_lock_state'`).Scan(&s.locks, &s.st
 	}
 }
 
-// residentBytes is this process's memory as the system sees it, 0 where it does not say.
+// residentBytes returns this process's memory according to the system, or 0 if the system does not
+// provide it.
 func residentBytes() float64 {
 	text, err := os.ReadFile("/proc/self/statm")
 	var total, resident float64

@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// rounds are the durations that one side of a comparison took.
+// rounds contains the durations of one side of a comparison.
 type rounds [][]time.Duration
 
 func quantile[T time.Duration | float64](values []T, q float64) T {
@@ -34,7 +34,8 @@ func (r rounds) medians() []time.Duration {
 
 func (r rounds) median() time.Duration { return middle(r.medians()) }
 
-// figure sums up: the median of the rounds' medians, their spread, and the 99th percentile of all.
+// figure returns the median of the rounds' medians, their spread, and the 99th percentile of all
+// durations.
 func (r rounds) figure() *figure {
 	m := r.medians()
 	all := slices.Concat(r...)
@@ -46,7 +47,7 @@ func (r rounds) figure() *figure {
 
 func ms(d time.Duration) float64 { return float64(d) / 1e6 }
 
-// comparison is ours and the floor in the same rounds.
+// comparison contains the durations of the library and of the floor in the same rounds.
 type comparison struct{ ours, floor rounds }
 
 func newComparison() *comparison { return &comparison{} }
@@ -59,7 +60,7 @@ func (c *comparison) begin() {
 
 func (r rounds) add(d time.Duration) { r[len(r)-1] = append(r[len(r)-1], d) }
 
-// round times n runs of each, in blocks that take turns.
+// round times n runs of each side, in alternating blocks.
 func (c *comparison) round(n, block int, ours, floor func()) {
 	c.begin()
 	for done := 0; done < n; done += block {
@@ -78,7 +79,7 @@ func timed(f func()) time.Duration {
 	return time.Since(start)
 }
 
-// ratio compares round by round.
+// ratio compares the two sides round by round.
 func (c *comparison) ratio() *figure {
 	var each []float64
 	for i := range c.ours {
@@ -91,7 +92,7 @@ func spread(values []float64) *figure {
 	return &figure{Value: middle(values), Min: slices.Min(values), Max: slices.Max(values), Samples: len(values)}
 }
 
-// rates is the same for two series of events a second.
+// rates is the same for two series of events per second.
 type rates struct{ ours, floor []float64 }
 
 func (r *rates) ratio() *figure {

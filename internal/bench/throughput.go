@@ -8,16 +8,17 @@ import (
 	"github.com/preemptable/locker"
 )
 
-const pooled = 64 // connections of the floor
+const pooled = 64 // the number of the floor's connections
 
-// throughput: many workers on keys of their own, then many who fight.
+// throughput measures many workers on separate keys, and then many that compete for keys.
 func (b *bench) throughput() {
 	uri, drop := b.database()
 	defer drop()
 	p := newProvider(uri)
 	defer func() { _ = p.Close() }()
 	f := newFactory(p)
-	check(each(1024, func(i int) error { return cycle(b.ctx, f, uint(i)) })) // makes the rows
+	// The cycles create the rows.
+	check(each(1024, func(i int) error { return cycle(b.ctx, f, uint(i)) }))
 	pool := newRawPool(uri, pooled, newRawPair)
 	floor := func(workers int, d time.Duration) float64 {
 		return perSecond(workers, d, func(i int) error { return pool.run(int64(i)) })
@@ -66,8 +67,9 @@ func (b *bench) throughput() {
 	b.fights(d)
 }
 
-// severalProviders is one round of n providers, then of raw pairs, and then of raw pairs that are durable. Together they need more
-// connections than a stock server has, so each side connects anew.
+// severalProviders runs one round of n providers, then of raw pairs, and then of raw pairs that are
+// durable. Together they would need more connections than a stock server has, so each side connects
+// anew.
 func (b *bench) severalProviders(uri string, n int, d time.Duration, r, durable *rates) {
 	const workers = 256
 	var many []*locker.PostgresLockProvider
@@ -79,7 +81,7 @@ func (b *bench) severalProviders(uri string, n int, d time.Duration, r, durable 
 	}
 	work := func(w int) error { return cycle(b.ctx, factories[w%n], uint(w+1)) }
 	check(parallel(workers, work)) // connects, however long that takes
-	perSecond(workers, d/4, work)  // warms up
+	perSecond(workers, d/4, work)  // for warming up
 	ours := perSecond(workers, d, work)
 	for _, p := range many {
 		check(p.Close())
@@ -97,7 +99,7 @@ func (b *bench) severalProviders(uri string, n int, d time.Duration, r, durable 
 	}
 }
 
-// fights: on each key two workers at two providers take the key from each other for ever.
+// fights lets two workers at two providers take each key from each other again and again.
 func (b *bench) fights(d time.Duration) {
 	const keys, senders = 64, 64
 	uri, drop := b.database()
@@ -113,7 +115,8 @@ func (b *bench) fights(d time.Duration) {
 	raw := newRawNotify(rawURI)
 	defer raw.close()
 	go func() {
-		for range raw.listener.Notify { // ends when the listener is closed
+		// The loop ends when the listener is closed.
+		for range raw.listener.Notify {
 		}
 	}()
 	var stmts []*statement
@@ -139,7 +142,8 @@ func (b *bench) fights(d time.Duration) {
 			}
 			select {
 			case <-ch:
-			case <-time.After(d + 100*time.Millisecond - time.Since(start)): // the other one has left
+			// The other worker has ended.
+			case <-time.After(d + 100*time.Millisecond - time.Since(start)):
 			}
 			return l.Release(b.ctx)
 		}))

@@ -11,14 +11,16 @@ import (
 	"strings"
 )
 
-// EnvBin names a folder with initdb and postgres. It is taken alone: if they are not in there, nothing else is searched.
+// EnvBin names a folder with initdb and postgres. If they are missing there, no other folder is
+// searched.
 const EnvBin = "LOCKER_TEST_POSTGRES_BIN"
 
 // ErrNoBinaries means that no PostgreSQL server programs were found.
 var ErrNoBinaries = errors.New("pgserver: no PostgreSQL server programs (initdb, postgres) found; install them or set " + EnvBin)
 
-// FindBinDir finds a folder with PostgreSQL's server programs: the one that LOCKER_TEST_POSTGRES_BIN names, then what PATH
-// leads to, then the newest in the usual places of packages.
+// FindBinDir returns a folder with PostgreSQL's server programs. It searches the folder that
+// LOCKER_TEST_POSTGRES_BIN names, then the folders of pg_config and postgres in PATH, and then the
+// usual places of packages, the newest first.
 func FindBinDir() (string, error) {
 	if dir := os.Getenv(EnvBin); dir != "" {
 		if !hasServer(dir) {
@@ -69,7 +71,7 @@ func hasServer(dir string) bool {
 	return true
 }
 
-// majorOf reads the version out of a path such as /usr/pgsql-16/bin; -1 if there is none.
+// majorOf returns the version in a path such as /usr/pgsql-16/bin, or -1 if there is none.
 func majorOf(dir string) int {
 	digits := strings.FieldsFunc(dir, func(r rune) bool { return r < '0' || r > '9' })
 	if len(digits) == 0 {

@@ -1,11 +1,14 @@
-// Package pgserver runs throwaway PostgreSQL servers for tests, the demo, benchmarks and the chaos driver.
+// Package pgserver runs throwaway PostgreSQL servers for tests, the demo, benchmarks and the chaos
+// driver.
 //
-// A server is a cluster of its own in a temporary folder, made by initdb and run with stock settings (fsync included) on a
-// TCP port of its own. It needs no engine for containers, no installed service and no rights: the server programs of an
-// ordinary package are enough. Root is given up for an unprivileged user, because PostgreSQL refuses to run as root.
+// A server is a separate cluster in a temporary folder. It is created by initdb and runs with stock
+// settings (fsync included) on a separate TCP port. It needs no container engine, no installed
+// service and no privileges: the server programs of an ordinary package are enough. A process of
+// root runs the server as an unprivileged user, because PostgreSQL refuses to run as root.
 //
-// Nothing is left behind. Close removes process and folder; if the process that started the server ends without Close, even
-// by SIGKILL, a small shell notices and does it instead. The package keeps no goroutine, so leak checkers stay usable.
+// Nothing is left behind. Close removes process and folder. If the process that started the server
+// ends without Close, even by SIGKILL, a small shell notices and does it instead. The package keeps
+// no goroutine, so leak checkers stay usable.
 package pgserver
 
 import (
@@ -33,11 +36,11 @@ import (
 	"github.com/lib/pq"
 )
 
-// How a server is stopped, in PostgreSQL's own words.
+// The modes in which a server is stopped, in PostgreSQL's own words.
 const (
-	Smart     = "smart"     // waits until every client has left
+	Smart     = "smart"     // waits until every client has disconnected
 	Fast      = "fast"      // ends the sessions, then shuts down cleanly
-	Immediate = "immediate" // ends everything at once; the next start recovers
+	Immediate = "immediate" // ends everything immediately, so the next start recovers
 )
 
 const (
@@ -49,18 +52,19 @@ const (
 // ErrNotRunning is returned by methods that need a running server.
 var ErrNotRunning = errors.New("pgserver: server is not running")
 
-// errPortTaken tells a lost race for the port from other failures of a start.
+// errPortTaken distinguishes a lost race for the port from other failures of a start.
 var errPortTaken = errors.New("pgserver: port is taken")
 
-// Options say how a server is made. The zero value is a stock server on a free port of 127.0.0.1 that trusts everybody.
+// Options are the settings of a server. The zero value is a stock server on a free port of
+// 127.0.0.1 that trusts every client.
 type Options struct {
-	BinDir   string            // folder of initdb and postgres; empty: FindBinDir
-	Config   map[string]string // settings for postgresql.conf, over the stock ones
-	Port     int               // 0: a free one
-	Host     string            // address to listen at; empty: 127.0.0.1
-	Password string            // empty: trust; otherwise asked for by scram-sha-256
-	Files    map[string]string // files of the data folder by name, such as pg_hba.conf or server.key, over those of initdb
-	Log      io.Writer         // gets the server's log, piecewise: after each start and stop
+	BinDir   string            // folder of initdb and postgres, or empty to use FindBinDir
+	Config   map[string]string // settings for postgresql.conf that override the stock ones
+	Port     int               // 0 for a free one
+	Host     string            // address to listen on, or empty for 127.0.0.1
+	Password string            // empty for trust, otherwise required by scram-sha-256
+	Files    map[string]string // files of the data folder by name, such as pg_hba.conf or server.key, which replace those of initdb
+	Log      io.Writer         // receives the server's log in parts, after each start and stop
 }
 
 // Server is one PostgreSQL cluster. Its methods may be called from several goroutines.
@@ -69,7 +73,7 @@ type Server struct {
 	binDir  string
 	version string
 	dir     string
-	runAs   *account // nil: run as we are
+	runAs   *account // nil to run as this process
 
 	mu      sync.Mutex // guards everything below
 	port    int
@@ -80,8 +84,8 @@ type Server struct {
 	closed  bool
 }
 
-// Start makes a cluster and starts it. The server accepts connections when Start returns. A cluster that could not be
-// started leaves nothing behind.
+// Start creates a cluster and starts it. The server accepts connections when Start returns. A
+// cluster that could not be started leaves nothing behind.
 func Start(ctx context.Context, opts Options) (*Server, error) {
 	s, err := prepare(ctx, opts)
 	if err != nil {
@@ -102,7 +106,8 @@ func Start(ctx context.Context, opts Options) (*Server, error) {
 	return s, nil
 }
 
-// prepare makes the empty folder and everything that does not depend on where the data comes from.
+// prepare creates the empty folder and everything that does not depend on where the data comes
+// from.
 func prepare(ctx context.Context, opts Options) (*Server, error) {
 	if opts.Host == "" {
 		opts.Host = "127.0.0.1"
@@ -132,8 +137,8 @@ func prepare(ctx context.Context, opts Options) (*Server, error) {
 	return s, nil
 }
 
-// tempDir makes the cluster's folder where the account that runs the server can get at it: the usual temporary folder may
-// lie below one that only we may enter.
+// tempDir creates the cluster's folder where the account that runs the server can reach it. The
+// usual temporary folder may be below one that only this process's user may enter.
 func (s *Server) tempDir() (string, error) {
 	parents := []string{os.TempDir(), "/tmp", "/var/tmp"}
 	for _, parent := range parents {
@@ -158,7 +163,9 @@ func (s *Server) tempDir() (string, error) {
 func (s *Server) initdb(ctx context.Context) error {
 	args := []string{
 		"--pgdata", s.DataDir(), "--username", "postgres", "--encoding", "UTF8", "--locale", "C",
-		"--no-sync", // a folder that lives for minutes; the server itself runs with fsync
+		// The folder lives for minutes, so initdb need not sync it. The server itself runs with
+		// fsync.
+		"--no-sync",
 		"--auth-local", "trust", "--auth-host", s.authMethod(),
 	}
 	if s.opts.Password != "" {
@@ -178,7 +185,7 @@ func (s *Server) initdb(ctx context.Context) error {
 	if ip := net.ParseIP(s.opts.Host); ip != nil && ip.IsLoopback() || s.opts.Host == "localhost" {
 		return nil
 	}
-	// initdb lets in loopback addresses only.
+	// The rules of initdb allow only loopback addresses.
 	rules := fmt.Sprintf("host all all all %[1]s\nhost replication all all %[1]s\n", s.authMethod())
 	return appendFile(filepath.Join(s.DataDir(), "pg_hba.conf"), rules)
 }
@@ -192,8 +199,9 @@ func (s *Server) authMethod() string {
 
 var settingName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.]*$`)
 
-// configure appends settings to postgresql.conf, where the last line for a name wins. The port is not among them: it is
-// given on the command line, so that neither a lost race nor a standby's copy has to rewrite the file.
+// configure appends settings to postgresql.conf, where the last line for a name wins. The port is
+// not among them. It is given on the command line, so that neither a lost race nor a standby's copy
+// has to rewrite the file.
 func (s *Server) configure(settings map[string]string) error {
 	var b strings.Builder
 	write := func(name, value string) {
@@ -210,7 +218,7 @@ func (s *Server) configure(settings map[string]string) error {
 	return appendFile(filepath.Join(s.DataDir(), "postgresql.conf"), b.String())
 }
 
-// put writes files into the data folder, for the account that runs the server alone.
+// put writes files into the data folder. Only the account that runs the server can read them.
 func (s *Server) put(files map[string]string) error {
 	for name, text := range files {
 		path := filepath.Join(s.DataDir(), name)
@@ -224,7 +232,8 @@ func (s *Server) put(files map[string]string) error {
 	return nil
 }
 
-// Start starts a stopped server again, on the same port and data. It does nothing when the server runs.
+// Start starts a stopped server again, on the same port and data. It does nothing if the server
+// runs.
 func (s *Server) Start(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -267,11 +276,12 @@ func (s *Server) start(ctx context.Context) error {
 	}
 }
 
-// launch starts the postmaster and waits until it answers.
+// launch starts the postmaster and waits until it accepts connections.
 //
-// The postmaster and, by inheritance, every process of the server hold the writing end of a pipe that nobody writes to. Its
-// reading end reports end of file exactly when the last of them is gone, which works for children that outlive a killed
-// postmaster too and takes no goroutine.
+// The postmaster and, by inheritance, every process of the server have the writing end of a pipe,
+// which none of them writes to. Its reading end reports end of file exactly when the last of these
+// processes has ended. That works even for children that outlive a killed postmaster, and takes no
+// goroutine.
 func (s *Server) launch(ctx context.Context) error {
 	log, err := os.OpenFile(s.logFile(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -309,7 +319,7 @@ func (s *Server) launch(ctx context.Context) error {
 			}
 			return err
 		}
-		// Asking before the server says that it is ready could reach somebody else who has the port.
+		// A connection before the server is ready could reach another server that has the port.
 		probe := errors.New("it is still starting")
 		if s.ready() {
 			probe = s.probe(ctx)
@@ -325,8 +335,8 @@ func (s *Server) launch(ctx context.Context) error {
 	}
 }
 
-// ready reads what the postmaster says about itself: its process id in the first line of postmaster.pid, its state in the
-// eighth.
+// ready reads the postmaster's own report: its process ID in the first line of postmaster.pid, its
+// state in the eighth.
 func (s *Server) ready() bool {
 	text, err := os.ReadFile(filepath.Join(s.DataDir(), "postmaster.pid"))
 	if err != nil {
@@ -340,7 +350,7 @@ func (s *Server) ready() bool {
 	return state == "ready" || state == "standby"
 }
 
-// probe connects once and makes sure that it is this server that answers.
+// probe connects once and makes sure that it has reached this server.
 func (s *Server) probe(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
@@ -356,8 +366,8 @@ func (s *Server) probe(ctx context.Context) error {
 	})
 }
 
-// Stop stops the server and keeps its data: Start runs it again, Close removes it. It returns when every process of the
-// server is gone, and does nothing when the server is stopped already.
+// Stop stops the server and keeps its data: Start runs it again, and Close removes it. Stop returns
+// when every process of the server has ended. It does nothing if the server is stopped already.
 func (s *Server) Stop(mode string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -393,7 +403,8 @@ func (s *Server) Restart(ctx context.Context, mode string) error {
 	return s.start(ctx)
 }
 
-// Kill ends every process of the server by SIGKILL, as a power cut would, and keeps its data: Start recovers it.
+// Kill ends every process of the server by SIGKILL, like a power cut, and keeps its data: Start
+// recovers it.
 func (s *Server) Kill() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -404,7 +415,8 @@ func (s *Server) kill() error {
 	if s.cmd == nil {
 		return nil
 	}
-	// The children are sessions of their own, so a signal to the postmaster's group would not reach them.
+	// The children are sessions of the operating system, so a signal to the postmaster's group
+	// would not reach them.
 	pids := append([]int{s.cmd.Process.Pid}, children(s.cmd.Process.Pid)...)
 	for _, pid := range pids {
 		_ = signalKill(pid)
@@ -417,7 +429,8 @@ func (s *Server) kill() error {
 	return nil
 }
 
-// Freeze stops the clock for every process of the server: connections stay open and nothing answers. Thaw goes on.
+// Freeze stops every process of the server. Connections stay open, and get no response. Thaw lets
+// the processes continue.
 func (s *Server) Freeze() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -434,7 +447,7 @@ func (s *Server) Freeze() error {
 	return nil
 }
 
-// Thaw ends Freeze.
+// Thaw ends a Freeze.
 func (s *Server) Thaw() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -450,8 +463,8 @@ func (s *Server) Thaw() error {
 	return nil
 }
 
-// Close stops the server, by force if it has to, and removes its folder. A standby of the server is closed on its own,
-// best before its primary.
+// Close stops the server, by force if it has to, and removes its folder. A standby of the server is
+// closed separately, preferably before its primary.
 func (s *Server) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -475,7 +488,7 @@ func (s *Server) Close() error {
 	return errors.Join(err, os.RemoveAll(s.dir), s.guard.dismiss())
 }
 
-// gone waits for the end of the server's last process.
+// gone waits for the end of the server's last process, and reports whether it has ended.
 func (s *Server) gone(timeout time.Duration) bool {
 	if err := s.alive.SetReadDeadline(time.Now().Add(timeout)); err != nil {
 		return false
@@ -485,13 +498,15 @@ func (s *Server) gone(timeout time.Duration) bool {
 }
 
 func (s *Server) reap() {
-	_ = s.cmd.Wait() // its status tells nothing that the log does not
+	// The status contains nothing that the log does not.
+	_ = s.cmd.Wait()
 	_ = s.alive.Close()
 	s.cmd, s.alive = nil, nil
 	s.guard.running(0)
 }
 
-// URI is the address of a database of this server, for its superuser. The host is the one that the server listens at.
+// URI returns the URI of a database of this server, for its superuser. The host is the one that the
+// server listens on.
 func (s *Server) URI(database string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -514,14 +529,14 @@ func (s *Server) uri(database string) string {
 	return u.String()
 }
 
-// Port is the server's TCP port. It stays the same over restarts.
+// Port returns the server's TCP port. It stays the same over restarts.
 func (s *Server) Port() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.port
 }
 
-// PID is the postmaster's process id, 0 while the server is stopped.
+// PID returns the postmaster's process ID, or 0 while the server is stopped.
 func (s *Server) PID() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -531,16 +546,16 @@ func (s *Server) PID() int {
 	return s.cmd.Process.Pid
 }
 
-// DataDir is the cluster's data folder.
+// DataDir returns the cluster's data folder.
 func (s *Server) DataDir() string { return filepath.Join(s.dir, "data") }
 
-// BinDir is the folder of the server's programs.
+// BinDir returns the folder of the server's programs.
 func (s *Server) BinDir() string { return s.binDir }
 
-// Version is the server's version, such as "15.14".
+// Version returns the server's version, such as "15.14".
 func (s *Server) Version() string { return s.version }
 
-// Logs is the server's log since it was made.
+// Logs returns the server's log since the cluster was created.
 func (s *Server) Logs() string { return s.logFrom(0) }
 
 // Exec runs one statement as superuser in the database "postgres".
@@ -551,7 +566,8 @@ func (s *Server) Exec(ctx context.Context, query string, args ...any) error {
 	})
 }
 
-// Set changes a setting of the running server by ALTER SYSTEM and a reload. Sessions take it over shortly after.
+// Set changes a setting of the running server by ALTER SYSTEM and a reload. Sessions apply it
+// shortly after.
 func (s *Server) Set(ctx context.Context, name, value string) error {
 	if !settingName.MatchString(name) {
 		return fmt.Errorf("pgserver: invalid setting %q", name)
@@ -562,7 +578,7 @@ func (s *Server) Set(ctx context.Context, name, value string) error {
 	return s.Exec(ctx, "SELECT pg_reload_conf()")
 }
 
-// CreateDatabase makes an empty database with a name of its own and returns its URI.
+// CreateDatabase creates an empty database with a unique name and returns its URI.
 func (s *Server) CreateDatabase(ctx context.Context, prefix string) (string, error) {
 	name := uniqueName(prefix)
 	if err := createDatabase(ctx, s.URI("postgres"), name); err != nil {
@@ -574,13 +590,14 @@ func (s *Server) CreateDatabase(ctx context.Context, prefix string) (string, err
 // command prepares one of PostgreSQL's programs to run as the server's account.
 func (s *Server) command(program string, args ...string) *exec.Cmd {
 	cmd := exec.Command(filepath.Join(s.binDir, program), args...)
-	cmd.Dir = s.dir // ours may be one that the account cannot enter
+	// The account may not have access to this process's folder.
+	cmd.Dir = s.dir
 	cmd.Env = environment()
 	s.runAs.apply(cmd)
 	return cmd
 }
 
-// run runs one of PostgreSQL's programs to its end. It takes no goroutine past its return.
+// run runs one of PostgreSQL's programs to its end. No goroutine of it remains when it returns.
 func (s *Server) run(ctx context.Context, program string, args ...string) error {
 	cmd := s.command(program, args...)
 	bound := exec.CommandContext(ctx, cmd.Path, cmd.Args[1:]...)
@@ -593,8 +610,8 @@ func (s *Server) run(ctx context.Context, program string, args ...string) error 
 	return nil
 }
 
-// environment is ours without the variables that would steer PostgreSQL's programs, and with messages in English, which
-// launch reads.
+// environment returns this process's environment without the variables that would affect
+// PostgreSQL's programs, and with messages in English, which launch reads.
 func environment() []string {
 	var env []string
 	for _, v := range os.Environ() {
@@ -629,14 +646,15 @@ func (s *Server) copyLog() {
 	_, _ = io.WriteString(s.opts.Log, text)
 }
 
-// tail keeps an error's text readable.
+// tail shortens an error's text.
 func tail(text string) string {
 	lines := strings.Split(strings.TrimSpace(text), "\n")
 	return strings.Join(lines[max(0, len(lines)-15):], "\n")
 }
 
-// freePort picks a port below those that systems hand out for outgoing connections. A port among those could go to some
-// client while the server restarts, and a client that retries on it may even connect to itself.
+// freePort returns a port below those that systems assign to outgoing connections. A port among
+// those could go to a client while the server restarts, and a client that retries on it may even
+// connect to itself.
 func freePort(host string) (int, error) {
 	for range 200 {
 		port := 15000 + mathrand.IntN(17000)
@@ -664,7 +682,7 @@ func readVersion(ctx context.Context, binDir string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("pgserver: postgres --version: %w", err)
 	}
-	// postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)
+	// The output looks like this: postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1).
 	_, rest, _ := strings.Cut(string(out), ") ")
 	version, _, _ := strings.Cut(strings.TrimSpace(rest), " ")
 	return version, nil
@@ -679,11 +697,11 @@ func appendFile(name, text string) error {
 	return errors.Join(err, f.Close())
 }
 
-// connectTimeout bounds what contexts do not: lib/pq watches none between dialing and the end of the login, and a frozen
-// server takes connections without ever answering.
+// connectTimeout bounds what contexts do not. lib/pq watches no context between dialing and the end
+// of the login, and a frozen server accepts connections without ever responding.
 const connectTimeout = 2 * time.Second
 
-// withDB lends a single connection that is gone when withDB returns.
+// withDB calls use with a single connection, which is closed when withDB returns.
 func withDB(uri string, use func(*sql.DB) error) error {
 	config, err := pq.NewConfig(uri)
 	if err != nil {
@@ -701,7 +719,8 @@ func withDB(uri string, use func(*sql.DB) error) error {
 
 func uniqueName(prefix string) string {
 	random := make([]byte, 6)
-	_, _ = rand.Read(random) // never fails
+	// Read never fails.
+	_, _ = rand.Read(random)
 	const maxName = 63
 	prefix = prefix[:min(len(prefix), maxName-2*len(random)-1)]
 	return prefix + "_" + hex.EncodeToString(random)

@@ -37,8 +37,8 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// needPrograms skips, never silently, where the tests run against a foreign server because there are no programs. Where
-// there is no server either, the test goes on and fails.
+// needPrograms skips a test if there are no server programs and the tests run against a foreign
+// server. If there is no foreign server either, the test continues and fails.
 func needPrograms(t *testing.T) {
 	t.Helper()
 	if _, err := FindBinDir(); err != nil && os.Getenv(EnvURI) != "" {
@@ -61,7 +61,7 @@ func start(t *testing.T, opts Options) *Server {
 	return s
 }
 
-// ask returns a query's one value as text.
+// ask returns a query's only value as text.
 func ask(t *testing.T, uri, query string) string {
 	t.Helper()
 	var answer string
@@ -90,7 +90,7 @@ func mustNot(t *testing.T, err error) {
 	}
 }
 
-// skipWithout skips a test whose server programs came without pg_basebackup.
+// skipWithout skips a test if the server programs came without pg_basebackup.
 func skipWithout(t *testing.T, err error) {
 	t.Helper()
 	if errors.Is(err, ErrNoBinaries) {
@@ -121,7 +121,8 @@ func TestStockServer(t *testing.T) {
 		t.Errorf("log: %q", log.String())
 	}
 	mustNot(t, s.Set(t.Context(), "log_min_messages", "error"))
-	mustNot(t, s.Start(t.Context())) // runs already
+	// The server runs already.
+	mustNot(t, s.Start(t.Context()))
 }
 
 func TestDatabasesAreSeparate(t *testing.T) {
@@ -166,7 +167,7 @@ func TestRestart(t *testing.T) {
 	}
 }
 
-// A fast stop ends the sessions that are there.
+// A fast stop ends the sessions of clients.
 func TestRestartEndsSessions(t *testing.T) {
 	t.Parallel()
 	s := start(t, Options{})
@@ -195,7 +196,7 @@ func TestKillLeavesNoBackend(t *testing.T) {
 		defer func() { _ = conn.Close() }()
 		var pid int
 		mustNot(t, conn.QueryRowContext(t.Context(), "SELECT pg_backend_pid()").Scan(&pid))
-		// A busy backend would not notice by itself that its postmaster is gone.
+		// A busy backend would not notice that its postmaster has ended.
 		busy := make(chan error)
 		go func() {
 			_, err := conn.ExecContext(t.Context(), "SELECT pg_sleep(60)")
@@ -245,7 +246,7 @@ func TestStandbyAndPromote(t *testing.T) {
 		}
 		mustExec(t, primary.URI("postgres"), "CREATE TABLE copied ()")
 		if synchronous {
-			// Replayed, not only flushed, is what a query on the standby needs.
+			// A query on the standby needs changes that are replayed, not only flushed.
 			mustExec(t, primary.URI("postgres"), "SET synchronous_commit = remote_apply; CREATE TABLE applied ()")
 			ask(t, standby.URI("postgres"), "SELECT count(*) FROM applied")
 		}
@@ -253,10 +254,12 @@ func TestStandbyAndPromote(t *testing.T) {
 			t.Errorf("in recovery: %s", got)
 		}
 		if synchronous {
-			// A synchronous standby that is gone holds up commits until it is taken off the list.
+			// A synchronous standby that has stopped delays commits until it is removed from the
+			// list.
 			mustNot(t, standby.Stop(Fast))
 			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
-			// A cancelled wait may count as success: the commit has happened here, it only was not confirmed.
+			// A canceled wait may count as success: the commit has happened on the primary and is
+			// only not confirmed.
 			_ = primary.Exec(ctx, "CREATE TABLE waits ()")
 			if ctx.Err() == nil {
 				t.Error("a commit did not wait for the synchronous standby")
@@ -281,7 +284,8 @@ func TestFreeze(t *testing.T) {
 	}
 	mustNot(t, s.Thaw())
 	mustNot(t, s.Exec(t.Context(), "SELECT 1"))
-	mustNot(t, s.Freeze()) // Close copes with it
+	// Close has to work on a frozen server.
+	mustNot(t, s.Freeze())
 }
 
 func TestCloseLeavesNothing(t *testing.T) {
@@ -344,7 +348,7 @@ func TestSIGKILLLeavesNothing(t *testing.T) {
 	}
 }
 
-// dead is true for a zombie too: in a container there may be nobody to reap an orphan.
+// dead returns true for a zombie, too: in a container there may be no process that reaps an orphan.
 func dead(pid int) bool {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err == nil && strings.Contains(string(stat), ") Z ") {
@@ -475,7 +479,7 @@ func TestSharedForeign(t *testing.T) {
 		t.Errorf("a failing command: %v", err)
 	}
 
-	// A server that says no is reported at once, without its password.
+	// The error of a server that rejects the login is returned immediately, without its password.
 	t.Setenv(EnvURI, strings.Replace(s.URI("postgres"), "se%20cret", "gue%20ss", 1))
 	if _, err := Shared(t.Context()); err == nil || strings.Contains(err.Error(), "gue") {
 		t.Errorf("a wrong password: %v", err)
@@ -486,7 +490,7 @@ func TestSharedForeign(t *testing.T) {
 	}
 }
 
-// testInstance makes two databases and drops them, one with a session in it.
+// testInstance creates two databases and drops them, one with a session in it.
 func testInstance(t *testing.T, i *Instance) {
 	t.Helper()
 	count := func() string {

@@ -15,7 +15,8 @@ import (
 	"syscall"
 )
 
-// account is who the server runs as when we are root. Its methods accept nil: then the server runs as we do.
+// account is the user that the server runs as if this process is root. Its methods accept nil: then
+// the server runs as this process's user.
 type account struct{ uid, gid int }
 
 func unprivileged() (*account, error) {
@@ -43,7 +44,8 @@ func (a *account) own(path string) error {
 	return os.Chown(path, a.uid, a.gid)
 }
 
-// apply also puts the program into a process group of its own, so that a ^C at the terminal reaches us and not the server.
+// apply sets the account, and puts the program into a separate process group, so that a ^C at the
+// terminal reaches this process and not the server.
 func (a *account) apply(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if a != nil {
@@ -71,7 +73,7 @@ func signalKill(pid int) error     { return syscall.Kill(pid, syscall.SIGKILL) }
 func signalStop(pid int) error     { return syscall.Kill(pid, syscall.SIGSTOP) }
 func signalContinue(pid int) error { return syscall.Kill(pid, syscall.SIGCONT) }
 
-// openToAll reports whether any user can get to a folder.
+// openToAll reports whether any user can reach a folder.
 func openToAll(dir string) bool {
 	dir, err := filepath.EvalSymlinks(dir)
 	if err != nil {
@@ -89,7 +91,7 @@ func openToAll(dir string) bool {
 	}
 }
 
-// children lists the processes that a process has started, from /proc or, where there is none, from ps.
+// children returns the processes that a process has started, from /proc or, without /proc, from ps.
 func children(parent int) []int {
 	var pids []int
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
@@ -98,7 +100,8 @@ func children(parent int) []int {
 		if err != nil {
 			continue
 		}
-		// The program's name, in parentheses, may contain anything: the fields are read from behind it.
+		// The program's name, in parentheses, may contain anything, so the fields after it are
+		// read.
 		fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 		if len(fields) > 1 && fields[1] == strconv.Itoa(parent) {
 			if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(name))); err == nil {

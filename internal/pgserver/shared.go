@@ -14,26 +14,29 @@ import (
 	"github.com/lib/pq"
 )
 
-// What the tests read from the environment, beside EnvBin.
+// The environment variables that the tests read, in addition to EnvBin.
 const (
-	// EnvURI is the URI of a running server to use, as a user who may create databases.
+	// EnvURI is the URI of a running server to use, as a user with the privilege to create
+	// databases.
 	EnvURI = "LOCKER_TEST_POSTGRES_URI"
 	// EnvRestart is a shell command that restarts the server at EnvURI. It gets "fast" or "immediate" as argument.
 	EnvRestart = "LOCKER_TEST_POSTGRES_RESTART"
 )
 
-// ErrCannotRestart means that the server belongs to somebody else and EnvRestart does not say how to restart it.
+// ErrCannotRestart means that the server is a foreign one and EnvRestart does not contain a command
+// to restart it.
 var ErrCannotRestart = errors.New("pgserver: cannot restart the server at " + EnvURI + "; set " + EnvRestart)
 
 // Instance is the server that a test run uses: a running one if the environment names it, otherwise a throwaway cluster.
 type Instance struct {
-	uri     string  // of the foreign server; empty for our own
+	uri     string  // of the foreign server, or empty
 	restart string  // the foreign server's restart command
-	server  *Server // our own; nil for a foreign server
+	server  *Server // the throwaway cluster, or nil for a foreign server
 }
 
-// Shared finds or starts the server to run tests against. Close ends what Shared has started; a process that ends without
-// Close leaves nothing behind either, so a test binary may keep one Instance for its whole life.
+// Shared finds or starts the server to run tests against. Close ends the server that Shared has
+// started. A process that ends without Close leaves nothing behind either, so a test binary may
+// keep one Instance for its whole life.
 func Shared(ctx context.Context) (*Instance, error) {
 	uri := os.Getenv(EnvURI)
 	if uri == "" {
@@ -53,7 +56,7 @@ func Shared(ctx context.Context) (*Instance, error) {
 	return instance, nil
 }
 
-// parseURI never repeats the URI in its error: there may be a password in it.
+// parseURI never repeats the URI in its error, because it may contain a password.
 func parseURI(uri string) (*url.URL, error) {
 	u, err := url.Parse(uri)
 	if err != nil || u.Scheme != "postgres" && u.Scheme != "postgresql" {
@@ -62,13 +65,14 @@ func parseURI(uri string) (*url.URL, error) {
 	return u, nil
 }
 
-// Own reports whether the server is a throwaway cluster of ours, with which a test may do anything.
+// Own reports whether the server is a throwaway cluster, which a test may change in any way.
 func (i *Instance) Own() bool { return i.server != nil }
 
-// Server is the throwaway cluster, nil if the server is not ours.
+// Server returns the throwaway cluster, or nil for a foreign server.
 func (i *Instance) Server() *Server { return i.server }
 
-// NewDatabase makes an empty database for one test. drop removes it, with whatever is still connected to it.
+// NewDatabase creates an empty database for one test. drop removes it, and ends all connections to
+// it.
 func (i *Instance) NewDatabase(ctx context.Context) (uri string, drop func(), err error) {
 	name := uniqueName("locker_test")
 	admin := i.admin()
@@ -81,7 +85,8 @@ func (i *Instance) NewDatabase(ctx context.Context) (uri string, drop func(), er
 	}
 	u.Path = "/" + name
 	drop = func() {
-		// A context of its own: the test's is done by now. The bound is for a server that a test has left in a bad state.
+		// This is a separate context, because the test's is done by now. The bound is for a server
+		// that a test has left in a bad state.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 15*time.Second)
 		defer cancel()
 		err := withDB(admin, func(db *sql.DB) error {
@@ -102,7 +107,8 @@ func (i *Instance) admin() string {
 	return i.uri
 }
 
-// Restart restarts the server and returns when it answers again. The error matches ErrCannotRestart if nobody told how.
+// Restart restarts the server and returns when it accepts connections again. The error matches
+// ErrCannotRestart if there is no command to restart a foreign server.
 func (i *Instance) Restart(ctx context.Context, mode string) error {
 	if i.server != nil {
 		return i.server.Restart(ctx, mode)
@@ -120,7 +126,7 @@ func (i *Instance) Restart(ctx context.Context, mode string) error {
 	return i.await(ctx)
 }
 
-// await waits until a foreign server answers.
+// await waits until a foreign server accepts connections.
 func (i *Instance) await(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
@@ -141,16 +147,17 @@ func (i *Instance) await(ctx context.Context) error {
 	}
 }
 
-// transient tells a server that is on its way from one that has answered "no".
+// transient reports whether an error is that of a server that starts or stops, and not of one that
+// has rejected the login.
 func transient(err error) bool {
 	var answer *pq.Error
 	if !errors.As(err, &answer) {
 		return true
 	}
-	return strings.HasPrefix(string(answer.Code), "57P") // shutting down, crashed, starting up
+	return strings.HasPrefix(string(answer.Code), "57P") // shutting down, crashed, or starting up
 }
 
-// Close ends the throwaway cluster. It leaves a foreign server alone.
+// Close ends the throwaway cluster. It does not affect a foreign server.
 func (i *Instance) Close() error {
 	if i.server == nil {
 		return nil

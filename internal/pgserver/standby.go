@@ -11,22 +11,24 @@ import (
 	"time"
 )
 
-// StandbyOptions say how a standby is made.
+// StandbyOptions are the settings of a standby.
 type StandbyOptions struct {
-	Name        string            // how the primary knows it; empty: a unique name
-	Synchronous bool              // the primary's commits wait for this standby from now on, whatever becomes of it
-	Config      map[string]string // settings over those that are copied from the primary
-	Port        int               // 0: a free one
+	Name        string            // its name for the primary, or empty for a unique name
+	Synchronous bool              // the primary's commits wait for this standby from now on, even if it ends
+	Config      map[string]string // settings that override those copied from the primary
+	Port        int               // 0 for a free one
 }
 
-// Standby makes a read-only streaming copy of the running server and starts it. It returns when the standby follows, for a
-// synchronous one when commits wait for it. To end that, Set the primary's synchronous_standby_names to "". Without pg_basebackup it
-// returns an error that matches ErrNoBinaries.
+// Standby creates a read-only streaming copy of the running server and starts it. It returns when
+// the standby follows, or, for a synchronous one, when commits wait for it. To end that, Set the
+// primary's synchronous_standby_names to "". Without pg_basebackup it returns an error that matches
+// ErrNoBinaries.
 func (s *Server) Standby(ctx context.Context, opts StandbyOptions) (*Server, error) {
 	if s.PID() == 0 {
 		return nil, ErrNotRunning
 	}
-	if _, err := os.Stat(filepath.Join(s.binDir, "pg_basebackup")); err != nil { // the npm packages have only what a server needs
+	// The npm packages contain only the programs that a server needs.
+	if _, err := os.Stat(filepath.Join(s.binDir, "pg_basebackup")); err != nil {
 		return nil, fmt.Errorf("%w: no pg_basebackup in %s", ErrNoBinaries, s.binDir)
 	}
 	inherited := s.opts
@@ -74,7 +76,7 @@ func (s *Server) makeStandby(ctx context.Context, standby *Server, opts StandbyO
 		opts.Name, want)
 }
 
-// Promote makes a standby a primary of its own. The old primary is not told.
+// Promote makes a standby a primary. The old primary is not informed.
 func (s *Server) Promote(ctx context.Context) error {
 	if err := s.Exec(ctx, "SELECT pg_promote(false)"); err != nil {
 		return fmt.Errorf("pgserver: promote: %w", err)
@@ -82,7 +84,7 @@ func (s *Server) Promote(ctx context.Context) error {
 	return s.await(ctx, "SELECT NOT pg_is_in_recovery()")
 }
 
-// await asks until the answer is true.
+// await repeats a query until it returns true.
 func (s *Server) await(ctx context.Context, query string, args ...any) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()

@@ -6,17 +6,20 @@ import (
 	"os/exec"
 )
 
-// watchdog is a shell that outlives us. It reads the postmaster's process id, 0 while there is none, from a pipe whose other
-// end only this process holds. The end of the pipe means that this process is gone, however it ended: then the shell stops
-// the server, which cleans up its shared memory itself, and removes the folder, unless Close already has.
+// watchdog is a shell that outlives this process. It reads the postmaster's process ID, 0 while
+// there is none, from a pipe whose other end only this process has. The end of the pipe means that
+// this process has ended, in whatever way. Then the shell stops the server, which cleans up its
+// shared memory itself, and removes the folder, unless Close already has.
 //
-// A parent-death signal would do less: it exists on Linux only, is tied to a thread, and leaves the folder.
+// A parent-death signal would do less: it exists on Linux only, is tied to a thread, and leaves the
+// folder.
 type watchdog struct {
 	cmd  *exec.Cmd
 	pipe *os.File
 }
 
-// The server may be frozen, hence CONT. A postmaster that is waited for by nobody stays visible as a zombie, hence the bound.
+// The server may be frozen, so the script sends CONT. A postmaster that no process waits for
+// remains visible as a zombie, so the wait is bounded.
 const watchdogScript = `
 trap '' HUP INT QUIT TERM
 pid=0
@@ -38,7 +41,8 @@ func watch(dir string) (*watchdog, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Standard output stays unconnected: whoever waits for the end of ours, such as go test, must not wait for this shell.
+	// Standard output stays unconnected, because a process that waits for the end of this process's
+	// output, such as go test, must not wait for this shell.
 	cmd := exec.Command("/bin/sh", "-c", watchdogScript, "pgserver-watchdog", dir)
 	cmd.Dir = "/"
 	cmd.Stdin = r
@@ -53,7 +57,7 @@ func watch(dir string) (*watchdog, error) {
 }
 
 func (w *watchdog) running(pid int) {
-	// If somebody ended the shell, the server is just less guarded.
+	// If the shell has been ended from outside, the server is only less protected.
 	_, _ = fmt.Fprintln(w.pipe, pid)
 }
 

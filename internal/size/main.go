@@ -1,5 +1,6 @@
-// Size prints what a ten-line program (tenlines) costs with Datadog and without it: the packages that it links, its
-// size, stripped, and its resident memory while it holds a lock on PostgreSQL. Run it with make size.
+// Size prints the cost of a ten-line program (tenlines) with Datadog and without it: the number of
+// packages that it links, its stripped size, and its resident memory while it holds a lock on
+// PostgreSQL. Run it with make size.
 package main
 
 import (
@@ -88,7 +89,8 @@ func resident(ctx context.Context, binary, uri string) (kib int, err error) {
 		return 0, err
 	}
 	defer func() {
-		_ = in.Close() // then the program releases its lock and ends
+		// The program then releases its lock and ends.
+		_ = in.Close()
 		if ended := command.Wait(); err == nil {
 			err = ended
 		}

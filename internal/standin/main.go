@@ -1,19 +1,18 @@
-// Command standin is a process that speaks, on the wire, like a service that
-// still uses github.com/dollarshaveclub/acyl/pkg/locker. The migration tests run
-// it next to this library. It was written from a description of the statements
-// that such a service sends:
+// Command standin is a process that communicates like a service that still uses
+// github.com/dollarshaveclub/acyl/pkg/locker. The migration tests run it next to this library. It
+// was written from a description of the statements that such a service sends:
 //
-//   - the key of a pull request is its row of env_locks;
-//   - a claim is announced by a NOTIFY on the channel that is named by the decimal key, with
-//     the JSON {"id": …, "event": …, "lockKey": …};
-//   - to lock is to wait in pg_advisory_lock, on a connection of its own, and
-//     then to LISTEN on that channel, on another;
-//   - a notification with another ID than the holder's own asks the holder to stop;
-//   - to unlock is pg_advisory_unlock.
+//   - The key of a pull request is its row of env_locks.
+//   - A claim is announced by a NOTIFY on the channel that is named by the decimal key, with the JSON
+//     {"id": …, "event": …, "lockKey": …}.
+//   - To lock, a service waits in pg_advisory_lock on a separate connection, and then executes LISTEN for that channel
+//     on another one.
+//   - A notification with another ID than the holder's asks the holder to stop.
+//   - To unlock, a service calls pg_advisory_unlock.
 //
-// It reads commands from standard input, one on each line, and writes what
-// happens to standard output, as lines of JSON. NAME is the caller's name for a
-// lock. It ends, and everything it holds with it, when its input ends.
+// It reads commands from standard input, one on each line, and writes events to standard output, as
+// lines of JSON. NAME is the caller's name for a lock. When its input ends, the process ends, and
+// everything that it holds is released.
 //
 //	key REPO PR
 //	announce NAME KEY EVENT
@@ -51,7 +50,7 @@ type report struct {
 	Error string `json:"error,omitempty"` // failed
 }
 
-// message is what goes over a key's channel.
+// message is the payload on a key's channel.
 type message struct {
 	ID      uuid.UUID `json:"id"`
 	Event   string    `json:"event"`
@@ -71,8 +70,8 @@ type process struct {
 type lock struct {
 	id       uuid.UUID
 	key      int64
-	conn     *sql.Conn        // which holds the advisory lock
-	listener *pq.ListenerConn // which receives other claims
+	conn     *sql.Conn        // has the advisory lock
+	listener *pq.ListenerConn // receives other claims
 }
 
 func main() {
@@ -92,7 +91,7 @@ func main() {
 			p.report(report{What: "failed", Error: "bad command " + strconv.Quote(in.Text())})
 			continue
 		}
-		// All commands run concurrently. The driver waits for what must come first.
+		// All commands run concurrently. The driver waits for earlier ones where the order matters.
 		go func() {
 			if err := p.do(words[0], words[1], words[2:]); err != nil {
 				p.report(report{What: "failed", Name: words[1], Error: err.Error()})
@@ -104,12 +103,13 @@ func main() {
 func (p *process) report(r report) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	_ = p.out.Encode(r) // it fails when the driver has ended; then the input ends, too
+	// Encode fails when the driver has ended. Then the input ends, too.
+	_ = p.out.Encode(r)
 }
 
 func (p *process) do(command, name string, args []string) error {
 	ctx := context.Background()
-	numbers := make([]int64, len(args)) // 0 for what is not one
+	numbers := make([]int64, len(args)) // 0 for an argument that is no number
 	for i, a := range args {
 		numbers[i], _ = strconv.ParseInt(a, 10, 64)
 	}
@@ -140,7 +140,7 @@ func (p *process) do(command, name string, args []string) error {
 	return errors.New("bad command " + strconv.Quote(command))
 }
 
-// lock is the lock of that name, made when it is first named.
+// lock returns the lock of that name. It creates the lock when the name is first used.
 func (p *process) lock(name string, key int64) *lock {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -195,7 +195,8 @@ func (p *process) acquire(ctx context.Context, name string, l *lock) error {
 	heard := make(chan *pq.Notification, 16)
 	listener, err := pq.NewListenerConn(p.uri, heard)
 	if err != nil {
-		return err // and keep what is locked: the process is of no use any more
+		// The lock is kept, because the process is of no further use.
+		return err
 	}
 	if _, err := listener.Listen(channel(l.key)); err != nil {
 		return err
@@ -204,7 +205,8 @@ func (p *process) acquire(ctx context.Context, name string, l *lock) error {
 	l.conn, l.listener = conn, listener
 	p.mu.Unlock()
 	p.report(report{What: "locked", Name: name, Key: l.key})
-	for n := range heard { // until the listener is closed
+	// The loop ends when the listener is closed.
+	for n := range heard {
 		var m message
 		if err := json.Unmarshal([]byte(n.Extra), &m); err != nil {
 			return err

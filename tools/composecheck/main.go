@@ -1,5 +1,6 @@
-// Composecheck validates Compose files as `docker compose config --quiet` does, with the same parser, on machines without
-// Docker. It resolves variables from the environment, so a mistake in a default shows up too.
+// Composecheck validates Compose files like `docker compose config --quiet`, with the same parser,
+// on machines without Docker. It resolves variables from the environment, so it also finds a
+// mistake in a default.
 package main
 
 import (

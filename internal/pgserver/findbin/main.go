@@ -1,5 +1,6 @@
-// Findbin prints the folder of PostgreSQL's server programs that the tests would use, or nothing if there is none. It fails
-// if the folder that was asked for has none. The scripts ask it, so that they decide as the tests do.
+// Findbin prints the folder of PostgreSQL's server programs that the tests would use, or nothing if
+// there is none. It fails if the folder that the environment names has none. The scripts call it,
+// so that they decide like the tests.
 package main
 
 import (

@@ -16,7 +16,8 @@ func main() {
 	}
 	err = newLocker("org/repo", 7, "push 1f2e3d4").Do(context.Background(), func(context.Context) error {
 		fmt.Println("held")
-		_, _ = fmt.Scanln() // until standard input ends
+		// Scanln returns when standard input ends.
+		_, _ = fmt.Scanln()
 		return nil
 	})
 	fmt.Println(err)
