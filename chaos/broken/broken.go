@@ -1,8 +1,7 @@
-// Package broken has lock providers with one deliberate mistake each, to see
-// that the oracle notices. They share a simple lock on one table that is polled,
-// with sessions that are leases: a counter that goes up as long as its process is
-// in contact. Without a mistake it keeps the promises that are checked, whatever
-// happens to its connections.
+// Package broken contains lock providers with one deliberate mistake each, to show that the oracle
+// notices it. They share a simple lock on one table that is polled. Their sessions are leases: a
+// counter that grows as long as the process is in contact. Without a mistake the provider keeps the
+// promises that are checked, whatever happens to its connections.
 package broken
 
 import (
@@ -22,26 +21,26 @@ import (
 
 // The mistakes.
 const (
-	None          = "none"            // the control
-	NoFencing     = "no-fencing"      // tokens are counted by each process for itself
-	TrustNotify   = "trust-notify"    // a waiter takes the key when a message says that it is free
-	UnlockOther   = "unlock-other"    // Unlock, also after a wait that failed, frees whoever holds the key
-	LoseOnCut     = "lose-on-cut"     // one failed heartbeat, and every hold is lost
+	None          = "none"            // none, as the control
+	NoFencing     = "no-fencing"      // each process counts tokens separately
+	TrustNotify   = "trust-notify"    // a waiter takes the key when a message reports that it is free
+	UnlockOther   = "unlock-other"    // Unlock, even after a wait that failed, frees the key of any holder
+	LoseOnCut     = "lose-on-cut"     // one failed heartbeat loses every hold
 	HoldOn        = "hold-on"         // holders are not notified when contact is lost
 	GiveUp        = "give-up"         // the first error ends a claim
-	TakeSuspended = "take-suspended"  // a session that has been out of contact for half of its timeout is taken from
-	NeverTake     = "never-take"      // a dead session is never taken from
-	StopForFinish = "stop-for-finish" // a holder is notified of a claim that lets it finish, too
+	TakeSuspended = "take-suspended"  // the keys of a session are taken over when it has been out of contact for half of its timeout
+	NeverTake     = "never-take"      // the keys of a dead session are never taken over
+	StopForFinish = "stop-for-finish" // a holder is notified even of a claim that lets it finish
 	NoBound       = "no-bound"        // no hold is spared
 	SkipFree      = "skip-free"       // a claim that skips does so whether or not the key is busy
-	PassWaiters   = "pass-waiters"    // a claim that skips lurks for four seconds, and takes the key before those who wait for it
-	ForgetRelease = "forget-release"  // releases soon after a failed heartbeat are lost with their connection, and not repeated
+	PassWaiters   = "pass-waiters"    // a claim that skips waits for four seconds, and takes the key before the claims that wait for it
+	ForgetRelease = "forget-release"  // releases soon after a failed heartbeat are lost with their connection, and are not repeated
 )
 
-// Mistakes are all of them.
+// Mistakes contains all mistakes.
 var Mistakes = []string{NoFencing, TrustNotify, UnlockOther, LoseOnCut, HoldOn, GiveUp, TakeSuspended, NeverTake, StopForFinish, NoBound, SkipFree, PassWaiters, ForgetRelease}
 
-// Channel is where the providers announce releases.
+// Channel is the channel on which the providers announce releases.
 const Channel = "broken_released"
 
 const schema = `
@@ -50,19 +49,19 @@ CREATE TABLE IF NOT EXISTS broken_locks (
 	stop boolean NOT NULL DEFAULT false, spared timestamptz, streak integer NOT NULL DEFAULT 0, waiter text, waiter_session text);
 CREATE TABLE IF NOT EXISTS broken_sessions (id text PRIMARY KEY, beats bigint NOT NULL, at timestamptz NOT NULL)`
 
-// streak is how many holds in a row claims have ended, when the present one ends.
+// streak is the number of holds in a row that claims have ended, when the present one ends.
 const streak = `CASE WHEN b.stop AND coalesce(b.spared <= clock_timestamp(), true) THEN b.streak + 1 ELSE 0 END`
 
 const (
 	poll    = 100 * time.Millisecond
-	release = 4 * time.Second // Unlock goes on in the background after it
+	release = 4 * time.Second // Unlock continues in the background after this time
 	lurk    = 4 * time.Second // of PassWaiters
 )
 
-// Options are a provider's.
+// Options are the settings of a provider.
 type Options struct {
 	LockTimeout, SessionTimeout time.Duration
-	Progress                    int // holds in a row that claims may end; 0: any number
+	Progress                    int // holds in a row that claims may end, or 0 for any number
 	Spared                      time.Duration
 }
 
@@ -75,27 +74,27 @@ type Provider struct {
 	db      *sql.DB
 	heard   *pq.Listener
 	tokens  atomic.Int64
-	ctx     context.Context // ends with Close
+	ctx     context.Context // canceled by Close
 	stop    context.CancelFunc
 	running sync.WaitGroup
 
 	mu      sync.Mutex // guards everything below
 	waiting map[*lock]chan struct{}
 	held    map[*lock]bool
-	closed  bool // no hold is left
+	closed  bool // whether all holds have ended
 	session string
-	good    time.Time // start of the session's last good heartbeat; zero: it has had none
+	good    time.Time // start of the session's last good heartbeat, or zero if there was none
 	watched map[string]watch
-	failed  time.Time // when a heartbeat did last
+	failed  time.Time // when the last heartbeat failed
 }
 
-// watch is what is known of another session.
+// watch is what a provider knows about another session.
 type watch struct {
 	beats int64
-	since time.Time // it has not changed since then
+	since time.Time // when the counter was first seen with this value
 }
 
-// New makes a provider with one of the mistakes.
+// New creates a provider with one of the mistakes.
 func New(mistake, uri string, o Options) (*Provider, error) {
 	db, err := sql.Open("postgres", uri)
 	if err != nil {
@@ -116,7 +115,8 @@ func New(mistake, uri string, o Options) (*Provider, error) {
 }
 
 func (p *Provider) listen() {
-	_ = p.heard.Listen(Channel) // waits for the first connection
+	// Listen waits for the first connection.
+	_ = p.heard.Listen(Channel)
 	for n := range p.heard.Notify {
 		if n == nil {
 			continue
@@ -208,12 +208,12 @@ func pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-// LockKey is the number itself.
+// LockKey returns the number itself.
 func (p *Provider) LockKey(_ context.Context, _ string, pr uint) (int64, error) {
 	return int64(pr), nil
 }
 
-// New makes a lock.
+// New returns a lock.
 func (p *Provider) New(_ context.Context, key int64, event string) (locker.PreemptableLock, error) {
 	return &lock{p: p, key: key, id: uuid.New(), event: event, ch: make(chan locker.NotificationPayload, 1)}, nil
 }
@@ -252,9 +252,9 @@ type lock struct {
 	token int64
 	ch    chan locker.NotificationPayload
 
-	spared time.Time // no claim notifies the holder before
+	spared time.Time // no claim notifies the holder before this time
 
-	// guarded by the provider's mu
+	// The provider's mu guards the fields below.
 	cause error
 }
 
@@ -266,7 +266,7 @@ func (l *lock) Cause() error {
 	return l.cause
 }
 
-// notify is called with the provider's mu.
+// notify has to be called with the provider's mu locked.
 func (l *lock) notify(cause error) {
 	if l.cause == nil {
 		l.cause = cause
@@ -274,8 +274,7 @@ func (l *lock) notify(cause error) {
 	}
 }
 
-// persist repeats a statement until it has worked. The error is why that did not
-// happen.
+// persist repeats a statement until it has succeeded. If it does not, the error is the reason.
 func (p *Provider) persist(ctx context.Context, statement func(context.Context) error) error {
 	for {
 		err := statement(ctx)
@@ -292,8 +291,7 @@ func (p *Provider) persist(ctx context.Context, statement func(context.Context) 
 	}
 }
 
-// Notify announces the claim. It may do so more than once; what counts is the
-// last time.
+// Notify announces the claim. It may do so more than once. The last time counts.
 func (l *lock) Notify(ctx context.Context) error {
 	mode := locker.ModeFromContext(ctx)
 	if mode == locker.SkipIfBusy {
@@ -367,8 +365,8 @@ func (l *lock) Lock(ctx context.Context) (<-chan locker.NotificationPayload, err
 	}
 }
 
-// look reads the key's newest claim and its holder's session. A claim that was
-// never announced is as old as the newest.
+// look reads the key's newest claim and its holder's session. A claim that was never announced
+// counts as the newest.
 func (l *lock) look(ctx context.Context) (newest int64, holder string, beats int64, err error) {
 	err = l.p.db.QueryRowContext(ctx, `WITH made AS (INSERT INTO broken_locks (key) VALUES ($1) ON CONFLICT DO NOTHING RETURNING claim)
 		SELECT claim, '', 0 FROM made UNION ALL
@@ -380,7 +378,7 @@ func (l *lock) look(ctx context.Context) (newest int64, holder string, beats int
 	return newest, holder, beats, err
 }
 
-// dead returns the session if it has been watched being dead for long enough.
+// dead returns the session if it has been watched being dead for long enough, and otherwise "".
 func (p *Provider) dead(session string, beats int64) string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -389,7 +387,8 @@ func (p *Provider) dead(session string, beats int64) string {
 		w = watch{beats, time.Now()}
 		p.watched[session] = w
 	}
-	limit := p.lease + interval(p.lease) // its process may have lived until its next heartbeat was due
+	// The process may have lived until its next heartbeat was due.
+	limit := p.lease + interval(p.lease)
 	if p.mistake == TakeSuspended {
 		limit = p.lease / 2
 	}
@@ -399,8 +398,8 @@ func (p *Provider) dead(session string, beats int64) string {
 	return session
 }
 
-// take tries to take the key. Who is out of contact takes nothing.
-// A claim that skips takes no key that another one waits for.
+// take tries to take the key. A session that is out of contact takes nothing. A claim that skips
+// takes no key that another one waits for.
 func (l *lock) take(ctx context.Context, dead string, beats int64, trusting, skip bool) (bool, error) {
 	p := l.p
 	p.mu.Lock()
@@ -433,24 +432,26 @@ func (l *lock) take(ctx context.Context, dead string, beats int64, trusting, ski
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.session != session { // lost meanwhile; the next try finds it held by this very claim
+	// The session was lost meanwhile. The next try finds the key held by this claim.
+	if p.session != session {
 		return false, nil
 	}
 	p.held[l] = true
 	if spared {
 		l.spared = time.Now().Add(p.options.Spared)
 	}
-	if p.ctx.Err() != nil { // Close has notified the others already
+	// Close has notified the other holders already.
+	if p.ctx.Err() != nil {
 		l.notify(locker.ErrProviderClosed)
 	}
 	p.running.Go(l.watch)
 	return true, nil
 }
 
-// errNoSession is the error of a try without a session.
+// errNoSession is returned by an attempt without a session.
 var errNoSession = errors.New("out of contact")
 
-// failed gives back what a lost answer may have granted, and withdraws the claim.
+// failed releases the key, in case a response with a grant was lost, and withdraws the claim.
 func (l *lock) failed() {
 	p := l.p
 	if p.mistake == UnlockOther {
@@ -467,7 +468,7 @@ func (l *lock) failed() {
 	}
 }
 
-// free gives the key back until the server has done it.
+// free repeats the release of the key until the server has executed it.
 func (l *lock) free(ctx context.Context, mine string) bool {
 	p := l.p
 	const ends = `($3 OR coalesce(b.holder = $2, false))`
@@ -485,7 +486,7 @@ func (l *lock) free(ctx context.Context, mine string) bool {
 	return false
 }
 
-// watch ends with the hold.
+// watch notifies the holder of a newer claim. It returns when the hold has ended.
 func (l *lock) watch() {
 	p := l.p
 	for p.ctx.Err() == nil {
@@ -504,8 +505,7 @@ func (l *lock) watch() {
 	}
 }
 
-// Unlock returns nil when the key is free, or when it will be as soon as the
-// server can be reached.
+// Unlock returns nil when the key is free, or when it will be as soon as the server can be reached.
 func (l *lock) Unlock(context.Context) error {
 	p := l.p
 	mine := " AND holder = $2"
@@ -514,15 +514,17 @@ func (l *lock) Unlock(context.Context) error {
 	}
 	done := make(chan struct{})
 	p.mu.Lock()
-	if p.closed { // its holds have ended
+	// All holds have ended.
+	if p.closed {
 		p.mu.Unlock()
 		return locker.ErrLockLost
 	}
 	lost := l.cause == locker.ErrLockLost
 	forgotten := p.mistake == ForgetRelease && time.Since(p.failed) < p.lease/2
-	p.running.Go(func() { // before Close can see that there is no hold any more
+	// The goroutine starts before Close can see that there is no hold any longer.
+	p.running.Go(func() {
 		defer close(done)
-		// Not the provider's context: what is held is released on Close, too.
+		// This is not the provider's context, because Close releases the holds, too.
 		ctx, cancel := context.WithTimeout(context.Background(), p.lease+release)
 		defer cancel()
 		if !forgotten && l.free(ctx, mine) {

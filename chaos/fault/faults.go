@@ -16,24 +16,24 @@ import (
 	"github.com/preemptable/locker/internal/pgserver"
 )
 
-// Fault is something that can go wrong, once or again and again.
+// Fault is a fault that happens once or again and again.
 type Fault struct {
 	Name    string
-	Victims int           // how many workers it hits; All for all of them
+	Victims int           // how many workers it hits, or All
 	Session bool          // it may keep the victims' sessions out of contact with the server
-	Cut     bool          // it does so, from its first to its last moment
+	Cut     bool          // it does so from its first to its last moment
 	Slow    bool          // it breaks no contact, but reconnecting and looking things up may take as long as it lasts
 	Hold    time.Duration // until it is healed
 	Settle  time.Duration // until the next one
-	Alone   bool          // not to be mixed with others
-	// Inject begins it, and heal ends it.
+	Alone   bool          // whether it must not be mixed with others
+	// Inject begins the fault, and heal ends it.
 	Inject func(ctx context.Context, s Scene) (heal func() error, err error)
 }
 
-// All are all the workers.
+// All means all workers.
 const All = -1
 
-// Scene is what a fault is given.
+// Scene is the context of a fault.
 type Scene struct {
 	*World
 	Fault   string
@@ -41,15 +41,15 @@ type Scene struct {
 	Rand    *rand.Rand
 }
 
-// ids number the instances of faults.
+// ids numbers the instances of faults.
 var ids atomic.Int64
 
-// Run injects a fault, waits and heals it. It is over when the server takes
-// writes again. The error says that it could not be injected, which happens when
-// faults are mixed.
+// Run injects a fault, waits and heals it. It returns when the server accepts writes again. It
+// returns an error if the fault could not be injected or healed, which happens when faults are
+// mixed.
 func (f Fault) Run(ctx context.Context, w *World, victims []*Worker, r *rand.Rand) error {
-	// The fault finds a holder in each victim, and elsewhere a waiter that disturbs
-	// none.
+	// Each victim holds a key when the fault begins, and a lock of another worker waits for it
+	// without an announced claim.
 	for _, v := range victims {
 		_ = w.Command(v, fmt.Sprintf("hold %d", w.private(v)))
 	}
@@ -88,7 +88,7 @@ func pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-// again does something every so often for some time.
+// again calls do at an interval for some time.
 func again(ctx context.Context, every, length time.Duration, do func()) {
 	for end := time.Now().Add(length); time.Now().Before(end) && ctx.Err() == nil; {
 		do()
@@ -96,9 +96,9 @@ func again(ctx context.Context, every, length time.Duration, do func()) {
 	}
 }
 
-// Faults are all of them, except the loss of a primary, which needs a world of
-// its own. With a session timeout of 10 s no hold may be lost to one that keeps
-// its process out of contact for 3 s.
+// Faults returns all faults, except the loss of a primary, which needs a separate world. With a
+// session timeout of 10 s no hold may be lost because of a fault that keeps its process out of
+// contact for 3 s.
 func Faults() []Fault {
 	const s = time.Second
 	return []Fault{
@@ -109,7 +109,8 @@ func Faults() []Fault {
 		{Name: "SIGSTOP of a worker for 3 s", Victims: 1, Hold: 3 * s, Settle: 4 * s, Inject: freezeWorker},
 		{Name: "SIGSTOP of a worker for 12 s", Victims: 1, Hold: 12 * s, Settle: 6 * s, Inject: freezeWorker},
 		{Name: "SIGSTOP of a worker for 20 s", Victims: 1, Hold: 20 * s, Settle: 6 * s, Inject: freezeWorker},
-		// Long enough for the server to end its connection and for a successor to take over: two believe that they hold.
+		// This is long enough for the server to end the worker's connection and for a successor to
+		// take over: two workers believe that they hold.
 		{Name: "SIGSTOP of a worker for 40 s", Victims: 1, Hold: 40 * s, Settle: 6 * s, Inject: freezeWorker},
 		{Name: "wall clock of a worker 1 h off", Victims: 1, Hold: 30 * s, Settle: 8 * s, Alone: true, Inject: skew},
 		{Name: "1000 claimants on one key", Victims: All, Hold: 10 * s, Settle: 4 * s, Alone: true, Inject: burst},
@@ -217,7 +218,8 @@ func terminate(rolesHit ...Role) func(context.Context, Scene) (func() error, err
 func terminateRandom(ctx context.Context, s Scene) (func() error, error) {
 	again(ctx, 300*time.Millisecond, 8*time.Second, func() {
 		for _, v := range s.Victims {
-			if pids := v.Proxy.Backends(); len(pids) > 0 { // an error means that another fault is at work
+			// An error means that another fault is active.
+			if pids := v.Proxy.Backends(); len(pids) > 0 {
 				_ = s.Server.Exec(ctx, "SELECT pg_terminate_backend($1)", pids[s.Rand.IntN(len(pids))])
 			}
 		}
@@ -225,13 +227,14 @@ func terminateRandom(ctx context.Context, s Scene) (func() error, error) {
 	return nil, nil
 }
 
-// cancelStatements cancels whatever it finds the workers' backends doing.
+// cancelStatements cancels all statements of the workers' backends.
 func cancelStatements(ctx context.Context, s Scene) (func() error, error) {
 	db, err := sql.Open("postgres", s.Server.URI(Database)+"&connect_timeout=2")
 	if err != nil {
 		return nil, err
 	}
-	again(ctx, 5*time.Millisecond, 8*time.Second, func() { // an error means that another fault is at work
+	// An error means that another fault is active.
+	again(ctx, 5*time.Millisecond, 8*time.Second, func() {
 		_, _ = db.ExecContext(ctx, "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE usename = $1 AND state = 'active'", User)
 	})
 	return db.Close, nil
@@ -268,8 +271,8 @@ func swap(keep bool, affected ...Role) func(context.Context, Scene) (func() erro
 	}
 }
 
-// restartSmart waits for the clients to leave, which they do not, and goes on as
-// fast after a while.
+// restartSmart waits for the clients to disconnect, which they do not. After a while it continues
+// as a fast restart.
 func restartSmart(ctx context.Context, s Scene) (func() error, error) {
 	pid := s.Server.PID()
 	if pid == 0 {
@@ -288,7 +291,7 @@ func restart(mode string) func(context.Context, Scene) (func() error, error) {
 	}
 }
 
-// forget goes into the history before and after it may happen.
+// forget records, before and after the event, that the database may forget something.
 func (s Scene) forget(class string) {
 	s.Record(oracle.Event{At: oracle.Now(), Kind: oracle.Forget, Class: class})
 }
@@ -316,7 +319,7 @@ func silentRole(role Role) func(context.Context, Scene) (func() error, error) {
 	return change(func(s *Shape) { s.Silent = [ways]bool{true, true} }, role)
 }
 
-// passing are errors that pass.
+// passing contains the SQLSTATEs of temporary errors.
 var passing = []string{
 	"53300", // too_many_connections
 	"53200", // out_of_memory
@@ -360,7 +363,7 @@ func refuse(_ context.Context, s Scene) (func() error, error) {
 	}, nil
 }
 
-// refuseLogins ends the connections, and lets no client in again.
+// refuseLogins ends the connections, and lets no client log in again.
 func refuseLogins(_ context.Context, s Scene) (func() error, error) {
 	codes := []string{"28P01", "28000", "3D000", "53300", "57P03"}
 	for _, v := range s.Victims {
@@ -375,15 +378,15 @@ func refuseLogins(_ context.Context, s Scene) (func() error, error) {
 	}, nil
 }
 
-// readOnly makes the server take no writes, without closing a connection.
+// readOnly makes the server read-only, without closing a connection.
 func readOnly(ctx context.Context, s Scene) (func() error, error) {
 	return func() error { return s.Server.Set(ctx, "default_transaction_read_only", "off") },
 		s.Server.Set(ctx, "default_transaction_read_only", "on")
 }
 
-// failNotify puts another pg_notify before the server's own. The workers' search
-// path has a schema for it (see uri). Because the path changes when that schema
-// appears and goes, statements that are prepared already are planned anew.
+// failNotify puts another pg_notify before the server's own. The workers' search path contains a
+// schema for it (see uri). Because the path changes when that schema appears and disappears,
+// prepared statements are planned again.
 func failNotify(ctx context.Context, s Scene) (func() error, error) {
 	heal := func() error {
 		// A sequence outlives the transactions that fail.
@@ -406,9 +409,9 @@ func failNotify(ctx context.Context, s Scene) (func() error, error) {
 		GRANT USAGE ON SEQUENCE `+shadow+`.calls TO `+User)
 }
 
-// occupy does to the tables what migrations and maintenance do.
+// occupy locks the tables like migrations and maintenance.
 func occupy(ctx context.Context, s Scene) (func() error, error) {
-	// Tables of more than one version of the schema.
+	// These are the tables of more than one version of the schema.
 	const each = `DO $$
 		DECLARE t text;
 		BEGIN
@@ -426,7 +429,7 @@ func occupy(ctx context.Context, s Scene) (func() error, error) {
 		table("REINDEX TABLE %I") + stay,
 		table("TRUNCATE %I") + stay + "; ROLLBACK",
 	} {
-		// Without a bound it could wait for a transaction that waits for it.
+		// Without a bound the statements could wait for a transaction that waits for them.
 		if err := s.exec(ctx, "SET lock_timeout = '5s'; BEGIN; "+statements+"; COMMIT"); err != nil {
 			return heal, err
 		}
@@ -435,8 +438,8 @@ func occupy(ctx context.Context, s Scene) (func() error, error) {
 	return heal, nil
 }
 
-// useUpConnections takes what is left of max_connections, ends the workers'
-// sessions and takes those places, too.
+// useUpConnections takes the connections that are left of max_connections, ends the workers'
+// sessions and takes their places, too.
 func useUpConnections(ctx context.Context, s Scene) (func() error, error) {
 	db, err := sql.Open("postgres", s.Server.URI(Database)+"&connect_timeout=2")
 	if err != nil {
@@ -458,7 +461,8 @@ func useUpConnections(ctx context.Context, s Scene) (func() error, error) {
 		close(ended)
 		return heal, err
 	}
-	go func() { // ends with heal
+	// The goroutine ends with heal.
+	go func() {
 		defer close(ended)
 		for ctx.Err() == nil {
 			conn, err := others.Conn(ctx)
@@ -474,9 +478,9 @@ func useUpConnections(ctx context.Context, s Scene) (func() error, error) {
 	return heal, err
 }
 
-// fillLockTable takes advisory locks until the server has no room for more.
+// fillLockTable takes advisory locks until the server's lock table is full.
 func fillLockTable(ctx context.Context, s Scene) (func() error, error) {
-	db, err := sql.Open("postgres", s.Server.URI("postgres")+"&connect_timeout=2") // another database: other keys
+	db, err := sql.Open("postgres", s.Server.URI("postgres")+"&connect_timeout=2") // another database, where the keys are different ones
 	if err != nil {
 		return nil, err
 	}
@@ -498,8 +502,8 @@ func fillLockTable(ctx context.Context, s Scene) (func() error, error) {
 	return heal, nil
 }
 
-// flood sends what has no business on the library's channel: garbage, other
-// software's messages, claims of no process, and releases that did not happen.
+// flood sends foreign messages on the library's channel: garbage, messages of other software,
+// claims of no process, and releases that did not happen.
 func flood(ctx context.Context, s Scene) (func() error, error) {
 	db, err := sql.Open("postgres", s.Server.URI(Database)+"&connect_timeout=2")
 	if err != nil {
@@ -510,10 +514,11 @@ func flood(ctx context.Context, s Scene) (func() error, error) {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	ended := make(chan struct{})
-	go func() { // ends with heal
+	// The goroutine ends with heal.
+	go func() {
 		defer close(ended)
 		for ctx.Err() == nil {
-			// An error means that another fault is at work.
+			// An error means that another fault is active.
 			_, _ = db.ExecContext(ctx, `
 				SELECT pg_notify(c, p) FROM unnest(ARRAY['env_lock_events', 'broken_released', 'other']) c, unnest(ARRAY[
 					'', 'x', '{', '{}', 'null', '[1,2]', '"claim"', '{"kind":"claim"}', '{"kind":"claim","lockKey":"seven"}',
@@ -556,8 +561,8 @@ func burst(_ context.Context, s Scene) (func() error, error) {
 	return nil, errors.Join(errs...)
 }
 
-// skew runs a worker whose wall clock jumps between an hour ahead and an hour
-// behind, and ends its session meanwhile.
+// skew runs a worker whose wall clock jumps between an hour ahead and an hour behind, and ends its
+// session meanwhile.
 func skew(ctx context.Context, s Scene) (func() error, error) {
 	if s.Skewed == "" {
 		return nil, errors.New("no worker with a wrong clock")

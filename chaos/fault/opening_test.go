@@ -12,12 +12,13 @@ import (
 	"github.com/preemptable/locker/internal/pgserver"
 )
 
-// TestSilenceWhileOpening lets the network go silent after each of the requests
-// with which a provider opens its session: whatever it is that is not answered,
-// a caller gets his error, and Close comes to an end.
+// TestSilenceWhileOpening lets the network go silent after each of the requests with which a
+// provider opens its session. Whichever of them gets no response, the caller gets an error, and
+// Close returns.
 func TestSilenceWhileOpening(t *testing.T) {
 	t.Parallel()
-	server, err := NewServer(t.Context(), map[string]string{"max_connections": "300"}) // all of them concurrently
+	// All providers run concurrently.
+	server, err := NewServer(t.Context(), map[string]string{"max_connections": "300"})
 	if errors.Is(err, pgserver.ErrNoBinaries) {
 		t.Skip(err)
 	}
@@ -29,13 +30,14 @@ func TestSilenceWhileOpening(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// openLink, the check of NOTIFY and the settings are bounded one by one, by 8 s each.
-	// The rest is for a busy machine.
+	// openLink, the check of NOTIFY and the settings each have a bound of 8 s. The rest is for a
+	// busy machine.
 	const bound, most = 45 * time.Second, 100
 	var running sync.WaitGroup
 	for n := 1; n <= most; n++ {
 		if n == most {
-			running.Wait() // who went silent while he made the schema keeps the others waiting
+			// A provider that went silent while it created the schema keeps the others waiting.
+			running.Wait()
 		}
 		running.Go(func() {
 			proxy, err := NewProxy(target.Host)
@@ -51,12 +53,14 @@ func TestSilenceWhileOpening(t *testing.T) {
 				return
 			}
 			done := make(chan struct{})
-			go func() { // ends before the proxy is closed, or soon after
+			// The goroutine ends before the proxy is closed, or soon after.
+			go func() {
 				defer close(done)
 				if _, err := provider.LockKey(context.Background(), "org/repo", uint(n)); err != nil && n == most {
 					t.Errorf("the session needs more than %d requests: %v", n, err)
 				}
-				time.Sleep(100 * time.Millisecond) // into the next request, if it was answered
+				// The pause lasts into the next request, if this one got a response.
+				time.Sleep(100 * time.Millisecond)
 				_ = provider.(*locker.PostgresLockProvider).Close()
 			}()
 			select {

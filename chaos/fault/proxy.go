@@ -1,5 +1,5 @@
-// Package fault has what a chaos run breaks: servers, worker processes and the
-// network between them.
+// Package fault contains the parts of a chaos run that are broken: servers, worker processes and
+// the network between them.
 package fault
 
 import (
@@ -16,13 +16,13 @@ import (
 	"time"
 )
 
-// Role is what a provider uses a connection for.
+// Role is the purpose for which a provider uses a connection.
 type Role int
 
 // The roles.
 const (
-	Statements Role = iota // everything else; also what has not shown yet what it is for
-	Session                // carries the advisory lock that proves that the process lives
+	Statements Role = iota // any other purpose, and connections whose purpose is not known yet
+	Session                // has the advisory lock that shows that the process lives
 	Listener
 	roles
 )
@@ -43,22 +43,21 @@ const (
 	ways
 )
 
-// Shape is how the network treats the connections of one role. Its zero value is
-// a network in order.
+// Shape describes how the network treats the connections of one role. Its zero value is a network
+// without faults.
 type Shape struct {
 	Silent  [ways]bool    // nothing arrives, not even the end of a connection
 	Latency time.Duration // each way
-	Jitter  time.Duration // more of it, at random
-	Rate    int           // bytes a second each way; 0: no limit
+	Jitter  time.Duration // random additional latency
+	Rate    int           // bytes per second each way, or 0 for no limit
 
-	Odds   int      // one request in so many meets what follows; 0: none does
-	Errors []string // it is replied to with one of these SQLSTATEs, and the server never sees it
-	Cut    bool     // its connection is cut: before the server has seen it, or when the reply is there
+	Odds   int      // one request of this number is affected as follows, or 0 for none
+	Errors []string // the request gets one of these SQLSTATEs as its response, and the server never receives it
+	Cut    bool     // its connection is cut, either before the server has received it or when the response has arrived
 }
 
-// Proxy is the network between one worker and one server. It reads along, so it
-// knows what each connection is for, which backend it has, and where a request
-// and its reply end.
+// Proxy is the network between one worker and one server. It reads the messages, so it knows the
+// role of each connection, its backend, and where a request and its response end.
 type Proxy struct {
 	target  string
 	address string
@@ -68,14 +67,14 @@ type Proxy struct {
 	turn     *sync.Cond // a shape has changed, or a connection was cut
 	listener net.Listener
 	effects  []*effect
-	shapes   [roles]Shape // what all effects make of it, one after the other
+	shapes   [roles]Shape // the result of all effects, one after the other
 	conns    map[*conn]bool
 	orphans  []net.Conn // backends that were swapped and live on
-	refused  int        // how many Refuses have not met their Accept
-	refusals []string   // the SQLSTATEs of which a login gets the last; none: it is welcome
+	refused  int        // how many calls of Refuse have had no Accept yet
+	refusals []string   // the SQLSTATEs of which a login gets the last, or none if logins pass
 	closed   bool
 	requests int // of all clients so far
-	last     int // the network goes silent before the next one; 0: it does not
+	last     int // the network goes silent before the next one, or 0 if it does not
 }
 
 // effect is one change of the network.
@@ -89,8 +88,8 @@ type conn struct {
 	proxy   *Proxy
 	client  net.Conn
 	pipes   [ways]chan chunk
-	over    chan struct{} // closed when it is cut
-	startup []byte        // the client's first message; written before anything is read from the server
+	over    chan struct{} // closed when the connection is cut
+	startup []byte        // the client's first message, set before anything is read from the server
 
 	// guarded by Proxy.mu
 	server  net.Conn
@@ -98,16 +97,16 @@ type conn struct {
 	pid     int
 	cut     bool
 	pending int  // requests that the server has not finished
-	status  byte // of the transaction, when the last one was finished; 0: it is still logging in
-	doomed  bool // it is cut in place of the next reply
+	status  byte // of the transaction, when the last one was finished, or 0 during the login
+	doomed  bool // whether it is cut in place of the next response
 }
 
-// NewProxy listens at a free port.
+// NewProxy returns a proxy that listens on a free port.
 func NewProxy(target string) (*Proxy, error) {
 	p := &Proxy{target: target, conns: map[*conn]bool{}}
 	p.turn = sync.NewCond(&p.mu)
 	for range 200 {
-		// Not a port that the system could hand out to a client that retries.
+		// The port is not one that the system could assign to a client that retries.
 		p.address = net.JoinHostPort("127.0.0.1", strconv.Itoa(15000+rand.IntN(17000)))
 		if p.listen() == nil {
 			return p, nil
@@ -116,7 +115,7 @@ func NewProxy(target string) (*Proxy, error) {
 	return nil, errors.New("no free port for a proxy")
 }
 
-// Address is where clients connect to.
+// Address returns the address that clients connect to.
 func (p *Proxy) Address() string { return p.address }
 
 func (p *Proxy) listen() error {
@@ -132,9 +131,8 @@ func (p *Proxy) listen() error {
 	return nil
 }
 
-// Change changes the network for the connections of the given roles; without any,
-// for all connections. Changes that are made concurrently by several faults can be
-// undone one by one.
+// Change changes the network for the connections of the given roles, or for all connections if no
+// role is given. Changes that several faults make concurrently can be undone one by one.
 func (p *Proxy) Change(change func(*Shape), affected ...Role) (undo func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -162,8 +160,8 @@ func (p *Proxy) shapeLocked() {
 	p.turn.Broadcast()
 }
 
-// SilentAfter makes the network go silent, both ways and for good, when clients
-// have sent n more requests.
+// SilentAfter makes the network go silent permanently, both ways, when clients have sent n more
+// requests.
 func (p *Proxy) SilentAfter(n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -179,8 +177,7 @@ func (p *Proxy) requestedLocked() {
 	}
 }
 
-// Refuse ends every connection and refuses new ones, until Accept is called as
-// often.
+// Refuse ends every connection and refuses new ones, until Accept has been called equally often.
 func (p *Proxy) Refuse() {
 	p.mu.Lock()
 	p.refused++
@@ -192,7 +189,7 @@ func (p *Proxy) Refuse() {
 	p.Cut()
 }
 
-// Accept ends Refuse.
+// Accept undoes Refuse.
 func (p *Proxy) Accept() error {
 	p.mu.Lock()
 	p.refused--
@@ -204,15 +201,15 @@ func (p *Proxy) Accept() error {
 	return p.listen()
 }
 
-// RefuseLogins makes every login fail with a SQLSTATE, until AcceptLogins is
-// called as often.
+// RefuseLogins makes every login fail with a SQLSTATE, until AcceptLogins has been called equally
+// often.
 func (p *Proxy) RefuseLogins(code string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.refusals = append(p.refusals, code)
 }
 
-// AcceptLogins ends RefuseLogins.
+// AcceptLogins undoes RefuseLogins.
 func (p *Proxy) AcceptLogins() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -228,8 +225,8 @@ func (p *Proxy) Cut() {
 	}
 }
 
-// Backends returns the process ids of the server's ends of the connections of the
-// given roles; without any, of all connections.
+// Backends returns the process IDs of the server's ends of the connections of the given roles, or
+// of all connections if no role is given.
 func (p *Proxy) Backends(affected ...Role) []int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -242,9 +239,9 @@ func (p *Proxy) Backends(affected ...Role) []int {
 	return pids
 }
 
-// Swap gives the connections of the given roles new backends, as a pooler does
-// with idle clients, and returns how many it was. A client does not notice. The
-// old backends end; or, if they are kept, live on until Disown.
+// Swap gives the connections of the given roles new backends, as a pooler does with idle clients,
+// and returns their number. A client does not notice. The old backends end, or, if they are kept,
+// live until Disown.
 func (p *Proxy) Swap(keep bool, affected ...Role) int {
 	var idle []*conn
 	p.mu.Lock()
@@ -256,7 +253,8 @@ func (p *Proxy) Swap(keep bool, affected ...Role) int {
 	p.mu.Unlock()
 	swapped := 0
 	for _, c := range idle {
-		for range 20 { // until it is idle
+		// The connection has to become idle.
+		for range 20 {
 			if c.swap(keep) {
 				swapped++
 				break
@@ -329,14 +327,13 @@ func (p *Proxy) connect(client net.Conn) {
 	go c.write(ToClient)
 }
 
-// chunk is data under way. The last one has none.
+// chunk is data in flight. The last one has none.
 type chunk struct {
 	data []byte
 	due  time.Time
 }
 
-// is reports whether the connection has one of the roles, or whether there are
-// none to choose from.
+// is reports whether the connection has one of the roles, or whether no role is given.
 func (c *conn) is(affected []Role) bool {
 	return len(affected) == 0 || slices.Contains(affected, c.role)
 }
@@ -359,7 +356,7 @@ func (c *conn) end() {
 	c.endLocked()
 }
 
-// send puts data on its way.
+// send puts data into the pipe.
 func (c *conn) send(to Way, data []byte) {
 	select {
 	case c.pipes[to] <- chunk{data, time.Now().Add(c.latency())}:
@@ -367,8 +364,7 @@ func (c *conn) send(to Way, data []byte) {
 	}
 }
 
-// readMessage reads one message of the protocol, without a kind if it is the
-// first.
+// readMessage reads one message of the protocol. The first message has no kind.
 func readMessage(r *bufio.Reader, kind bool) ([]byte, error) {
 	size := 4
 	if kind {
@@ -387,14 +383,14 @@ func readMessage(r *bufio.Reader, kind bool) ([]byte, error) {
 	return message, err
 }
 
-// The codes that may stand in place of a version in a client's first message.
+// The codes that can be in place of a version in a client's first message.
 const (
 	cancelRequest = 80877102
 	sslRequest    = 80877103
 	gssRequest    = 80877104
 )
 
-// readClient ends when the connection does.
+// readClient returns when the connection ends.
 func (c *conn) readClient() {
 	defer c.proxy.running.Done()
 	defer c.send(ToServer, nil)
@@ -415,13 +411,14 @@ func (c *conn) readClient() {
 	if len(refusals) > 0 && code(first) != cancelRequest {
 		c.send(ToClient, failure("FATAL", refusals[len(refusals)-1]))
 		c.send(ToClient, nil)
-		<-c.over // by the writer, when the client has it
+		// The writer ends the connection when the client has the response.
+		<-c.over
 		return
 	}
 	c.send(ToServer, first)
 
-	// A request is held back until it is complete, so that it can be kept from the
-	// server as a whole.
+	// A request is held until it is complete, so that it can be withheld from the server as a
+	// whole.
 	var request []byte
 	whole := true
 	for {
@@ -450,8 +447,8 @@ func (c *conn) readClient() {
 
 func code(first []byte) uint32 { return binary.BigEndian.Uint32(first[4:]) }
 
-// request passes a request on, unless something is to happen to it. False means
-// that the connection was cut.
+// request forwards a request, unless a fault affects it. It returns false if the connection was
+// cut.
 func (c *conn) request(request []byte, whole bool) bool {
 	p := c.proxy
 	p.mu.Lock()
@@ -483,16 +480,15 @@ func (c *conn) request(request []byte, whole bool) bool {
 	return true
 }
 
-// failure is an error message of a server. What people read of its severity is in
-// another language.
+// failure returns an error message of a server. The severity for people is in another language.
 func failure(severity, code string) []byte {
 	translated := map[string]string{"FATAL": "ВАЖНО", "ERROR": "ОШИБКА"}[severity]
 	body := "S" + translated + "\x00V" + severity + "\x00C" + code + "\x00Mchaos: not now\x00\x00"
 	return append(binary.BigEndian.AppendUint32([]byte{'E'}, uint32(4+len(body))), body...)
 }
 
-// readServer reads what one backend says. It ends when the connection does, or
-// when the client gets another backend.
+// readServer reads the messages of one backend. It returns when the connection ends, or when the
+// client gets another backend.
 func (c *conn) readServer(server net.Conn) {
 	defer c.proxy.running.Done()
 	r := bufio.NewReaderSize(server, 16<<10)
@@ -526,8 +522,8 @@ func (c *conn) readServer(server net.Conn) {
 	}
 }
 
-// heard takes in a message of the server. It reports whether it finishes a
-// request, and whether the client is not to have it.
+// heard processes a message of the server. It reports whether the message finishes a request, and
+// whether the client must not get it.
 func (c *conn) heard(message []byte) (finished, doomed bool) {
 	c.proxy.mu.Lock()
 	defer c.proxy.mu.Unlock()
@@ -570,7 +566,8 @@ func (c *conn) swap(keep bool) bool {
 	go c.readServer(server)
 	if keep {
 		p.orphans = append(p.orphans, old)
-		_ = old.SetReadDeadline(time.Now()) // ends its reader
+		// The deadline ends the backend's reader.
+		_ = old.SetReadDeadline(time.Now())
 	} else {
 		_, _ = old.Write([]byte("X\x00\x00\x00\x04"))
 		_ = old.Close()
@@ -578,15 +575,14 @@ func (c *conn) swap(keep bool) bool {
 	return true
 }
 
-// login opens a connection with a client's first message, for a server that asks
-// for no password.
+// login opens a connection with a client's first message, on a server that asks for no password.
 func login(target string, startup []byte) (server net.Conn, pid int, err error) {
 	if server, err = net.DialTimeout("tcp", target, 2*time.Second); err != nil {
 		return nil, 0, err
 	}
 	_ = server.SetDeadline(time.Now().Add(2 * time.Second))
 	_, err = server.Write(startup)
-	// Nothing comes after the last message, so nothing is left in the buffer.
+	// Nothing follows the last message, so nothing is left in the buffer.
 	for r := bufio.NewReader(server); err == nil; {
 		var message []byte
 		if message, err = readMessage(r, true); err != nil {
@@ -620,7 +616,7 @@ func (c *conn) latency() time.Duration {
 	return d
 }
 
-// write ends when the connection does: with the last chunk, it ends it.
+// write returns when the connection ends. With the last chunk, it ends the connection.
 func (c *conn) write(to Way) {
 	defer c.proxy.running.Done()
 	defer c.end()
@@ -664,8 +660,8 @@ func (c *conn) forward(to Way, chunk chunk) bool {
 	return true
 }
 
-// await blocks while the way is silent, and returns where it leads to; nil means
-// that the connection was cut.
+// await blocks while the way is silent, and returns its destination. It returns nil if the
+// connection was cut.
 func (c *conn) await(to Way) net.Conn {
 	p := c.proxy
 	p.mu.Lock()

@@ -12,12 +12,12 @@ import (
 	"time"
 )
 
-// backends is a server that replies to each query with the number of the backend
-// and the query's text. It keeps count of what it has seen.
+// backends is a server that responds to each query with the number of the backend and the query's
+// text. It counts the queries.
 type backends struct {
 	address string
 	seen    atomic.Int64 // queries
-	ended   chan int     // backends whose client has gone
+	ended   chan int     // backends whose client has disconnected
 }
 
 func newBackends(t *testing.T) *backends {
@@ -28,13 +28,15 @@ func newBackends(t *testing.T) *backends {
 	}
 	t.Cleanup(func() { _ = l.Close() })
 	b := &backends{address: l.Addr().String(), ended: make(chan int, 100)}
-	go func() { // ends with the listener
+	// The goroutine ends with the listener.
+	go func() {
 		for pid := 1; ; pid++ {
 			c, err := l.Accept()
 			if err != nil {
 				return
 			}
-			go b.serve(c, pid) // ends with the connection
+			// The goroutine ends with the connection.
+			go b.serve(c, pid)
 		}
 	}()
 	return b
@@ -95,7 +97,7 @@ func dial(t *testing.T, p *Proxy) *client {
 	return c
 }
 
-// logIn is dial for a client that is welcome.
+// logIn connects like dial and requires that the login succeeds.
 func logIn(t *testing.T, p *Proxy) *client {
 	t.Helper()
 	c := dial(t, p)
@@ -112,7 +114,7 @@ func (c *client) send(data []byte) {
 	}
 }
 
-// hear reads up to the end of a reply, and returns its tag or its SQLSTATE.
+// hear reads up to the end of a response, and returns its tag or its SQLSTATE.
 func (c *client) hear(limit time.Duration) (reply string, err error) {
 	_ = c.SetReadDeadline(time.Now().Add(limit))
 	for {
@@ -138,7 +140,7 @@ func (c *client) ask(text string) (string, error) {
 	return c.hear(5 * time.Second)
 }
 
-// want is ask for a request that has to work.
+// want calls ask, and requires that the request succeeds.
 func (c *client) want(text, reply string) {
 	c.t.Helper()
 	if got, err := c.ask(text); got != reply || err != nil {
@@ -182,7 +184,7 @@ func TestProxyShapes(t *testing.T) {
 		t.Fatalf("%q %v through a silent network", reply, err)
 	}
 	listener.want("b", "2:b")                                   // only the session is silent
-	p.Change(func(s *Shape) { s.Latency = time.Millisecond })() // leaves the other change as it is
+	p.Change(func(s *Shape) { s.Latency = time.Millisecond })() // does not undo the other change
 	if reply, err := session.hear(50 * time.Millisecond); !os.IsTimeout(err) {
 		t.Fatalf("%q %v through a silent network", reply, err)
 	}
@@ -228,7 +230,8 @@ func TestRefusedLogins(t *testing.T) {
 	if reply, err := c.hear(5 * time.Second); reply != "28P01" || err == nil || os.IsTimeout(err) {
 		t.Fatalf("%q %v, want 28P01 and the end of the connection", reply, err)
 	}
-	before.want("a", "1:a") // who is logged in stays so
+	// A client that is logged in is not affected.
+	before.want("a", "1:a")
 	p.AcceptLogins()
 	logIn(t, p)
 }
@@ -242,7 +245,7 @@ func TestErrorReplies(t *testing.T) {
 	undo := p.Change(func(s *Shape) { s.Odds, s.Errors = 1, []string{"53300"} }, Session)
 	seen := b.seen.Load()
 	session.want("b", "53300")
-	// A request of several messages gets one reply.
+	// A request of several messages gets one response.
 	session.send(append(message('P', "s\x00SELECT 1\x00\x00\x00"), message('S', "")...))
 	if reply, err := session.hear(5 * time.Second); reply != "53300" || err != nil {
 		t.Fatal(reply, err)
@@ -308,7 +311,7 @@ func TestSwap(t *testing.T) {
 	if pid := <-b.ended; pid != 4 {
 		t.Fatalf("backend %d has ended, want 4", pid)
 	}
-	// Who waits for a reply keeps the backend.
+	// A client that waits for a response keeps its backend.
 	p.Change(func(s *Shape) { s.Silent[ToServer] = true }, Statements)
 	other.send(message('Q', "e\x00"))
 	for start := time.Now(); p.Swap(false, Statements) != 0; {

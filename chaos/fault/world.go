@@ -22,7 +22,7 @@ import (
 	"github.com/preemptable/locker/internal/pgserver"
 )
 
-// Database is where the locks are, User whose connections the workers make.
+// Database is the database of the locks, and User is the role with which the workers connect.
 const (
 	Database = "chaos"
 	User     = "app"
@@ -32,32 +32,32 @@ const (
 type World struct {
 	Server   *pgserver.Server
 	FenceURI string
-	Binary   string          // the worker
-	Skewed   string          // a worker whose wall clock is wrong; empty: none
-	Args     []string        // of the workers, beside those that every worker has
-	Sessions []time.Duration // timeouts of the workers' sessions, in turns
+	Binary   string          // the path of the worker
+	Skewed   string          // the path of a worker whose wall clock is wrong, or empty
+	Args     []string        // of the workers, in addition to those that every worker has
+	Sessions []time.Duration // timeouts of the workers' sessions, alternating
 	Base     int64           // the number before the first key
 	Keys     int
-	Hosts    []*Proxy // what the URI names, if the workers share their network; otherwise each has its own proxy
+	Hosts    []*Proxy // the hosts of the URI, if the workers share their network, otherwise each worker has a separate proxy
 	Record   func(oracle.Event)
 
 	mu      sync.Mutex // guards everything below
 	workers []*Worker
-	places  int // how many there were at the end
+	places  int // how many there were in the end
 	started int
 	errs    []error
 }
 
 // Worker is a place for worker processes, one after the other.
 type Worker struct {
-	Name  string // of the process that runs now
+	Name  string // of the present process
 	Proxy *Proxy // nil if the network is shared
 
 	slot    int
 	cmd     *exec.Cmd
 	stdin   io.WriteCloser
 	freezer *freezer
-	done    chan struct{} // closed when the process is gone and its output is read
+	done    chan struct{} // closed when the process has ended and its output has been read
 }
 
 // NewServer starts a server for the locks.
@@ -74,11 +74,11 @@ func NewServer(ctx context.Context, config map[string]string) (*pgserver.Server,
 	return server, nil
 }
 
-// shadow is a schema whose functions come before the server's own, while it exists.
+// shadow is a schema whose functions take precedence over the server's own, while it exists.
 const shadow = "chaos_shadow"
 
-// uri is what a worker connects to: all hosts, in lib/pq's form. New tables go to
-// the first schema of the path.
+// uri returns the URI that a worker connects to, with all hosts, in lib/pq's form. New tables are
+// created in the first schema of the path.
 func uri(proxies ...*Proxy) string {
 	var hosts, ports []string
 	for _, p := range proxies {
@@ -97,7 +97,7 @@ func (w *World) Start(seed uint64) error {
 	return w.run(v, w.Binary, seed)
 }
 
-// place makes room for a worker.
+// place adds a place for a worker.
 func (w *World) place() (*Worker, error) {
 	v := &Worker{}
 	if len(w.Hosts) == 0 {
@@ -135,7 +135,8 @@ func (w *World) run(v *Worker, binary string, seed uint64, extra ...string) erro
 	}, append(w.Args, extra...)...)
 	v.cmd = exec.Command(binary, args...)
 	v.cmd.Stderr = os.Stderr
-	v.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // ^C is for the driver
+	// ^C is meant for the driver.
+	v.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	stdin, err := v.cmd.StdinPipe()
 	if err != nil {
 		return err
@@ -151,7 +152,8 @@ func (w *World) run(v *Worker, binary string, seed uint64, extra ...string) erro
 		return err
 	}
 	v.done = make(chan struct{})
-	go w.read(out, v.cmd, v.Name, v.done) // ends with the process
+	// The goroutine ends with the process.
+	go w.read(out, v.cmd, v.Name, v.done)
 	return nil
 }
 
@@ -162,7 +164,8 @@ func (w *World) read(out io.Reader, cmd *exec.Cmd, name string, done chan struct
 	for lines.Scan() {
 		var e oracle.Event
 		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
-			continue // the last line of a worker that was killed
+			// This is the last line of a worker that was killed.
+			continue
 		}
 		w.Record(e)
 	}
@@ -180,24 +183,24 @@ func (w *World) fail(err error) {
 	w.errs = append(w.errs, err)
 }
 
-// Err says what went wrong with the workers themselves.
+// Err returns the errors of the workers themselves.
 func (w *World) Err() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return errors.Join(w.errs...)
 }
 
-// Workers are those that run.
+// Workers returns the workers that run.
 func (w *World) Workers() []*Worker {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return append([]*Worker(nil), w.workers...)
 }
 
-// private is a key that only one worker claims.
+// private returns a key that only one worker claims.
 func (w *World) private(v *Worker) int64 { return w.Base + int64(w.Keys+v.slot) }
 
-// Names are the processes of the workers.
+// Names returns the names of the workers' processes.
 func (w *World) Names(workers []*Worker) []string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -224,8 +227,8 @@ func (w *World) Command(v *Worker, line string) error {
 	return err
 }
 
-// freezer is a shell that stops a process until its standard input ends, so that
-// the process goes on, and can end, whatever happens to the driver.
+// freezer is a shell that stops a process until the shell's standard input ends. The process then
+// continues, and can end, whatever happens to the driver.
 type freezer struct {
 	cmd   *exec.Cmd
 	stdin io.Closer
@@ -248,25 +251,27 @@ func (w *World) Freeze(v *Worker) error {
 		return err
 	}
 	v.freezer = &freezer{cmd, stdin}
-	_, _ = out.Read(make([]byte, 1)) // it is stopped
+	// The process has been stopped.
+	_, _ = out.Read(make([]byte, 1))
 	w.Record(oracle.Event{At: at, Kind: oracle.Frozen, Worker: v.Name})
 	return nil
 }
 
-// Thaw ends Freeze.
+// Thaw ends a Freeze.
 func (w *World) Thaw(v *Worker) {
 	if v.freezer == nil {
 		return
 	}
-	at := oracle.Now() // what it notices comes later
+	// The process notices the end of the stop later.
+	at := oracle.Now()
 	_ = v.freezer.stdin.Close()
 	_ = v.freezer.cmd.Wait()
 	v.freezer = nil
 	w.Record(oracle.Event{At: at, Kind: oracle.Thawed, Worker: v.Name})
 }
 
-// Query runs one statement in the locks' database as superuser, past the
-// proxies, and returns the number it gives.
+// Query runs one statement in the locks' database as superuser, without the proxies, and returns
+// its number.
 func (w *World) Query(ctx context.Context, query string, args ...any) (n int64, err error) {
 	db, err := sql.Open("postgres", w.Server.URI(Database)+"&connect_timeout=2")
 	if err != nil {
@@ -277,7 +282,7 @@ func (w *World) Query(ctx context.Context, query string, args ...any) (n int64, 
 	return n, err
 }
 
-// exec runs statements as superuser, past the proxies, all on one connection.
+// exec runs statements as superuser, without the proxies, all on one connection.
 func (w *World) exec(ctx context.Context, statements string) error {
 	db, err := sql.Open("postgres", w.Server.URI(Database)+"&connect_timeout=2&default_transaction_read_only=off")
 	if err != nil {
@@ -288,7 +293,7 @@ func (w *World) exec(ctx context.Context, statements string) error {
 	return err
 }
 
-// await waits until the server takes writes, but not for longer than patience.
+// await waits until the server accepts writes, but not for longer than patience.
 func (w *World) await(ctx context.Context, patience time.Duration) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -301,7 +306,7 @@ func (w *World) await(ctx context.Context, patience time.Duration) {
 	}
 }
 
-// End stops the workers and returns everything that is left over afterwards.
+// End stops the workers and returns everything that is left over.
 func (w *World) End(ctx context.Context) []string {
 	var left []string
 	workers := w.Workers()
@@ -316,7 +321,8 @@ func (w *World) End(ctx context.Context) []string {
 		case <-v.done:
 		case <-limit.Done():
 			left = append(left, v.Name+" did not end within 30s of being asked to")
-			_ = v.cmd.Process.Signal(syscall.SIGQUIT) // for its stacks
+			// The signal makes the process print its stacks.
+			_ = v.cmd.Process.Signal(syscall.SIGQUIT)
 			select {
 			case <-v.done:
 			case <-time.After(5 * time.Second):
@@ -334,9 +340,8 @@ func (w *World) End(ctx context.Context) []string {
 	return append(left, w.leftOver(ctx)...)
 }
 
-// leftOver looks for connections and advisory locks, which the server may keep
-// for the lease, and then for keys that cannot be had and rows that still name a
-// holder.
+// leftOver looks for connections and advisory locks, which the server may keep for the lease, and
+// then for keys that cannot be locked and rows that still name a holder.
 func (w *World) leftOver(ctx context.Context) (left []string) {
 	none := func(what, query string, patience time.Duration) {
 		var n int64

@@ -9,24 +9,24 @@ import (
 	"time"
 )
 
-// Rules are the bounds that a history is held against.
+// Rules are the bounds that a history is checked against.
 type Rules struct {
 	LockTimeout time.Duration // of the workers
 	Preemption  time.Duration // preemption timeout of the workers
-	Session     time.Duration // session timeout of workers that do not say theirs
-	Progress    int           // after as many holds in a row that claims have ended, the next is spared; 0: none is
-	Spared      time.Duration // for how long
+	Session     time.Duration // session timeout of workers that do not report theirs
+	Progress    int           // after this number of holds in a row that claims have ended the next one is spared, or 0 to spare none
+	Spared      time.Duration // for how long a hold is spared
 
-	Late      time.Duration // how late a worker may notice what was there to be noticed: scheduling of a busy machine
-	Reconnect time.Duration // how long after a fault a session may be on its way back
-	Recovery  time.Duration // how long after a fault a worker may learn late of what it missed
+	Late      time.Duration // how late a worker may notice an event, because of the scheduling of a busy machine
+	Reconnect time.Duration // how long after a fault a session may take to reconnect
+	Recovery  time.Duration // how long after a fault a worker may be late to notice what it missed
 	Notify    time.Duration // the workers' bound for Notify and LockKey
 	Release   time.Duration // C18
-	CrashLoss time.Duration // how much of the newest unflushed commits a crash of the server may take
+	CrashLoss time.Duration // how much of the newest unflushed commits a crash of the server may forget
 
-	// GrantTime reads from a token when the database granted it, on the
-	// history's clock. Without it, or with a false result, the beginning of the
-	// wait is taken, which accuses no claim.
+	// GrantTime returns, for a token, when the database granted it, on the history's clock. Without
+	// it, or with a false result, the beginning of the wait is used, which leads to no false
+	// violation.
 	GrantTime func(token int64) (int64, bool)
 }
 
@@ -45,11 +45,11 @@ func DefaultRules() Rules {
 	}
 }
 
-// What a session timeout is divided into, in tenths.
+// The parts of a session timeout, in tenths.
 const (
-	heartbeat = 3  // from one heartbeat to the next
+	heartbeat = 3  // the interval of heartbeats
 	notice    = 9  // from the start of the last good heartbeat to ErrLockLost
-	survived  = 6  // of an outage that comes just before a heartbeat, notice − heartbeat
+	survived  = 6  // of an outage that begins just before a heartbeat: notice − heartbeat
 	silence   = 15 // until the server ends a silent connection
 )
 
@@ -68,7 +68,7 @@ func (v Violation) String() string {
 	return fmt.Sprintf("%s: key %d, claim %s: %s", v.Rule, v.Key, v.Claim, v.Text)
 }
 
-// The rules' names.
+// The names of the rules.
 const (
 	RuleExclusion  = "mutual exclusion (C24, C25)"
 	RuleTokenOrder = "tokens grow (C15)"
@@ -92,15 +92,14 @@ const (
 	RuleLeak       = "something is left over (C20, C22)"
 )
 
-// Excuse is something that looks like a violation and is one of the documented
-// limits.
+// Excuse is an observation that looks like a violation but is one of the documented limits.
 type Excuse struct {
 	Why   string
 	Claim string
 	At    int64
 }
 
-// The excuses' names.
+// The names of the excuses.
 const (
 	ExcuseFrozen = "frozen past its session timeout"
 	ExcuseRows   = "state rows deleted by an operator"
@@ -117,23 +116,23 @@ type Verdict struct {
 	Detection  []Detection
 	Survival   []Survival
 	Absences   []time.Duration // from suspended to reconnected
-	Suspended  int             // sessions, as their providers observed it
-	Spared     int             // holds that were not notified of a claim as soon as others are
+	Suspended  int             // number of sessions, according to their providers
+	Spared     int             // number of holds that were not notified of a claim as soon as others are
 }
 
 // FaultFrozen is the fault of a Detection after SIGSTOP.
 const FaultFrozen = "frozen"
 
-// Detection is how long it took a holder to be notified of its loss, not counting
-// the time for which its process was stopped.
+// Detection is how long it took until a holder was notified of its loss, not counting the time for
+// which its process was stopped.
 type Detection struct {
 	Fault string
 	At    int64 // of the fault
 	Took  time.Duration
 }
 
-// Survival is how many of the victims' holds there still were, undisturbed, when
-// a fault was over, and how many were lost to it.
+// Survival contains how many of the victims' holds still existed when a fault had ended, and how
+// many were lost because of it.
 type Survival struct {
 	Fault      string
 	At         int64 // of the fault
@@ -147,8 +146,8 @@ type judge struct {
 	timeouts map[string]time.Duration // of sessions, by worker
 	heals    map[int]int64            // by fault
 	frozen   map[string][]span        // by worker
-	outages  map[string][]outage      // by place: reconnecting included
-	trouble  map[string][]span        // by place: it may know nothing of what happens
+	outages  map[string][]outage      // by place, including the time to reconnect
+	trouble  map[string][]span        // by place: spans in which it may not receive events
 	forgets  []Event
 	verdict  *Verdict
 }
@@ -207,10 +206,10 @@ func (j *judge) excuse(why string, c *Claim, at int64) {
 	j.verdict.Excused = append(j.verdict.Excused, Excuse{why, c.ID, at})
 }
 
-// timeout is the session timeout of a worker.
+// timeout returns the session timeout of a worker.
 func (j *judge) timeout(worker string) time.Duration { return cmp.Or(j.timeouts[worker], j.Session) }
 
-// readFaults finds out who was disturbed and when.
+// readFaults records which workers were affected by faults, and when.
 func (j *judge) readFaults() {
 	for _, e := range j.events {
 		if e.Kind == Heal {
@@ -228,7 +227,8 @@ func (j *judge) readFaults() {
 			if s := j.frozen[e.Worker]; len(s) > 0 {
 				s[len(s)-1].to = e.At
 			}
-		case Killed: // what stopped with the process did not go on
+		// The process ended while it was stopped.
+		case Killed:
 			if s := j.frozen[e.Worker]; len(s) > 0 && s[len(s)-1].to == 0 {
 				s[len(s)-1].to = e.At
 			}
@@ -255,11 +255,11 @@ func (j *judge) readFaults() {
 	}
 }
 
-// outage is a stretch of time in which a session may be out of contact.
+// outage is a span in which a session may be out of contact.
 type outage struct {
 	span
-	broken bool  // contact may have been broken, not only slow to come back
-	since  int64 // the first time that it may have been
+	broken bool  // whether contact may have been broken, not only slow to come back
+	since  int64 // when it may first have been broken
 }
 
 // merge joins faults that leave no time to reconnect between them.
@@ -287,8 +287,8 @@ func (j *judge) merge(all []outage) []outage {
 	return merged
 }
 
-// place is where a worker runs: the part of its name before the dot. A fault may
-// outlive the process that it hit, and hits the one that follows.
+// place returns the place of a worker: the part of its name before the dot. A fault may outlive the
+// process that it hit, and then affects the next one in its place.
 func place(worker string) string {
 	name, _, _ := strings.Cut(worker, ".")
 	return name
@@ -298,8 +298,8 @@ func touched(spans []span, from, to int64) bool {
 	return slices.ContainsFunc(spans, func(s span) bool { return s.touches(from, to) })
 }
 
-// forgot returns the documented reason for which the database may know nothing at
-// the time to of what it knew at the time from.
+// forgot returns the documented reason for which the database, at the time to, may have forgotten
+// what it knew at the time from, or "" if there is none.
 func (j *judge) forgot(from, to int64) string {
 	for _, f := range j.forgets {
 		switch {
@@ -314,7 +314,7 @@ func (j *judge) forgot(from, to int64) string {
 	return ""
 }
 
-// exclusion: when a hold begins, every earlier hold of the key is over.
+// exclusion checks that when a hold begins, every earlier hold of the key has ended.
 func (j *judge) exclusion(claims []*Claim) {
 	var holds []*Claim
 	for _, c := range claims {
@@ -340,15 +340,15 @@ func (j *judge) exclusion(claims []*Claim) {
 
 func (j *judge) overlap(earlier, later *Claim, end int64) {
 	for _, s := range j.frozen[earlier.Worker] {
-		// It could not know while it was stopped, and had to learn soon after. Who is
-		// stopped for a short time is not taken from.
+		// The worker could not know of the loss while it was stopped, and had to notice it soon
+		// after. The keys of a worker that is stopped for a short time must not be taken over.
 		if s.touches(earlier.Begin, later.Begin) && later.Begin >= s.from+tenths(survived, j.timeout(earlier.Worker))-int64(j.Late) && (s.to == 0 || end != 0 && end <= s.to+int64(j.Late)) && (s.to == 0 || later.Begin <= s.to+int64(j.Late)) {
 			j.excuse(ExcuseFrozen, earlier, later.Begin)
 			return
 		}
 	}
-	// A row that was deleted is no reason: its holder is notified before a
-	// successor may follow.
+	// A row that was deleted is no excuse, because its holder is notified before a successor may
+	// follow.
 	if why := j.forgot(earlier.Locked, later.Begin); why == ExcuseAsync {
 		j.excuse(why, earlier, later.Begin)
 		return
@@ -361,7 +361,7 @@ func (j *judge) overlap(earlier, later *Claim, end int64) {
 		fmt.Sprintf("began with token %d while %s (token %d, %s) held: %s", later.Token, earlier.ID, earlier.Token, earlier.How, until)})
 }
 
-// tokens: a hold that was asked for after another one began has a larger token.
+// tokens checks that a hold that was asked for after another one began has a larger token.
 func (j *judge) tokens(claims []*Claim) {
 	var holds []*Claim
 	for _, c := range claims {
@@ -393,7 +393,7 @@ func (j *judge) tokens(claims []*Claim) {
 	}
 }
 
-// asked is when the claim began to ask for the key.
+// asked returns when the claim began to ask for the key.
 func (c *Claim) asked() int64 {
 	if c.Waiting != 0 {
 		return c.Waiting
@@ -401,7 +401,7 @@ func (c *Claim) asked() int64 {
 	return c.Attempt
 }
 
-// newest: an announced claim displaces every older one.
+// newest checks that an announced claim supersedes every older one.
 func (j *judge) newest(claims []*Claim) {
 	var announced []*Claim
 	for _, c := range claims {
@@ -414,7 +414,7 @@ func (j *judge) newest(claims []*Claim) {
 		if older.Locked != 0 && older.Announced != 0 {
 			j.granted(older, announced)
 		}
-		// The first claim that was announced while this one held, or waited.
+		// This finds the first claim that was announced while this one held or waited.
 		for _, newer := range after(announced, older.asked()) {
 			if newer == older {
 				continue
@@ -440,10 +440,10 @@ func after(announced []*Claim, at int64) []*Claim {
 	return announced[i:]
 }
 
-// twoClocks is how far the database's clock and the history's may be apart.
+// twoClocks bounds the difference between the database's clock and the history's.
 const twoClocks = 20 * time.Millisecond
 
-// grant is when the database granted the hold, or the beginning of its wait.
+// grant returns when the database granted the hold, or the beginning of its wait.
 func (j *judge) grant(c *Claim) int64 {
 	if j.GrantTime != nil {
 		if t, ok := j.GrantTime(c.Token); ok && t > c.asked() && t <= c.Locked+int64(j.Late) {
@@ -486,13 +486,14 @@ func (j *judge) holder(older, newer *Claim, claims []*Claim) {
 	if noticed != 0 && noticed <= limit {
 		return
 	}
-	// What a holder has missed it finds in the row when the trouble is over.
+	// What a holder has missed, it finds in the row when the trouble has ended.
 	for moved := true; moved; {
 		moved = false
 		for _, t := range j.trouble[place(older.Worker)] {
 			if t.touches(newer.Announcing, limit) && (t.to == 0 || t.to+late > limit) {
 				if t.to == 0 {
-					return // the rules of C14 and C24 bound it
+					// The rules of C14 and C24 bound this case.
+					return
 				}
 				limit, moved = t.to+late, true
 			}
@@ -511,13 +512,14 @@ func (j *judge) waiter(older, newer *Claim) {
 		return
 	}
 	if touched(j.trouble[place(older.Worker)], newer.Announcing, limit) || j.forgot(newer.Announced, limit) != "" {
-		return // the lock timeout bounds it
+		// The lock timeout bounds this case.
+		return
 	}
 	j.violate(Violation{RuleWaiter, limit, older.Key, older.ID,
 		fmt.Sprintf("still waited %v after %s was announced", ms(limit-newer.Announced), newer.ID)})
 }
 
-// superseded: a claim leaves for a newer one only if there is one.
+// superseded checks that a claim is superseded only if there is a newer one.
 func (j *judge) superseded(claims []*Claim) {
 	for _, c := range claims {
 		at := c.Ended
@@ -538,8 +540,8 @@ func (j *judge) superseded(claims []*Claim) {
 			rule, text = RuleDisturbed, "every newer claim lets it finish"
 		}
 		if !slices.ContainsFunc(claims, func(n *Claim) bool { return announced(n) && !(held && n.Mode == ModeFinish) }) {
-			// A row that was deleted is made anew without its newest claim, which may still
-			// wait, and is then found to be newer by a claim that came after the deletion.
+			// A row that was deleted is created again without its newest claim, which may still
+			// wait. A claim that came after the deletion then finds that one to be newer.
 			if j.forgot(c.Attempt-int64(j.LockTimeout), at) == ExcuseRows {
 				j.excuse(ExcuseRows, c, at)
 				continue
@@ -549,8 +551,7 @@ func (j *judge) superseded(claims []*Claim) {
 	}
 }
 
-// lastAnnounced is the last moment at which the database may have learnt of the
-// claim.
+// lastAnnounced returns the last moment at which the claim may have reached the database.
 func (c *Claim) lastAnnounced() int64 {
 	switch {
 	case c.Announced != 0 || c.Locked != 0:
@@ -558,10 +559,11 @@ func (c *Claim) lastAnnounced() int64 {
 	case c.EndClass == ClassDisplaced:
 		return c.Ended
 	}
-	return math.MaxInt64 // what was not confirmed may still be under way
+	// An announcement that was not confirmed may still be in flight.
+	return math.MaxInt64
 }
 
-// successors: a process that dies leaves its keys to others when they have
+// successors checks that the keys of a process that dies are taken over only by processes that have
 // watched its session being dead for its timeout.
 func (j *judge) successors(claims []*Claim) {
 	for _, dead := range claims {
@@ -585,15 +587,16 @@ func (j *judge) successors(claims []*Claim) {
 	}
 }
 
-// stuck: who waits for a key that no hold keeps gets it, at the latest when its
-// process has watched a dead session for its timeout. It need not be the same
-// claim that waits all the time.
+// stuck checks that a waiter for a key without a hold acquires it, at the latest when its process
+// has watched a dead session for its timeout. It need not be the same claim that waits all the
+// time.
 func (j *judge) stuck(claims []*Claim) {
 	longest := j.Session
 	for _, t := range j.timeouts {
 		longest = max(longest, t)
 	}
-	patience := int64(time.Second + 2*j.Late) // waiters look at the key every second
+	// Waiters look at the key every second.
+	patience := int64(time.Second + 2*j.Late)
 	for _, free := range j.free(claims) {
 		if slices.ContainsFunc(j.forgets, func(f Event) bool { return f.At >= free.from-int64(longest) && f.At <= free.to }) {
 			continue
@@ -624,8 +627,7 @@ func (j *judge) stuck(claims []*Claim) {
 	}
 }
 
-// free returns when the key can have been no claim's, as far as the database
-// knows.
+// free returns the spans in which no claim can have held the key, as far as the database knows.
 func (j *judge) free(claims []*Claim) []span {
 	var busy []span
 	for _, c := range claims {
@@ -648,8 +650,7 @@ func (j *judge) free(claims []*Claim) []span {
 	return append(free, span{end, j.events[len(j.events)-1].At})
 }
 
-// mayHold returns when the key may have been the claim's, as far as the database
-// knows.
+// mayHold returns the span in which the claim may have held the key, as far as the database knows.
 func (j *judge) mayHold(c *Claim) (span, bool) {
 	s := span{c.Locked, first(c.Ended, c.Killed)}
 	disturbed := c.EndClass == ClassLost
@@ -664,17 +665,19 @@ func (j *judge) mayHold(c *Claim) (span, bool) {
 		}
 		s.to = max(s.to, t.to)
 	}
-	if disturbed && s.to != 0 { // then it is for the server to end its connection
+	// In that case the server has to end its connection.
+	if disturbed && s.to != 0 {
 		s.to += tenths(silence, j.timeout(c.Worker))
 	}
-	if c.Locked == 0 { // its grant may have been lost
+	// The response with its grant may have been lost.
+	if c.Locked == 0 {
 		s.from = c.asked()
 	}
 	return s, c.Locked != 0 || c.Killed != 0 || disturbed
 }
 
-// ends: every call returns within its bound, not counting the time for which its
-// process was stopped.
+// ends checks that every call returns within its bound, not counting the time for which its process
+// was stopped.
 func (j *judge) ends(c *Claim) {
 	last := c.Killed
 	if last == 0 {
@@ -698,7 +701,8 @@ func (j *judge) ends(c *Claim) {
 		}
 	}
 	if c.How == HowDo {
-		// LockKey and Notify each wait for a session and a statement, then come the wait, the hold, the release.
+		// LockKey and Notify each wait for a session and a statement. Then the wait, the hold and
+		// the release follow.
 		step("Do", c.Attempt, last, 2*j.Notify+j.LockTimeout+MaxHold+j.Preemption+j.Release)
 		return
 	}
@@ -709,10 +713,10 @@ func (j *judge) ends(c *Claim) {
 	step("the claim", c.Attempt, last, 2*j.Notify+j.LockTimeout+MaxHold+j.Preemption+j.Release)
 }
 
-// failed: a claim of a provider that has worked waits for what passes. Only its
-// own bound, the lock timeout or its context, ends it.
+// failed checks that a claim of a provider that has worked waits for the end of a temporary fault.
+// Only its own bound, the lock timeout or its context, may end it.
 func (j *judge) failed(claims []*Claim) {
-	var worked int64 // when the worker first got something done
+	var worked int64 // when the worker first completed a call
 	for _, c := range claims {
 		worked = first(worked, c.Announcing, c.Waiting, c.Locked)
 	}
@@ -723,7 +727,8 @@ func (j *judge) failed(claims []*Claim) {
 		from, bound := max(c.Attempt, c.Announcing, c.Waiting), min(j.LockTimeout, j.Notify)
 		switch {
 		case c.Locked != 0 && (c.Releasing == 0 || c.EndClass == ClassLost || c.EndClass == ClassMax):
-			continue // its hold was ended for it
+			// Its hold was ended by the provider.
+			continue
 		case c.Locked != 0:
 			from, bound = c.Releasing, j.Release
 		case c.Waiting != 0 || c.How == HowDo:
@@ -736,10 +741,10 @@ func (j *judge) failed(claims []*Claim) {
 	}
 }
 
-// MaxHold is the longest that a worker holds undisturbed.
+// MaxHold is the longest hold of a worker that is not notified.
 const MaxHold = 20 * time.Second
 
-// stopped is for how long a worker could not run between two times.
+// stopped returns for how long a worker was stopped between two times.
 func (j *judge) stopped(worker string, from, to int64) int64 {
 	var sum int64
 	for _, s := range j.frozen[worker] {
@@ -754,10 +759,11 @@ func (j *judge) stopped(worker string, from, to int64) int64 {
 	return sum
 }
 
-// revocation: a hold that was notified is over when the preemption timeout has
-// passed (C14).
+// revocation checks that a hold that was notified has ended when the preemption timeout has passed
+// (C14).
 func (j *judge) revocation(c *Claim) {
-	if c.Notified == 0 || c.How == HowDo { // Do does not show the end of the hold
+	// Do does not show the end of the hold.
+	if c.Notified == 0 || c.How == HowDo {
 		return
 	}
 	end := c.HoldEnd()
@@ -769,8 +775,8 @@ func (j *judge) revocation(c *Claim) {
 	}
 }
 
-// rejections: a write is only refused to a worker that was stopped, or that has
-// just been notified.
+// rejections checks that a write is rejected only for a worker that was stopped, or that has just
+// been notified.
 func (j *judge) rejections() {
 	byID := map[string]*Claim{}
 	for _, c := range j.claims {
@@ -794,8 +800,8 @@ func (j *judge) rejections() {
 	}
 }
 
-// LostAt is when the claim's hold was lost, as far as its worker could know; 0
-// means never.
+// LostAt returns when the claim's hold was lost, as far as its worker could know, or 0 if it was
+// not.
 func (c *Claim) LostAt() int64 {
 	switch {
 	case c.NotifiedClass == ClassLost:
@@ -806,15 +812,16 @@ func (c *Claim) LostAt() int64 {
 	return 0
 }
 
-// kept: a hold is lost only if its process may have been out of contact for so
-// long that 0.9 of the session timeout had passed since its last heartbeat.
+// kept checks that a hold is lost only if its process may have been out of contact for so long that
+// 0.9 of the session timeout had passed since its last heartbeat.
 func (j *judge) kept(c *Claim) {
 	at := c.LostAt()
 	if at == 0 {
 		return
 	}
 	if why := j.forgot(c.Locked, at); why == ExcuseRows || why == ExcuseAsync {
-		return // its row no longer named it
+		// The row did not name the hold any longer.
+		return
 	}
 	least := tenths(survived, j.timeout(c.Worker)) - int64(j.Late)
 	var longest int64
@@ -832,8 +839,8 @@ func (j *judge) kept(c *Claim) {
 	j.violate(Violation{RuleKept, at, c.Key, c.ID, text + ": " + c.Text})
 }
 
-// losses: who is out of contact for too long learns it when 0.9 of the session
-// timeout has passed.
+// losses checks that a worker that is out of contact for too long notices it when 0.9 of the
+// session timeout has passed.
 func (j *judge) losses(byWorker map[string][]*Claim) {
 	failed := map[int]bool{}
 	for _, e := range j.events {
@@ -862,8 +869,8 @@ func (j *judge) losses(byWorker map[string][]*Claim) {
 	}
 }
 
-// noticed asks whether those who held from a time to the moment at which contact
-// was known to be lost have noticed it when it was due.
+// noticed checks that the claims that held from one time until contact was known to be lost have
+// noticed the loss when it was due.
 func (j *judge) noticed(claims []*Claim, fault string, from, at, due int64) {
 	limit := due + int64(j.Late)
 	for _, c := range claims {
@@ -884,7 +891,7 @@ func (j *judge) noticed(claims []*Claim, fault string, from, at, due int64) {
 	}
 }
 
-// survival counts what became of the victims' holds.
+// survival counts the victims' holds that were kept and lost.
 func (j *judge) survival(byWorker map[string][]*Claim) {
 	for _, e := range j.events {
 		if e.Kind != Inject {

@@ -7,11 +7,10 @@ import (
 	"time"
 )
 
-// s is a time in a history, in seconds after an arbitrary moment.
+// s returns a time in a history, in seconds after an arbitrary moment.
 func s(seconds float64) int64 { return int64(1000*time.Second) + int64(seconds*float64(time.Second)) }
 
-// story is a history in the making. Claims are named by worker and number:
-// "a1" is worker a's.
+// story builds a history. Claims are named by worker and number: "a1" is a claim of worker a.
 type story []Event
 
 func (h *story) add(at float64, kind Kind, claim string, more func(*Event)) *story {
@@ -26,7 +25,7 @@ func (h *story) add(at float64, kind Kind, claim string, more func(*Event)) *sto
 	return h
 }
 
-// claim announces at a time and begins to wait.
+// claim announces a claim at a time and begins to wait.
 func (h *story) claim(at float64, claim string) *story {
 	h.add(at, Attempt, claim, func(e *Event) { e.How = HowDirect })
 	h.add(at+0.01, Announcing, claim, nil)
@@ -65,12 +64,12 @@ func (h *story) of(at float64, kind Kind, worker, class string) *story {
 	return h.add(at, kind, "", func(e *Event) { e.Key, e.Worker, e.Class = 0, worker, class })
 }
 
-// inject is a fault that keeps sessions out of contact.
+// inject adds a fault that keeps sessions out of contact.
 func (h *story) inject(at, heal float64, victims ...string) *story {
 	return h.fault(at, heal, func(e *Event) { e.Session, e.Victims = true, victims })
 }
 
-// cut is a fault that does so all the time; a heal of 0 never comes.
+// cut adds a fault that does so all the time. With a heal of 0 it never ends.
 func (h *story) cut(at, heal float64, victims ...string) *story {
 	return h.fault(at, heal, func(e *Event) { e.Cut, e.Victims = true, victims })
 }
@@ -84,18 +83,18 @@ func (h *story) fault(at, heal float64, more func(*Event)) *story {
 	return h.add(heal, Heal, "", func(e *Event) { e.Key, e.ID = 0, id })
 }
 
-// do makes a claim by way of Do.
+// do adds a claim through Do.
 func (h *story) do(at float64, claim string) *story {
 	return h.add(at, Attempt, claim, func(e *Event) { e.How = HowDo })
 }
 
-// silent makes a claim that is not announced.
+// silent adds a claim that is not announced.
 func (h *story) silent(at float64, claim string) *story {
 	h.add(at, Attempt, claim, func(e *Event) { e.How = HowSilent })
 	return h.add(at+0.01, Waiting, claim, nil)
 }
 
-// displaced is the ordinary life of two claims: the second displaces the first.
+// displaced returns the ordinary history of two claims: the second supersedes the first.
 func displaced() *story {
 	h := &story{}
 	h.claim(0, "a1").locked(0.1, "a1", 10).write(0.2, "a1", 10, true, true)
@@ -103,7 +102,7 @@ func displaced() *story {
 	return h.locked(1.5, "b1", 20).released(2, "b1", ClassReleased)
 }
 
-// example is a history and what is wrong with it.
+// example is a history and the violations in it.
 type example struct {
 	name    string
 	history *story
@@ -179,7 +178,7 @@ func TestCheck(t *testing.T) {
 	})
 }
 
-// TestSuspended: a hold outlives whatever its process survives, and nothing else.
+// TestSuspended tests that a hold outlives every outage that its process survives, and no other.
 func TestSuspended(t *testing.T) {
 	held := func() *story { return (&story{}).claim(0, "a1").locked(0.1, "a1", 1) }
 	check(t, []example{
@@ -212,9 +211,10 @@ func TestSuspended(t *testing.T) {
 	})
 }
 
-// TestPatience: a claim waits for what passes until its own bound.
+// TestPatience tests that a claim waits for the end of a temporary fault until its own bound.
 func TestPatience(t *testing.T) {
-	worked := func() *story { return displaced().cut(3, 6, "a", "b") } // a and b have worked, then there is a fault
+	// a and b have worked. Then there is a fault.
+	worked := func() *story { return displaced().cut(3, 6, "a", "b") }
 	check(t, []example{
 		{"a wait fails", worked().claim(4, "a2").ended(5, "a2", ClassFailed), []string{RuleFailed}, nil},
 		{"a wait fails without a fault", displaced().claim(4, "a2").ended(5, "a2", ClassFailed), []string{RuleFailed}, nil},
@@ -231,7 +231,7 @@ func TestPatience(t *testing.T) {
 	})
 }
 
-// TestSuperseded: there is no newer claim without a claim.
+// TestSuperseded tests that a claim is superseded only by a newer claim.
 func TestSuperseded(t *testing.T) {
 	check(t, []example{
 		{"by itself", (&story{}).claim(0, "a1").ended(1, "a1", ClassDisplaced), []string{RuleSuperseded}, nil},
@@ -244,8 +244,7 @@ func TestSuperseded(t *testing.T) {
 	})
 }
 
-// TestSuccessors: a key that a process died with is taken over in time, and not
-// before.
+// TestSuccessors tests that the key of a process that died is taken over in time, and not before.
 func TestSuccessors(t *testing.T) {
 	killed := func() *story {
 		return (&story{}).claim(0, "a1").locked(0.1, "a1", 1).of(1, Killed, "a", "")
@@ -279,7 +278,7 @@ func TestSuccessors(t *testing.T) {
 	})
 }
 
-// TestFigures is about what is counted and breaks no rule.
+// TestFigures tests the figures, which break no rule.
 func TestFigures(t *testing.T) {
 	h := (&story{}).claim(0, "a1").locked(0.1, "a1", 1).cut(1, 30, "a", "b").lost(9.5, "a1")
 	h.claim(0.1, "b1").locked(0.2, "b1", 2)

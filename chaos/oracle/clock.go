@@ -2,12 +2,13 @@ package oracle
 
 import "golang.org/x/sys/unix"
 
-// Now reads the machine's monotonic clock: it is the same for every process, and
-// does not care what the wall clock says.
+// Now reads the machine's monotonic clock. It is the same for every process, and does not depend on
+// the wall clock.
 func Now() int64 {
 	var t unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &t); err != nil {
-		panic(err) // every Unix has it
+		// Every Unix has this clock.
+		panic(err)
 	}
 	return t.Nano()
 }

@@ -1,5 +1,5 @@
-// Package oracle judges what the processes of a chaos run have seen: pure
-// functions over a history of events.
+// Package oracle judges the events that the processes of a chaos run have recorded. It consists of
+// pure functions over a history of events.
 package oracle
 
 import (
@@ -8,52 +8,52 @@ import (
 	"time"
 )
 
-// Kind is what an event tells.
+// Kind is the kind of an event.
 type Kind string
 
-// What a worker tells of each of its claims, in this order. Every claim begins
-// with Attempt and finishes with Ended, unless its worker is killed.
+// The events of a worker about each of its claims, in this order. Every claim begins with Attempt
+// and finishes with Ended, unless its worker is killed.
 const (
-	Attempt    Kind = "attempt"    // How says by which way: HowDirect, HowSilent or HowDo
-	Announcing Kind = "announcing" // Notify was called; direct claims only
-	Announced  Kind = "announced"  // Notify has returned nil; direct claims only
-	Waiting    Kind = "waiting"    // Lock was called; not by HowDo
+	Attempt    Kind = "attempt"    // How is HowDirect, HowSilent or HowDo
+	Announcing Kind = "announcing" // Notify was called (direct claims only)
+	Announced  Kind = "announced"  // Notify has returned nil (direct claims only)
+	Waiting    Kind = "waiting"    // Lock was called (not with HowDo)
 	Locked     Kind = "locked"     // Lock has returned a hold, with Token
-	Begin      Kind = "begin"      // the lock delay is over: the worker believes that it is alone
+	Begin      Kind = "begin"      // the lock delay has passed, and the worker believes that it is alone
 	Write      Kind = "write"      // a write to the fenced resource with Token, from Start to At
-	Notified   Kind = "notified"   // the notification was read; Class says why
+	Notified   Kind = "notified"   // the notification was received, and Class is the reason
 	Over       Kind = "over"       // the lock's channel was seen to be closed
 	Releasing  Kind = "releasing"  // Unlock is about to be called, or the function given to Do returns
-	Ended      Kind = "ended"      // nothing is left of the claim; Class says how it ended
+	Ended      Kind = "ended"      // nothing is left of the claim, and Class is how it ended
 )
 
-// What a worker tells of itself.
+// The events of a worker about itself.
 const (
-	Hello Kind = "hello" // Timeout is that of its session
-	Bye   Kind = "bye"   // the provider is closed; Count goroutines are left over
+	Hello Kind = "hello" // Timeout is the session timeout
+	Bye   Kind = "bye"   // the provider is closed, and Count goroutines are left over
 
 	Suspended   Kind = "suspended"   // the provider's session is suspended, with Count holds
-	Reconnected Kind = "reconnected" // it is back: Count holds were kept, Lost were lost
+	Reconnected Kind = "reconnected" // the session has reconnected: Count holds were kept, Lost were lost
 )
 
-// What the driver tells.
+// The events of the driver.
 const (
-	Killed Kind = "killed" // Worker was killed; its claims end here
+	Killed Kind = "killed" // Worker was killed, and its claims end here
 	Frozen Kind = "frozen" // Worker was stopped
-	Thawed Kind = "thawed" // Worker goes on
-	Inject Kind = "inject" // the fault Fault begins; ID names this instance of it
-	Heal   Kind = "heal"   // the fault ID is over; ClassFailed: it never really was
-	Forget Kind = "forget" // the database may have lost what it knew: Class is one of the Forget classes
+	Thawed Kind = "thawed" // Worker continues
+	Inject Kind = "inject" // the fault Fault begins, and ID identifies this instance of it
+	Heal   Kind = "heal"   // the fault ID has ended, or, with ClassFailed, could not be injected or healed
+	Forget Kind = "forget" // the database may have forgotten something, and Class is one of the Forget classes
 )
 
-// How a claim was made.
+// The ways in which a claim is made.
 const (
 	HowDirect = "direct" // New, Notify, Lock, Unlock
 	HowSilent = "silent" // the same without Notify
 	HowDo     = "do"     // PreemptiveLocker.Do
 )
 
-// What a claim does to others. A claim without a mode preempts.
+// The effects of a claim on others. A claim without a mode preempts.
 const (
 	ModeFinish = "let_finish"   // the holder is not notified
 	ModeSkip   = "skip_if_busy" // it takes a key that is free and not waited for, or ends with ClassBusy
@@ -61,7 +61,7 @@ const (
 
 // Classes of Notified and Ended.
 const (
-	ClassReleased  = "released"   // the holder let go
+	ClassReleased  = "released"   // the holder has released
 	ClassDisplaced = "superseded" // a newer claim
 	ClassBusy      = "busy"       // the key was held or waited for, and the claim skips
 	ClassTimeout   = "timeout"
@@ -69,22 +69,22 @@ const (
 	ClassClosed    = "closed"
 	ClassMax       = "max"
 	ClassContext   = "context"
-	ClassFailed    = "failed" // an error of the database: nothing was held
+	ClassFailed    = "failed" // an error of the database, and nothing was held
 )
 
 // Classes of Forget.
 const (
-	ForgetCrash = "crash" // claims of the last moments may be gone
+	ForgetCrash = "crash" // the newest claims may be forgotten
 	ForgetRows  = "rows"  // an operator has deleted the state
 	ForgetAsync = "async" // an asynchronous standby was promoted
 )
 
-// Event is one line of a history. Times are readings of the machine's monotonic
-// clock in nanoseconds, the same for every process.
+// Event is one line of a history. Times are readings of the machine's monotonic clock in
+// nanoseconds, which is the same for every process.
 type Event struct {
 	At     int64  `json:"at"`
 	Kind   Kind   `json:"kind"`
-	Worker string `json:"worker,omitempty"` // one process; a restarted worker has another name
+	Worker string `json:"worker,omitempty"` // one process (a restarted worker has another name)
 	Claim  string `json:"claim,omitempty"`
 	Key    int64  `json:"key,omitempty"`
 	How    string `json:"how,omitempty"`
@@ -105,11 +105,11 @@ type Event struct {
 	Fault   string   `json:"fault,omitempty"`
 	Victims []string `json:"victims,omitempty"` // the workers it hits
 	Session bool     `json:"session,omitempty"` // it may keep their sessions out of contact with the server
-	Cut     bool     `json:"cut,omitempty"`     // it does so, from its first to its last moment
+	Cut     bool     `json:"cut,omitempty"`     // it does so from its first to its last moment
 	Slow    bool     `json:"slow,omitempty"`    // it breaks no contact, but reconnecting and looking things up may take as long as it lasts
 }
 
-// Row is one write as the resource itself has recorded it.
+// Row is one write, as the resource itself has recorded it.
 type Row struct {
 	Seq      int64
 	Key      int64
@@ -123,8 +123,7 @@ func Sort(events []Event) {
 	slices.SortStableFunc(events, func(a, b Event) int { return cmp.Compare(a.At, b.At) })
 }
 
-// Claim is everything that is known of one claim. Times are 0 if it did not
-// happen.
+// Claim contains everything that is known about one claim. A time is 0 if the event did not happen.
 type Claim struct {
 	ID, Worker, How, Mode                      string
 	Key, Token                                 int64
@@ -136,7 +135,7 @@ type Claim struct {
 	Writes, RejectedBelieving, RejectedKnowing int
 }
 
-// Claims gathers the events of a sorted history.
+// Claims groups the events of a sorted history by claim.
 func Claims(events []Event) []*Claim {
 	byID := map[string]*Claim{}
 	byWorker := map[string][]*Claim{}
@@ -191,13 +190,13 @@ func Claims(events []Event) []*Claim {
 	return all
 }
 
-// HoldEnd is when the claim's hold was over as far as its worker could know: it
-// let go, its channel was closed, or it was killed. 0 means never.
+// HoldEnd returns when the claim's hold had ended as far as its worker could know: it released, its
+// channel was closed, or it was killed. 0 means never.
 func (c *Claim) HoldEnd() int64 {
 	return first(c.Releasing, c.Over, c.Ended, c.Killed)
 }
 
-// first returns the earliest time that did happen.
+// first returns the earliest of the times that is not 0.
 func first(times ...int64) int64 {
 	var earliest int64
 	for _, t := range times {
@@ -208,14 +207,14 @@ func first(times ...int64) int64 {
 	return earliest
 }
 
-// span is a stretch of time; an end of 0 is open.
+// span is a span of time. With a to of 0 it has no end.
 type span struct{ from, to int64 }
 
 func (s span) touches(from, to int64) bool {
 	return s.from <= to && (s.to == 0 || s.to >= from)
 }
 
-// longer is the span with a time of grace after it.
+// longer returns the span with a time of grace after it.
 func (s span) longer(grace time.Duration) span {
 	if s.to != 0 {
 		s.to += int64(grace)

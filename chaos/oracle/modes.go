@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// skipped: a claim that skips is told that the key is busy only if another claim may
-// have held it, or waited for it, during the call.
+// skipped checks that a claim that skips returns as busy only if another claim may have held the
+// key, or waited for it, during the call.
 func (j *judge) skipped(claims []*Claim) {
 	for _, c := range claims {
 		if c.Mode == ModeSkip && c.Locked == 0 && c.EndClass == ClassDisplaced {
@@ -23,13 +23,13 @@ func (j *judge) skipped(claims []*Claim) {
 	}
 }
 
-// forgotten reports whether the database may have lost anything between two times. It
-// may have been a release, too.
+// forgotten reports whether the database may have lost anything, such as a release, between two
+// times.
 func (j *judge) forgotten(from, to int64) bool {
 	return slices.ContainsFunc(j.forgets, func(f Event) bool { return f.At >= from && f.At <= to+int64(j.Late) })
 }
 
-// keepsBusy returns when the key may have been busy because of the claim.
+// keepsBusy returns the span in which the key may have been busy because of the claim.
 func (j *judge) keepsBusy(c *Claim, claims []*Claim) span {
 	s := span{c.Attempt, first(c.Ended, c.Killed)}
 	if s.to == 0 {
@@ -38,7 +38,7 @@ func (j *judge) keepsBusy(c *Claim, claims []*Claim) span {
 	disturbed := c.Killed != 0 || c.EndClass == ClassLost || touched(j.trouble[place(c.Worker)], c.Attempt, s.to+int64(j.Late))
 	switch {
 	case disturbed && (c.Locked != 0 || c.Killed != 0):
-		// Its row may name it until another claim is granted the key.
+		// The row may name the claim until another claim is granted the key.
 		var next int64
 		for _, o := range claims {
 			if o != c && o.Locked > s.to {
@@ -46,7 +46,8 @@ func (j *judge) keepsBusy(c *Claim, claims []*Claim) span {
 			}
 		}
 		s.to = next
-	case disturbed: // its grant may have been lost, or it may not have been withdrawn
+	// The response with its grant may have been lost, or the claim may not have been withdrawn.
+	case disturbed:
 		for _, t := range j.trouble[place(c.Worker)] {
 			if t.touches(c.Attempt, s.to+int64(j.Late)) {
 				if t.to == 0 {
@@ -58,20 +59,22 @@ func (j *judge) keepsBusy(c *Claim, claims []*Claim) span {
 		s.to += tenths(silence, j.timeout(c.Worker)) + int64(j.Late)
 	case c.Locked != 0 && (c.EndClass == ClassReleased || c.EndClass == ClassDisplaced):
 		// Unlock has returned.
-	default: // it is withdrawn a little later
+	// The claim is withdrawn a little later.
+	default:
 		s.to += int64(j.Late)
 	}
 	return s
 }
 
-// passed: a claim that skips is granted no key for which the newest claim waits.
+// passed checks that a claim that skips is granted no key for which the newest claim waits.
 func (j *judge) passed(claims []*Claim) {
 	for _, c := range claims {
 		if c.Mode != ModeSkip || c.Locked == 0 {
 			continue
 		}
 		grant := j.grant(c)
-		for _, o := range claims { // not before the holds that came before
+		// The grant was not before the end of earlier holds.
+		for _, o := range claims {
 			if o.Locked != 0 && o.Locked < c.Locked {
 				grant = max(grant, min(o.HoldEnd(), c.Locked))
 			}
@@ -102,8 +105,8 @@ func holds(claims []*Claim) []*Claim {
 	return held
 }
 
-// unseen reports whether the database may have granted the key, between two times, to a
-// claim that has not learned it. That is a hold, too.
+// unseen reports whether the database may have granted the key, between two times, to a claim that
+// does not know of it. That counts as a hold, too.
 func (j *judge) unseen(claims []*Claim, from, to int64) bool {
 	return slices.ContainsFunc(claims, func(c *Claim) bool {
 		end := first(c.Ended, c.Killed, math.MaxInt64)
@@ -114,8 +117,8 @@ func (j *judge) unseen(claims []*Claim, from, to int64) bool {
 	})
 }
 
-// starved: of Progress + 1 holds in a row at least one is not notified by a claim, if
-// it ends within the time for which it is spared.
+// starved checks that of Progress + 1 holds in a row at least one is not notified because of a
+// claim, if it ends within the time for which it is spared.
 func (j *judge) starved(claims []*Claim) {
 	if j.Progress == 0 {
 		return
@@ -139,8 +142,8 @@ func (j *judge) starved(claims []*Claim) {
 	}
 }
 
-// mayBeSpared reports whether the holds before this one may all have ended while a
-// claim that preempts had asked for that.
+// mayBeSpared reports whether the holds before this one may all have ended while a claim that
+// preempts had asked them to.
 func (j *judge) mayBeSpared(h *Claim, claims []*Claim) bool {
 	if j.Progress == 0 {
 		return false

@@ -14,7 +14,7 @@ func (h *story) finish(at float64, claim string) *story {
 	return h
 }
 
-// skip makes a claim that skips a busy key.
+// skip adds a claim that skips a busy key.
 func (h *story) skip(at float64, claim string) *story {
 	h.add(at, Attempt, claim, func(e *Event) { e.How, e.Mode = HowDirect, ModeSkip })
 	return h.add(at+0.01, Waiting, claim, nil)
@@ -57,9 +57,9 @@ func TestModes(t *testing.T) {
 	})
 }
 
-// TestProgress: with n = 2 and 4 s, of three holds in a row one is spared.
+// TestProgress tests that with n = 2 and 4 s, of three holds in a row one is spared.
 func TestProgress(t *testing.T) {
-	// row is as many holds, each notified of the next claim a second after it began.
+	// row returns n holds, each of which is notified of the next claim a second after it began.
 	row := func(n int) *story {
 		h := (&story{}).claim(0, "a1")
 		for i := 1; i <= n; i++ {

@@ -10,8 +10,8 @@ import (
 	"github.com/anishathalye/porcupine"
 )
 
-// CheckRows judges the resource's own record: whatever the workers say, no write
-// with an older token was accepted after one with a newer token.
+// CheckRows judges the resource's own record: whatever the workers have recorded, no write with an
+// older token was accepted after one with a newer token.
 func CheckRows(rows []Row) []Violation {
 	rows = slices.Clone(rows)
 	slices.SortFunc(rows, func(a, b Row) int { return cmp.Compare(a.Seq, b.Seq) })
@@ -35,8 +35,7 @@ type attempt struct {
 	key, token int64
 }
 
-// register is the fenced resource as it should be: one number for each key, that
-// never falls.
+// register is the model of the fenced resource: one number for each key, which never decreases.
 var register = porcupine.Model{
 	Partition: func(history []porcupine.Operation) [][]porcupine.Operation {
 		byKey := map[int64][]porcupine.Operation{}
@@ -58,10 +57,9 @@ var register = porcupine.Model{
 	},
 }
 
-// CheckResource asks whether the replies that the workers got are those of a
-// resource that compares tokens: it judges the instrument. Writes whose replies
-// died with their worker are taken from the resource's record. It only returns
-// false if it is sure within limit.
+// CheckResource reports whether the responses that the workers got are those of a resource that
+// compares tokens. It judges the instrument itself. Writes whose responses were lost with their
+// worker are taken from the resource's record. It returns false only if it is sure within limit.
 func CheckResource(events []Event, rows []Row, limit time.Duration) bool {
 	clients := map[string]int{}
 	known := map[string]int{}

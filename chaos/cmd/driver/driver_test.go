@@ -14,7 +14,7 @@ import (
 	"github.com/preemptable/locker/internal/pgserver"
 )
 
-// log keeps what the driver says until it is known whether it is of interest.
+// log collects the driver's output until it is known whether it is of interest.
 type log struct {
 	mu   sync.Mutex // guards text
 	text bytes.Buffer
@@ -41,7 +41,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// quick is a run for a test.
+// quick runs a short run for a test.
 func quick(t *testing.T, c config) report {
 	t.Helper()
 	if _, err := pgserver.FindBinDir(); errors.Is(err, pgserver.ErrNoBinaries) {
@@ -81,8 +81,8 @@ func TestChaos(t *testing.T) {
 	}
 }
 
-// TestOracle shows that the oracle catches providers that are broken, and that it
-// leaves one in peace that is not.
+// TestOracle shows that the oracle catches the broken providers, and accepts the one that is not
+// broken.
 func TestOracle(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -90,7 +90,7 @@ func TestOracle(t *testing.T) {
 		session time.Duration // timeout
 		faults  []string
 		settle  time.Duration
-		rules   []string // that have to be broken
+		rules   []string // rules that the provider has to break
 	}{
 		{broken.None, 10 * time.Second, []string{"notifications", "SIGKILL of a worker", "all connections terminated", "silent for 3 s", "cut as statements", "read-only for 3 s"}, 0, nil},
 		{broken.NoFencing, 4 * time.Second, []string{"notifications"}, 0, []string{oracle.RuleTokenOrder}},
@@ -109,8 +109,8 @@ func TestOracle(t *testing.T) {
 	} {
 		t.Run(c.mistake, func(t *testing.T) {
 			t.Parallel()
-			// What a mistake does depends on where the fault finds the claims: it has to be
-			// caught in one of five runs.
+			// The effect of a mistake depends on the state of the claims when the fault begins. It
+			// has to be caught in one of five runs.
 			var missed []string
 			for seed := range int64(5) {
 				r := quick(t, config{seed: uint64(seed + 1), sessions: []time.Duration{c.session}, brief: 12 * time.Second, settle: c.settle, provider: c.mistake, workers: 2, keys: 3, faults: c.faults})

@@ -16,8 +16,8 @@ import (
 type failover struct {
 	name        string
 	synchronous bool
-	silent      bool // the network goes silent first; otherwise the primary is killed
-	standby     bool // it is the standby that goes silent, and comes back
+	silent      bool // the network goes silent first instead of a kill of the primary
+	standby     bool // the standby goes silent, and comes back
 }
 
 var failovers = []failover{
@@ -28,8 +28,7 @@ var failovers = []failover{
 	{"synchronous standby silent for 15 s", true, true, true},
 }
 
-// failover runs a world of its own: a primary and a standby, both of which the
-// workers' URI names.
+// failover runs a separate world: a primary and a standby. The workers' URI names both.
 func (d *driver) failover(ctx context.Context, base int64, f failover) (err error) {
 	primary, err := fault.NewServer(ctx, nil)
 	if err != nil {
@@ -52,7 +51,7 @@ func (d *driver) failover(ctx context.Context, base int64, f failover) (err erro
 		}
 		defer network[s].Close()
 	}
-	// What is replicated passes a network of its own, too.
+	// The replication passes a separate network, too.
 	u, err := url.Parse(primary.URI(""))
 	if err != nil {
 		return err
@@ -103,7 +102,8 @@ func (d *driver) failover(ctx context.Context, base int64, f failover) (err erro
 				return nil, err
 			}
 			w.Server = standby
-			if f.silent { // an operator makes sure that it does not come back
+			// An operator makes sure that the primary does not come back.
+			if f.silent {
 				sleep(ctx, 12*time.Second)
 				return nil, primary.Kill()
 			}

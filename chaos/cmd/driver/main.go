@@ -1,5 +1,5 @@
-// The driver runs PostgreSQL servers and worker processes, breaks things by the
-// seed, and judges what the workers saw.
+// The driver runs PostgreSQL servers and worker processes, injects faults depending on the seed,
+// and judges the events that the workers have recorded.
 //
 //	go run ./cmd/driver [-seed n] [-duration d] [-fault names] [-table file]
 //	go run ./cmd/driver -judge history[,history] [-table file]

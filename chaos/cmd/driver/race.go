@@ -2,5 +2,6 @@
 
 package main
 
-// raceDetector: the driver looks for data races, so the workers do, too.
+// raceDetector is true if the driver was built with the race detector. The workers are then built
+// with it, too.
 const raceDetector = true

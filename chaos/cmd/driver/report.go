@@ -24,14 +24,14 @@ type line struct {
 	detection                              []time.Duration
 }
 
-// report is what came out of one or more runs.
+// report is the result of one or more runs.
 type report struct {
 	seeds      []string
 	took       time.Duration
 	lines      []*line
 	excused    map[string]int
 	violations int
-	rules      map[string]int // violations of each
+	rules      map[string]int // violations of each rule
 	left       []string
 	spared     int             // holds
 	suspended  int             // sessions
@@ -39,7 +39,7 @@ type report struct {
 	resumed    []time.Duration // from SIGCONT to the notification of a loss
 }
 
-// judge holds the history of a run against the rules, and says what breaks them.
+// judge holds the history of a run against the rules, and says each violation.
 func (d *recording) judge(say func(format string, args ...any)) report {
 	rules := oracle.DefaultRules()
 	if d.Late != 0 {
@@ -49,7 +49,8 @@ func (d *recording) judge(say func(format string, args ...any)) report {
 		rules.Session, rules.LockTimeout = d.Session, lockTimeout(d.Session)
 	}
 	rules.Progress, rules.Spared = d.Progress, d.Spared
-	if !d.Broken { // tokens are microseconds of the server's clock
+	// Tokens are microseconds of the server's clock.
+	if !d.Broken {
 		rules.GrantTime = func(token int64) (int64, bool) { return token*1000 - d.Offset, true }
 	}
 	v := oracle.Check(d.Events, rules)
@@ -58,7 +59,8 @@ func (d *recording) judge(say func(format string, args ...any)) report {
 		v.Violations = append(v.Violations, oracle.Violation{Rule: "the fenced resource itself does not compare tokens"})
 	}
 	r := report{seeds: []string{fmt.Sprint(d.Seed)}, took: d.Took, excused: map[string]int{}, rules: map[string]int{}, violations: len(v.Violations), left: d.Left, spared: v.Spared, suspended: v.Suspended, absences: v.Absences}
-	for _, c := range v.Claims { // the last claim of each key has to succeed
+	// The last claim of each key has to succeed.
+	for _, c := range v.Claims {
 		if strings.HasSuffix(c.Worker, ".sweep") && c.EndClass != oracle.ClassReleased {
 			r.left = append(r.left, fmt.Sprintf("key %d cannot be had in the end: %s %s", c.Key, c.EndClass, c.Text))
 		}
@@ -85,7 +87,7 @@ func (d *recording) judge(say func(format string, args ...any)) report {
 	return r
 }
 
-// skewSeen looks for a worker that began after a time and read a wrong one.
+// skewSeen reports whether a worker that began after a time read a wrong one.
 func (d *recording) skewSeen(after int64) bool {
 	for _, e := range d.Events {
 		if e.Kind == oracle.Hello && e.At > after {
@@ -99,8 +101,7 @@ func (d *recording) skewSeen(after int64) bool {
 	return false
 }
 
-// count fills the table. What happens between the phases belongs to the one
-// before.
+// count fills the table. Events between the phases belong to the phase before.
 func (d *recording) count(r *report, v *oracle.Verdict) {
 	lines := map[string]*line{}
 	at := func(t int64) *line {
@@ -146,7 +147,8 @@ func (d *recording) count(r *report, v *oracle.Verdict) {
 		}
 	}
 	for _, c := range v.Claims {
-		if lost := c.LostAt(); lost != 0 { // a loss belongs to the fault that it follows
+		// A loss belongs to the fault that it follows.
+		if lost := c.LostAt(); lost != 0 {
 			at(lost).lost++
 		}
 	}
@@ -243,7 +245,7 @@ func (l *line) plus(o *line) {
 	l.detection = append(l.detection, o.detection...)
 }
 
-// table is the table of RELIABILITY.md. What matters most comes first; the other
+// table returns the table of docs/reliability.md. The most important columns come first. The other
 // figures are in the summary.
 func (r *report) table() string {
 	var b strings.Builder
@@ -257,7 +259,7 @@ func (r *report) table() string {
 	return b.String()
 }
 
-// sum is the line of all faults.
+// sum returns the line of all faults.
 func (r *report) sum() *line {
 	sum := &line{name: "**all**"}
 	for _, l := range r.lines {
@@ -335,7 +337,7 @@ func (r *report) failure() error {
 	return fmt.Errorf("%d violations, %d things left over", r.violations, len(r.left))
 }
 
-// The marks between which the table stands in a file.
+// The marks around the table in a file.
 const (
 	tableBegin = "<!-- table: written by go run ./cmd/driver -table -->"
 	tableEnd   = "<!-- end of table -->"

@@ -26,54 +26,54 @@ import (
 type config struct {
 	seed                   uint64
 	duration               time.Duration
-	sessions               []time.Duration // timeouts of the workers' sessions, in turns
+	sessions               []time.Duration // timeouts of the workers' sessions, alternating
 	workers, clients, keys int
-	faults                 []string // only these; empty: all of them, alone and mixed
-	rounds                 int      // of each fault; 0: as many as fit into 40 s
+	faults                 []string // only these, or empty for all of them, alone and mixed
+	rounds                 int      // of each fault, or 0 for as many as fit into 40 s
 	provider               string   // empty: the real one
-	binary                 string   // the worker; empty: it is built
+	binary                 string   // of the worker, or empty to build it
 	history                string
-	progress               int           // of the workers' providers: how many holds in a row claims may end; 0: any number
-	spared                 time.Duration // for how long the next one is let finish
+	progress               int           // of the workers' providers: how many holds in a row claims may end, or 0 for any number
+	spared                 time.Duration // how long the next hold may finish
 	verbose                bool
-	brief                  time.Duration // not 0: one round of each fault, no longer than this, and no mixture
-	settle                 time.Duration // not 0: how long to go on after each fault
-	late                   time.Duration // how late workers may notice things; 0: the default
-	out                    io.Writer     // of what happens
+	brief                  time.Duration // if not 0, one round of each fault, no longer than this, and no mixture
+	settle                 time.Duration // if not 0, how long the run continues after each fault
+	late                   time.Duration // how late workers may notice events, or 0 for the default
+	out                    io.Writer     // for messages
 }
 
-// wants reports whether a fault is to be run.
+// wants reports whether a fault was selected.
 func (c config) wants(name string) bool {
 	return len(c.faults) == 0 || slices.ContainsFunc(c.faults, func(word string) bool {
 		return strings.Contains(strings.ToLower(name), strings.ToLower(strings.TrimSpace(word)))
 	})
 }
 
-// lockTimeout is that of the workers. It leaves time to take over from a dead
+// lockTimeout returns the lock timeout of the workers. It leaves time to take over from a dead
 // session.
 func lockTimeout(session time.Duration) time.Duration { return session + 7*time.Second }
 
-// phase is a stretch of the run that belongs to one fault.
+// phase is a part of the run that belongs to one fault.
 type phase struct {
 	Name     string
 	Runs     int
 	From, To int64
 }
 
-// recording is all that is known of a run.
+// recording contains everything that was recorded of a run.
 type recording struct {
 	Seed    uint64
 	Took    time.Duration
 	Session time.Duration // the longest timeout of the workers' sessions
 	Offset  int64         // from the history's clock to the servers' clock, in nanoseconds
 	Late    time.Duration
-	Broken  bool // by a provider that is broken on purpose
+	Broken  bool // whether the provider is deliberately broken
 
-	Progress int // as many holds in a row may be ended by claims; 0: any number
+	Progress int // how many holds in a row claims may end, or 0 for any number
 	Spared   time.Duration
 
 	Phases []phase
-	Left   []string // what was left over, or could not be done
+	Left   []string // what was left over, and faults that could not be injected
 	Rows   []oracle.Row
 	Events []oracle.Event
 }
@@ -113,7 +113,7 @@ func run(ctx context.Context, c config) (report, error) {
 	return d.judge(d.say), nil
 }
 
-// rejudge judges a run that was recorded.
+// rejudge judges a recorded run.
 func rejudge(name string) (report, error) {
 	text, err := os.ReadFile(name)
 	if err != nil {
@@ -139,14 +139,14 @@ func (d *driver) add(e oracle.Event) {
 }
 
 func (d *driver) prepare(ctx context.Context) (err error) {
-	// The fenced resource keeps to itself: nothing happens to its server.
+	// The server of the fenced resource is not a target of faults.
 	if d.fence, err = pgserver.Start(ctx, pgserver.Options{Config: map[string]string{"fsync": "off", "max_connections": "200"}}); err != nil {
 		return err
 	}
 	if err = d.fence.Exec(ctx, fenceSchema); err != nil {
 		return err
 	}
-	// In the server's folder, because that is removed even if we are killed.
+	// The folder is in the server's, because that is removed even if this process is killed.
 	if d.dir, err = os.MkdirTemp(filepath.Dir(d.fence.DataDir()), "workers-"); err != nil {
 		return err
 	}
@@ -166,8 +166,8 @@ func (d *driver) prepare(ctx context.Context) (err error) {
 	return nil
 }
 
-// fenceSchema is the fenced resource: it refuses a token that is lower than the
-// highest that it has seen, and keeps a record.
+// fenceSchema creates the fenced resource. It rejects a token that is lower than the highest that
+// it has seen, and records every write.
 const fenceSchema = `
 CREATE TABLE fenced (key bigint PRIMARY KEY, token bigint NOT NULL);
 CREATE TABLE writes (seq bigserial PRIMARY KEY, key bigint NOT NULL, token bigint NOT NULL, claim text NOT NULL, accepted boolean NOT NULL);
@@ -234,10 +234,10 @@ func build(ctx context.Context, dir string, flags ...string) (string, error) {
 	return binary, nil
 }
 
-// buildSkewed builds a worker whose time.Now is wrong, by replacing that function
-// in the standard library: a Go program does not ask the C library for the time,
-// so tools that come in between there have no effect on it. The monotonic part of
-// a time stays true, as it does on a machine whose clock is set.
+// buildSkewed builds a worker whose time.Now is wrong, by replacing that function in the standard
+// library. A Go program does not ask the C library for the time, so tools that replace functions
+// there have no effect on it. The monotonic part of a time stays correct, as on a machine whose
+// clock is set.
 func buildSkewed(ctx context.Context, dir string) (string, error) {
 	out, err := exec.CommandContext(ctx, "go", "env", "GOROOT").Output()
 	if err != nil {
@@ -269,14 +269,15 @@ func Now() Time {
 }
 `
 	replacement := filepath.Join(dir, "time.go")
-	overlay, _ := json.Marshal(map[string]any{"Replace": map[string]string{name: replacement}}) // always works
+	// Marshal cannot fail for this value.
+	overlay, _ := json.Marshal(map[string]any{"Replace": map[string]string{name: replacement}})
 	if err := errors.Join(os.WriteFile(replacement, []byte(text), 0o600), os.WriteFile(filepath.Join(dir, "overlay.json"), overlay, 0o600)); err != nil {
 		return "", err
 	}
 	return build(ctx, dir, "-overlay", filepath.Join(dir, "overlay.json"))
 }
 
-// args are the workers' own.
+// args returns the workers' arguments.
 func (d *driver) args() []string {
 	args := []string{"-clients", fmt.Sprint(d.clients), "-lock-timeout", fmt.Sprint(lockTimeout(d.Session)),
 		"-progress", fmt.Sprint(d.config.progress), "-spared", fmt.Sprint(d.spared)}
@@ -315,7 +316,7 @@ func sleep(ctx context.Context, t time.Duration) {
 	}
 }
 
-// play runs everything.
+// play runs all faults.
 func (d *driver) play(ctx context.Context) error {
 	var losses []failover
 	for _, f := range failovers {
@@ -364,7 +365,7 @@ func (d *driver) play(ctx context.Context) error {
 	return err
 }
 
-// single runs one fault alone, a few times if it is short.
+// single runs one fault alone, several times if it is short.
 func (d *driver) single(ctx context.Context, w *fault.World, f fault.Fault) {
 	rounds := 1
 	if cycle := f.Hold + f.Settle; d.brief == 0 && cycle > 0 && !f.Alone {
@@ -398,7 +399,7 @@ func (d *driver) single(ctx context.Context, w *fault.World, f fault.Fault) {
 	d.Phases = append(d.Phases, p)
 }
 
-// victims picks as many workers as the fault hits, not those that are taken.
+// victims returns as many workers as the fault hits, without those that are taken.
 func (d *driver) victims(w *fault.World, f fault.Fault, taken []*fault.Worker) []*fault.Worker {
 	all := w.Workers()
 	if f.Victims == fault.All {
@@ -409,7 +410,7 @@ func (d *driver) victims(w *fault.World, f fault.Fault, taken []*fault.Worker) [
 	return all[:min(len(all), f.Victims)]
 }
 
-// mixed runs two or three faults at the same time.
+// mixed runs two or three faults concurrently.
 func (d *driver) mixed(ctx context.Context, w *fault.World) {
 	var faults []fault.Fault
 	for _, f := range fault.Faults() {

@@ -1,7 +1,6 @@
-// The worker is a process that uses the lock as a service would, by its public
-// interface alone, writes to a fenced resource while it believes that it holds,
-// and tells on standard output what it sees: one JSON event a line. It ends with
-// its standard input.
+// The worker is a process that uses the lock like a service, through its public interface alone. It
+// writes to a fenced resource while it believes that it holds, and prints its events on standard
+// output, one JSON object per line. It ends with its standard input.
 package main
 
 import (
@@ -21,7 +20,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	_ "github.com/lib/pq" // the driver of the fenced resource
+	_ "github.com/lib/pq" // the driver for the fenced resource
 
 	"github.com/preemptable/locker"
 	"github.com/preemptable/locker/chaos/broken"
@@ -75,7 +74,8 @@ func main() {
 		for in.Scan() {
 			commands <- in.Text()
 		}
-		os.Exit(1) // the driver is gone
+		// The driver has ended.
+		os.Exit(1)
 	}()
 	level := slog.LevelWarn
 	if !*verbose {
@@ -124,7 +124,7 @@ func (w *worker) open(uri, fence, kind string, lockTimeout, sessionTimeout time.
 	return err
 }
 
-// end closes everything and tells what is left of it.
+// end closes everything and reports what is left over.
 func (w *worker) end(idle int) {
 	close(w.stopping)
 	err := w.provider.(io.Closer).Close()
@@ -148,7 +148,7 @@ func (w *worker) end(idle int) {
 	w.emit(bye)
 }
 
-// observe adds what the provider says of its session to the history.
+// observe adds the provider's observations of its session to the history.
 func (w *worker) observe(o locker.Observation) {
 	switch o.Kind {
 	case locker.ObservedSuspended:
@@ -164,17 +164,18 @@ func (w *worker) emit(e oracle.Event) {
 		e.At = oracle.Now()
 	}
 	e.Worker = w.name
-	line, _ := json.Marshal(e) // an Event always can be
+	// Marshal cannot fail for an Event.
+	line, _ := json.Marshal(e)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if _, err := w.out.Write(append(line, '\n')); err != nil {
-		os.Exit(1) // the driver is gone
+		// The driver has ended.
+		os.Exit(1)
 	}
 }
 
-// do carries out a command of the driver: "burst N KEY" claims KEY N times
-// concurrently, "hold KEY" once and for long, "wait KEY" once without announcing
-// it.
+// do executes a command of the driver. "burst N KEY" claims KEY N times concurrently, "hold KEY"
+// claims it once and holds it for long, and "wait KEY" locks it once without announcing a claim.
 func (w *worker) do(command string) {
 	var n, key int64
 	p, announce := plan{hold: time.Second}, true
@@ -196,7 +197,7 @@ func (w *worker) do(command string) {
 	}
 }
 
-// sweep proves that every key can be had.
+// sweep proves that every key can be locked.
 func (w *worker) sweep() {
 	for i := range w.keys {
 		w.running.Add(1)
@@ -208,7 +209,7 @@ func (w *worker) sweep() {
 	w.running.Wait()
 }
 
-// plan is what a claim is going to do with its hold.
+// plan determines what a claim does with its hold.
 type plan struct {
 	mode  locker.ClaimMode
 	hold  time.Duration
@@ -223,13 +224,14 @@ func (w *worker) client(r *rand.Rand) {
 			return
 		case <-time.After(time.Duration(r.ExpFloat64() * float64(400*time.Millisecond))):
 		}
-		// Low keys are wanted more often.
+		// Low keys are claimed more often.
 		key := w.base + 1 + int64(min(r.IntN(w.keys), r.IntN(w.keys)))
 		p := plan{
 			hold:  min(w.maxHold, time.Duration(r.ExpFloat64()*float64(w.maxHold)/3)),
 			react: time.Duration(r.IntN(300)) * time.Millisecond,
 		}
-		if r.IntN(3) == 0 { // long enough to see a silent network's end
+		// The hold is long enough to see the end of a silent network.
+		if r.IntN(3) == 0 {
 			p.hold = 10*time.Second + rand.N(5*time.Second)
 		}
 		switch n := r.IntN(100); {
@@ -239,13 +241,15 @@ func (w *worker) client(r *rand.Rand) {
 			p.mode = locker.SkipIfBusy
 		}
 		switch n := r.IntN(100); {
-		case n < 5: // ignores its notification: it will be revoked
+		// The claim ignores its notification and will be revoked.
+		case n < 5:
 			p.react = w.preempt + time.Second
 			w.direct(key, p, true)
 		case n < 65:
 			w.direct(key, p, true)
 		case n < 72:
-			p.mode = locker.Preempt // what is not announced has no mode
+			// A claim that is not announced has no mode.
+			p.mode = locker.Preempt
 			w.direct(key, p, false)
 		default:
 			w.viaDo(key, p)
@@ -288,7 +292,7 @@ func (c *claim) ended(class string, err error) {
 	c.emit(e)
 }
 
-// classOf names the reason for which a wait or a hold ended.
+// classOf returns the class of the reason for which a wait or a hold ended.
 func classOf(err error) string {
 	switch {
 	case err == nil:
@@ -311,7 +315,7 @@ func classOf(err error) string {
 	return oracle.ClassFailed
 }
 
-// direct makes a claim by way of the provider.
+// direct makes a claim through the provider.
 func (w *worker) direct(key int64, p plan, announce bool) {
 	how := oracle.HowDirect
 	if !announce {
@@ -359,8 +363,8 @@ func (w *worker) direct(key int64, p plan, announce bool) {
 	c.ended(class, err)
 }
 
-// hold writes until the time is over or the lock is wanted. It returns why the
-// holder was notified.
+// hold writes until the time has passed or the holder is notified. It returns the class of the
+// notification.
 func (c *claim) hold(l locker.PreemptableLock, ch <-chan locker.NotificationPayload, p plan) string {
 	c.begin()
 	over := time.After(p.hold)
@@ -383,7 +387,8 @@ func (c *claim) hold(l locker.PreemptableLock, ch <-chan locker.NotificationPayl
 				c.emit(oracle.Event{Kind: oracle.Over})
 				return class
 			}
-			select { // cleaning up
+			// The worker cleans up.
+			select {
 			case <-ch:
 				c.emit(oracle.Event{Kind: oracle.Over})
 				return class
@@ -397,8 +402,8 @@ func (c *claim) hold(l locker.PreemptableLock, ch <-chan locker.NotificationPayl
 	}
 }
 
-// begin is the moment from which the worker relies on being alone. Its first
-// write makes the token known to the resource.
+// begin records the moment from which the worker relies on being alone. Its first write makes the
+// token known to the resource.
 func (c *claim) begin() {
 	c.emit(oracle.Event{Kind: oracle.Begin, Token: c.token})
 	c.write(true)
@@ -411,12 +416,13 @@ func (c *claim) write(belief bool) {
 	var ok bool
 	if err := c.fence.QueryRowContext(ctx, "SELECT fenced_write($1, $2, $3)", c.key, c.token, c.id).Scan(&ok); err != nil {
 		fmt.Fprintln(os.Stderr, "worker: fenced resource:", err)
-		os.Exit(3) // nothing can be said without it
+		// Without the resource there is nothing to judge.
+		os.Exit(3)
 	}
 	c.emit(oracle.Event{Kind: oracle.Write, Start: start, Token: c.token, OK: ok, Belief: belief})
 }
 
-// viaDo makes a claim by way of PreemptiveLocker.Do.
+// viaDo makes a claim through PreemptiveLocker.Do.
 func (w *worker) viaDo(key int64, p plan) {
 	c := w.claim(key, oracle.HowDo, p.mode)
 	l := w.newOne(repo, uint(key), c.id).Mode(p.mode)
