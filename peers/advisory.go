@@ -8,7 +8,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// advisoryClient is what programs write by hand: a pool, and pg_advisory_lock on a connection that the hold keeps.
+// advisoryClient is a lock written by hand: a pool, and pg_advisory_lock on a connection that the
+// hold keeps.
 type advisoryClient struct{ pool *pgxpool.Pool }
 
 func openAdvisory(ctx context.Context, uri string, o options) (client, error) {
@@ -30,7 +31,8 @@ func (c *advisoryClient) lock(ctx context.Context, key int) (hold, error) {
 		return nil, err
 	}
 	if _, err := conn.Exec(ctx, "SELECT pg_advisory_lock($1)", int64(key)); err != nil {
-		conn.Release() // which closes it, if the context has ended the statement
+		// Release closes the connection if the context has ended the statement.
+		conn.Release()
 		return nil, err
 	}
 	return &advisoryHold{conn, int64(key)}, nil
@@ -63,7 +65,7 @@ type advisoryHold struct {
 	key  int64
 }
 
-// release returns the connection to the pool in any case; the pool closes it if it is broken.
+// release returns the connection to the pool in any case. The pool closes it if it is broken.
 func (h *advisoryHold) release(ctx context.Context) error {
 	defer h.conn.Release()
 	var was bool
@@ -78,7 +80,7 @@ func (h *advisoryHold) release(ctx context.Context) error {
 
 func (h *advisoryHold) token() int64 { return 0 }
 
-// alive asks the connection: nothing else says that it has ended.
+// alive pings the connection, because nothing else reports its end.
 func (h *advisoryHold) alive(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()

@@ -15,10 +15,12 @@ import (
 	"time"
 )
 
-// envChild is set in the processes that the benchmark starts of itself; it has a childSpec.
+// envChild is set in the processes that the benchmark starts from its own executable. It contains a
+// childSpec.
 const envChild = "LOCKER_PEERS_CHILD"
 
-// childSpec says which locks a child process takes. It holds them until it is killed or its standard input ends.
+// childSpec determines the locks that a child process takes. It holds them until it is killed or
+// its standard input ends.
 type childSpec struct {
 	Peer    string
 	URI     string
@@ -27,21 +29,21 @@ type childSpec struct {
 	Count   int
 }
 
-// childReport is what it says once it holds them.
+// childReport is the report of a child process once it holds its locks.
 type childReport struct {
 	Error      string `json:",omitempty"`
 	Token      int64  // of the first one
-	Bytes      int64  // of the heap and the stacks, more than before the client was opened
-	Goroutines int    // likewise
+	Bytes      int64  // of the heap and the stacks, in addition to those before the client was opened
+	Goroutines int    // likewise, their number
 }
 
-// What a child is asked, a line each. It answers with a list of one truth value for each lock.
+// The questions to a child, one per line. It replies with a list of one truth value for each lock.
 const (
-	askAlive   = "alive"   // may its holder go on?
-	askRelease = "release" // was it held until it was released now?
+	askAlive   = "alive"   // whether its holder may continue
+	askRelease = "release" // whether it was held until it was released now
 )
 
-// runChild is the main function of a child process.
+// runChild is the main function of a child process. It returns the exit code.
 func runChild(text string) int {
 	report, holds := takeAll(text)
 	out := json.NewEncoder(os.Stdout)
@@ -67,7 +69,8 @@ func runChild(text string) int {
 		}
 	}
 	runtime.KeepAlive(holds)
-	return 0 // with the rest of its locks held: who ends it is not interested in them
+	// The remaining locks are still held. The end of the input means that they are not of interest.
+	return 0
 }
 
 func takeAll(text string) (r childReport, holds []hold) {
@@ -122,7 +125,7 @@ func each(n, concurrently int, f func(i int) error) error {
 	return <-errs
 }
 
-// heap is what is in use after a collection, goroutines' stacks included.
+// heap returns the memory in use after a collection, including the stacks of goroutines.
 func heap() int64 {
 	var m runtime.MemStats
 	for range 3 {
@@ -140,7 +143,8 @@ type child struct {
 	report childReport
 }
 
-// startChild returns when the child holds all of its locks. The child ends with this process: its standard input ends then.
+// startChild returns when the child holds all of its locks. The child ends with this process,
+// because its standard input ends then.
 func startChild(ctx context.Context, spec childSpec) (*child, error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -181,7 +185,7 @@ func (c *child) read(to any) error {
 	return json.Unmarshal(line, to)
 }
 
-// ask returns an answer for each of the child's locks.
+// ask returns one reply for each of the child's locks.
 func (c *child) ask(question string) (answers []bool, err error) {
 	if _, err := fmt.Fprintln(c.in, question); err != nil {
 		return nil, err
@@ -190,7 +194,7 @@ func (c *child) ask(question string) (answers []bool, err error) {
 	return answers, err
 }
 
-// kill ends the child by SIGKILL, and returns when it is gone.
+// kill ends the child by SIGKILL, and returns when its process has ended.
 func (c *child) kill() {
 	_ = c.cmd.Process.Kill()
 	_ = c.cmd.Wait()

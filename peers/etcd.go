@@ -11,7 +11,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// etcdClient is one client with one session, whose lease all locks of the process share.
+// etcdClient is one client with one session, whose lease is shared by all locks of the process.
 type etcdClient struct {
 	client  *clientv3.Client
 	session *concurrency.Session
@@ -67,7 +67,7 @@ type etcdHold struct {
 
 func (h *etcdHold) release(ctx context.Context) error { return h.mutex.Unlock(ctx) }
 
-// token is the revision of the answer that gave the lock: revisions only grow.
+// token returns the revision of the response that granted the lock. Revisions only grow.
 func (h *etcdHold) token() int64 { return h.mutex.Header().Revision }
 
 func (h *etcdHold) alive(context.Context) bool {

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// faults: processes that are killed, stores that restart, a network that is cut. The peers meet a fault together, because
-// most of the time is waiting.
+// faults kills processes, restarts stores and cuts a network. All peers meet a fault together,
+// because most of the time is spent waiting.
 func (b *bench) faults(stores map[storeKind]store) error {
 	f := &faultBench{bench: b, stores: stores}
 	err := f.silenceResetAndKill()
@@ -23,16 +23,16 @@ func (b *bench) faults(stores map[storeKind]store) error {
 type faultBench struct {
 	*bench
 	stores map[storeKind]store
-	next   int // the next key that was never used
+	next   int // the next unused key
 }
 
-// keys returns the first of n keys that were never used.
+// keys returns the first of n unused keys.
 func (f *faultBench) keys(n int) int {
 	f.next += n
 	return f.next - n
 }
 
-// together runs a function for every peer concurrently, inTurn for one after the other.
+// together runs a function for all peers concurrently, and inTurn for one after the other.
 func (f *faultBench) together(do func(*subject) error) error { return f.forEach(len(f.peers), do) }
 func (f *faultBench) inTurn(do func(*subject) error) error   { return f.forEach(1, do) }
 
@@ -45,7 +45,7 @@ func (f *faultBench) forEach(concurrently int, do func(*subject) error) error {
 	})
 }
 
-// victim is a process that holds locks, behind a network of its own.
+// victim is a process that holds locks, behind a separate network.
 type victim struct {
 	net   *relay
 	child *child
@@ -76,7 +76,7 @@ func (v *victim) close() {
 	}
 }
 
-// victims makes one for each peer.
+// victims creates one for each peer.
 func (f *faultBench) victims() (map[string]*victim, func(), error) {
 	var mu sync.Mutex // guards all
 	all := map[string]*victim{}
@@ -103,8 +103,8 @@ func (f *faultBench) victims() (map[string]*victim, func(), error) {
 	return all, closeAll, nil
 }
 
-// survivors counts the holds that are as good as before: their holder may go on, another process does not get the lock, and
-// the release says that it was held.
+// survivors counts the holds that are not affected: their holder may continue, another process does
+// not get the lock, and the release reports that it was held.
 func (f *faultBench) survivors(p *subject, v *victim) (*survival, error) {
 	s := f.stores[p.store]
 	stranger, err := p.open(f.ctx, s.uri(s.address()), options{TTL: f.ttl, Connections: 16})
@@ -121,7 +121,8 @@ func (f *faultBench) survivors(p *subject, v *victim) (*survival, error) {
 		ctx, cancel := context.WithTimeout(f.ctx, 20*time.Second)
 		defer cancel()
 		h, err := stranger.try(ctx, v.first+i)
-		for tries := 0; err != nil && !errors.Is(err, errHeld) && tries < 3; tries++ { // an answer that took too long
+		// The response of the last attempt took too long.
+		for tries := 0; err != nil && !errors.Is(err, errHeld) && tries < 3; tries++ {
 			h, err = stranger.try(ctx, v.first+i)
 		}
 		if errors.Is(err, errHeld) {
@@ -152,8 +153,8 @@ func (f *faultBench) survivors(p *subject, v *victim) (*survival, error) {
 	return result, nil
 }
 
-// restart: the stores end, cleanly or by SIGKILL, and start again. The count is taken after all leases that are not
-// refreshed have ended.
+// restart ends the stores, cleanly or by SIGKILL, and starts them again. The holds are counted
+// after all leases that are not refreshed have ended.
 func (f *faultBench) restart(clean bool) error {
 	victims, closeVictims, err := f.victims()
 	if err != nil {
@@ -162,7 +163,8 @@ func (f *faultBench) restart(clean bool) error {
 	defer closeVictims()
 	time.Sleep(f.ttl / 10)
 	down := map[storeKind]time.Duration{}
-	for kind, s := range f.stores { // one after the other, so that each has the machine
+	// The stores restart one after the other, so that each has the whole machine.
+	for kind, s := range f.stores {
 		start := time.Now()
 		if err := errors.Join(s.stop(clean), s.start(f.ctx)); err != nil {
 			return err
@@ -185,8 +187,8 @@ func (f *faultBench) restart(clean bool) error {
 	})
 }
 
-// silenceResetAndKill: in the same time the network of one victim is silent, that of another is reset, and processes of a
-// third are killed.
+// silenceResetAndKill makes, in the same time, the network of one victim silent and resets that of
+// another, and kills processes of a third.
 func (f *faultBench) silenceResetAndKill() error {
 	silent, closeSilent, err := f.victims()
 	if err != nil {
@@ -202,7 +204,8 @@ func (f *faultBench) silenceResetAndKill() error {
 	go func() { killed <- f.kills() }()
 	time.Sleep(f.ttl / 10)
 	err = each(len(f.peers), len(f.peers), func(i int) error {
-		time.Sleep(time.Duration(i) * f.cut / 20) // so that not all connect again at the same moment
+		// The pause prevents that all peers reconnect at the same moment.
+		time.Sleep(time.Duration(i) * f.cut / 20)
 		p := f.peers[i]
 		return f.cutOff(p, silent[p.ID], refused[p.ID])
 	})
@@ -242,7 +245,7 @@ func (f *faultBench) cutOff(p *subject, silent, refused *victim) error {
 	return err
 }
 
-// kills: a process that holds a lock is killed by SIGKILL, while another one waits for it.
+// kills kills a process that holds a lock by SIGKILL, while another process waits for the lock.
 func (f *faultBench) kills() error {
 	type key struct {
 		peer string
@@ -269,7 +272,8 @@ func (f *faultBench) kills() error {
 		fenced := make([]bool, victims)
 		tokens := make([][2]int64, victims)
 		err = each(victims, victims, func(n int) error {
-			// One after the other, so that they are not killed at the same time after a refresh.
+			// The holders are killed one after the other, so that they are not killed at the same
+			// time after a refresh.
 			age := time.Duration(n+1) * f.ttl / 8
 			var err error
 			waits[n], tokens[n], err = f.killed(p, c, keys[key{p.ID, n}], age)
@@ -305,7 +309,8 @@ func (f *faultBench) killed(p *subject, c client, key int, age time.Duration) (s
 		h, err := c.lock(ctx, key)
 		waiter <- arrival{h, time.Now(), err}
 	}()
-	time.Sleep(100 * time.Millisecond) // until it waits
+	// The waiter has begun to wait by then.
+	time.Sleep(100 * time.Millisecond)
 	start := time.Now()
 	holder.kill()
 	a := <-waiter

@@ -9,8 +9,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// floorClient is no lock. It is the least that PostgreSQL has to do for one that is durable: an UPDATE of a row whose commit
-// waits for the disk, and one whose commit does not. Who waits is woken by NOTIFY.
+// floorClient is no lock. It is the minimum that PostgreSQL has to do for a durable one: an UPDATE
+// of a row whose commit waits for the disk, and one whose commit does not. A waiter is woken by
+// NOTIFY.
 type floorClient struct{ pool *pgxpool.Pool }
 
 const (
@@ -66,7 +67,8 @@ func (h *floorHold) release(ctx context.Context) error {
 func (h *floorHold) alive(context.Context) bool { return true }
 func (h *floorHold) token() int64               { return 0 }
 
-// floorHandOver is one session that frees a row and wakes another one, which takes it durably.
+// floorHandOver has one session that frees a row and wakes another one, which takes the row
+// durably.
 type floorHandOver struct{ holder, listener, waiter *pgx.Conn }
 
 func newFloorHandOver(ctx context.Context, uri string) (*floorHandOver, error) {
@@ -94,7 +96,8 @@ func (f *floorHandOver) once(ctx context.Context) (time.Duration, error) {
 		}
 		done <- err
 	}()
-	time.Sleep(5 * time.Millisecond) // until it waits
+	// The listener has begun to wait by then.
+	time.Sleep(5 * time.Millisecond)
 	start := time.Now()
 	if _, err := f.holder.Exec(ctx, floorWake, int64(1)); err != nil {
 		return 0, err

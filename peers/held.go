@@ -5,13 +5,14 @@ import (
 	"time"
 )
 
-// max_connections of PostgreSQL. Stock is 100, too few for peers that need a connection for each hold.
+// The values of max_connections of PostgreSQL. The stock value is 100, too few for peers that need
+// a connection for each hold.
 const (
 	speedConnections = 200
 	faultConnections = 1400
 )
 
-// hold: a process of its own holds many locks.
+// hold measures a separate process that holds many locks.
 func (b *bench) hold(stores map[storeKind]store) error {
 	for _, p := range b.peers {
 		if err := b.heldBy(p, stores[p.store], b.held); err != nil {
@@ -27,7 +28,7 @@ func (b *bench) heldBy(p *subject, s store, n int) error {
 		return err
 	}
 	defer net.close()
-	// A first process makes what is made once, such as tables.
+	// A first process creates everything that is created once, such as tables.
 	spec := childSpec{Peer: p.ID, URI: s.uri(net.address), Options: options{TTL: b.ttl, Connections: n + 8}, First: 1 << 20, Count: 1}
 	first, err := startChild(b.ctx, spec)
 	if err != nil {

@@ -1,13 +1,14 @@
-// Command peers measures the library beside what its users would take instead: the same work on each, in turns, in one run,
-// on throwaway servers that it starts itself.
+// Command peers compares the library with the alternatives of its users: the same work on each,
+// alternating, in one run, on throwaway servers that it starts itself.
 //
 //	go run .            # the whole run; written to results.{json,md,svg} and docs/peers.md
 //	go run . -quick     # a few samples of everything, shorter timeouts, nothing written
 //	go run . -plot      # results.md, results.svg and docs/peers.md from results.json again
 //
-// -only=speed,held,faults runs some sections, -peers=locker,etcd some peers. LOCKER_PEERS_REDIS_SERVER and LOCKER_PEERS_ETCD name the programs
-// if they are not in PATH; PostgreSQL's are found as internal/pgserver finds them. A peer without its server is left out,
-// and a line says so.
+// With -only=speed,held,faults it runs some sections, and with -peers=locker,etcd some peers.
+// LOCKER_PEERS_REDIS_SERVER and LOCKER_PEERS_ETCD name the programs if they are not in PATH. The
+// programs of PostgreSQL are found by internal/pgserver. A peer without its server is left out, and
+// a line reports that.
 //
 // results.json keeps the last two runs, and each table shows both.
 package main
@@ -39,7 +40,7 @@ type bench struct {
 	peers  []*subject
 }
 
-// subject is a peer that is measured.
+// subject is a peer that is measured, and its result.
 type subject struct {
 	*peer
 	result *peerResult
@@ -104,7 +105,8 @@ func (b *bench) run(only, names, out string) error {
 	b.result.Seconds = int(time.Since(start).Seconds())
 	r := results{Runs: []run{b.result}}
 	fmt.Print(r.markdown())
-	if failed != nil || out == "" { // what is not complete replaces no file
+	// An incomplete result must not replace a file.
+	if failed != nil || out == "" {
 		return failed
 	}
 	if err := keepRun(out, b.result); err != nil {
@@ -114,12 +116,12 @@ func (b *bench) run(only, names, out string) error {
 	return render(out)
 }
 
-// chosen reports whether a list, separated by commas, has a name. An empty one has all.
+// chosen reports whether a list, separated by commas, contains a name. An empty list contains all.
 func chosen(list, name string) bool {
 	return list == "" || strings.Contains(","+list+",", ","+name+",")
 }
 
-// describe notes what is measured, and on what.
+// describe records the peers, the machine and the software of the run.
 func (b *bench) describe(names string) {
 	b.result = run{
 		When: time.Now().UTC().Format("2006-01-02 15:04 UTC"), Go: runtime.Version() + " " + runtime.GOOS + "/" + runtime.GOARCH,
@@ -204,7 +206,7 @@ func (b *bench) stores(connections int) (map[storeKind]store, func(), error) {
 	return all, closeAll, nil
 }
 
-// flush measures what a commit costs more when it waits for the disk.
+// flush measures the additional time of a commit that waits for the disk.
 func (b *bench) flush(uri string) error {
 	conn, err := pgx.Connect(b.ctx, uri)
 	if err != nil {

@@ -9,7 +9,7 @@ import (
 	"github.com/preemptable/locker"
 )
 
-// lockerClient is this library: one provider for the process.
+// lockerClient uses this library, with one provider for the process.
 type lockerClient struct {
 	provider locker.LockProvider
 	factory  locker.PreemptiveLockerFactory
@@ -40,7 +40,8 @@ func (c *lockerClient) lock(ctx context.Context, key int) (hold, error) {
 	return c.take(ctx, c.factory("org/repo", uint(key), "benchmark"))
 }
 
-// try does not disturb the holder. A key whose holder's session is dead is busy, too, for the time of the watch.
+// try does not notify the holder. A key whose holder's session is dead counts as busy while it is
+// watched.
 func (c *lockerClient) try(ctx context.Context, key int) (hold, error) {
 	h, err := c.take(ctx, c.factory("org/repo", uint(key), "benchmark").Mode(locker.SkipIfBusy))
 	if errors.Is(err, locker.ErrLockBusy) {
@@ -61,7 +62,8 @@ func (h *lockerHold) token() int64                      { return h.lock.Token() 
 
 func (h *lockerHold) alive(context.Context) bool {
 	select {
-	case <-h.stop: // notified, or over
+	// The channel has a notification, or was closed by the end of the hold.
+	case <-h.stop:
 		return false
 	default:
 		return true

@@ -8,7 +8,8 @@ import (
 	"time"
 )
 
-// client is what a process opens once for all of its locks, as the library's documentation recommends it.
+// client is an object that a process opens once for all of its locks, as the library's
+// documentation recommends.
 type client interface {
 	// lock waits until it has the lock of a key.
 	lock(ctx context.Context, key int) (hold, error)
@@ -19,17 +20,19 @@ type client interface {
 
 // hold is a lock that is held.
 type hold interface {
-	// release gives the lock back. An error may say that it was not held any longer.
+	// release releases the lock. An error may report that it was not held any longer.
 	release(ctx context.Context) error
-	// alive reports whether the holder may go on, by everything that the library offers to find out.
+	// alive reports whether the holder may continue, according to everything that the library
+	// offers to find out.
 	alive(ctx context.Context) bool
-	// token is the fencing token: larger for each later hold of the key. It is 0 if there is none.
+	// token returns the fencing token, which is larger for each later hold of the key, or 0 if
+	// there is none.
 	token() int64
 }
 
 var errHeld = errors.New("the lock is held")
 
-// options say how a client is opened.
+// options are the settings with which a client is opened.
 type options struct {
 	TTL         time.Duration // of the lease, or the session timeout
 	Keep        bool          // whether holds are longer than the TTL, and so have to be refreshed
@@ -41,18 +44,18 @@ type peer struct {
 	ID      string // names it in the results
 	Name    string
 	store   storeKind
-	modules []string // of the client; the first one is the library
+	modules []string // of the client, the library first
 	Client  string   // settings of the client
-	Refresh string   // who keeps a long hold alive, and how
-	Expiry  string   // what ends the hold of a process that has died; %s is the TTL
-	Durable string   // whether the answer to Lock waits for the disk, and the answer to Release
+	Refresh string   // how a long hold is refreshed, and by what
+	Expiry  string   // what ends the hold of a process that has died, where %s is the TTL
+	Durable string   // whether Lock waits for the disk before it returns, and whether Release does
 	open    func(ctx context.Context, address string, o options) (client, error)
-	LeftOut string // why it is not measured
+	LeftOut string // the reason if it is not measured
 }
 
 const byHand = "its user: the benchmark calls `Extend` or `Refresh` every TTL/3, and more often while that fails"
 
-// peers are in the order of the tables.
+// peers returns the peers in the order of the tables.
 func peers() []*peer {
 	redisAlways := "yes (AOF, fsync); yes"
 	redisStock := "no; no"
@@ -102,7 +105,7 @@ func peers() []*peer {
 	}
 }
 
-// peerByID finds a peer; it is nil if there is none.
+// peerByID returns the peer with an ID, or nil if there is none.
 func peerByID(id string) *peer {
 	for _, p := range peers() {
 		if p.ID == id {
@@ -112,7 +115,7 @@ func peerByID(id string) *peer {
 	return nil
 }
 
-// versions lists the modules of a peer with the versions that are linked.
+// versions returns the modules of a peer with the versions that are linked.
 func (p *peer) versions() string {
 	info, _ := debug.ReadBuildInfo()
 	text := ""

@@ -56,8 +56,8 @@ func storeOf(t *testing.T, kind storeKind) store {
 	return s
 }
 
-// skipWithout skips a test whose server is not on this machine. scripts/test takes such a test by its name, which has to say
-// Redis or etcd.
+// skipWithout skips a test whose server is not on this machine. The name of such a test has to
+// contain Redis or etcd, because scripts/test recognizes it by that.
 func skipWithout(t *testing.T, err error) {
 	t.Helper()
 	if errors.Is(err, errNoProgram) {
@@ -93,7 +93,7 @@ func opened(t *testing.T, p *peer, s store, o options) client {
 	return c
 }
 
-// TestAdapters: every adapter locks, excludes, refreshes and releases.
+// TestAdapters tests that every adapter locks, excludes, refreshes and releases.
 func TestAdapters(t *testing.T) {
 	eachPeer(t, func(t *testing.T, p *peer, s store) {
 		o := options{TTL: 2 * time.Second, Keep: true, Connections: 4}
@@ -107,7 +107,8 @@ func TestAdapters(t *testing.T) {
 		require.NoError(t, err, "another key is free")
 		require.NoError(t, other.release(ctx))
 
-		time.Sleep(o.TTL + o.TTL/2) // a lease that is not refreshed is over then
+		// A lease that is not refreshed has ended by then.
+		time.Sleep(o.TTL + o.TTL/2)
 		assert.True(t, first.alive(ctx))
 		_, err = b.try(ctx, 1)
 		require.ErrorIs(t, err, errHeld, "after the TTL")
@@ -134,7 +135,7 @@ func TestAdapters(t *testing.T) {
 	})
 }
 
-// TestKilled: the lock of a process that is killed by SIGKILL comes free.
+// TestKilled tests that the lock of a process that is killed by SIGKILL becomes free.
 func TestKilled(t *testing.T) {
 	eachPeer(t, func(t *testing.T, p *peer, s store) {
 		ctx := contextOf(t, time.Minute)
@@ -156,7 +157,7 @@ func TestKilled(t *testing.T) {
 	})
 }
 
-// TestChild: a child process releases when it is asked, and ends with its parent.
+// TestChild tests that a child process releases when it is asked to, and ends with its parent.
 func TestChild(t *testing.T) {
 	s := storeOf(t, postgres)
 	ctx := contextOf(t, time.Minute)
@@ -166,7 +167,8 @@ func TestChild(t *testing.T) {
 	released, err := c.ask(askRelease)
 	require.NoError(t, err)
 	require.Equal(t, []bool{true, true, true}, released)
-	require.NoError(t, c.in.Close()) // as the end of the parent does
+	// The end of the parent closes the input in the same way.
+	require.NoError(t, c.in.Close())
 	require.NoError(t, c.cmd.Wait())
 
 	spec.Peer = "nonesuch"
@@ -174,7 +176,8 @@ func TestChild(t *testing.T) {
 	require.ErrorContains(t, err, "unknown peer")
 }
 
-// TestStore: a server that is a process restarts with its data, and leaves nothing behind.
+// TestStore tests that a server that is a process restarts with its data, and leaves nothing
+// behind.
 func TestStore(t *testing.T) {
 	for _, kind := range []storeKind{etcd, redisAlwaysKind} {
 		t.Run(string(kind), func(t *testing.T) {
@@ -182,7 +185,8 @@ func TestStore(t *testing.T) {
 			skipWithout(t, err)
 			require.NoError(t, err)
 			process := s.(*processStore)
-			t.Cleanup(func() { // after the clients are closed
+			// The cleanup runs after the clients are closed.
+			t.Cleanup(func() {
 				pid := process.cmd.Process.Pid
 				require.NoError(t, s.close())
 				assert.ErrorIs(t, syscall.Kill(pid, 0), syscall.ESRCH)
@@ -206,7 +210,7 @@ func TestStore(t *testing.T) {
 	}
 }
 
-// TestGuard: what a process that ends without a word has started ends as well.
+// TestGuard tests that the server of a process that ends abruptly ends as well.
 func TestGuard(t *testing.T) {
 	dir, err := os.MkdirTemp("", "peers-guard-")
 	require.NoError(t, err)
@@ -215,12 +219,13 @@ func TestGuard(t *testing.T) {
 	cmd := exec.Command("sleep", "60")
 	require.NoError(t, cmd.Start())
 	g.running(cmd.Process.Pid)
-	require.NoError(t, g.dismiss()) // closes the pipe, as the end of the process does
+	// dismiss closes the pipe, like the end of the process.
+	require.NoError(t, g.dismiss())
 	assert.Error(t, cmd.Wait(), "killed")
 	assert.NoDirExists(t, dir)
 }
 
-// TestRelay: silence delays, refuse resets.
+// TestRelay tests that silence delays, and that refuse resets.
 func TestRelay(t *testing.T) {
 	echo, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
@@ -279,7 +284,7 @@ func TestRelay(t *testing.T) {
 	require.NoError(t, say(dial()))
 }
 
-// TestGuide: docs/peers.md and results.md show the results that are kept.
+// TestGuide tests that docs/peers.md and results.md show the results that are kept.
 func TestGuide(t *testing.T) {
 	r, err := load(defaultOut)
 	require.NoError(t, err)

@@ -7,12 +7,13 @@ import (
 	"strings"
 )
 
-// The colours are readable on white and on black alike: which theme a page has is not known to a picture in it.
+// The colours are readable on white and on black, because a picture cannot know the theme of its
+// page.
 const (
 	ink   = "#768390" // text and axes
 	faint = "#76839040"
 	blue  = "#388bfd" // ours
-	amber = "#c27803" // others, on disk before the answer
+	amber = "#c27803" // others, on disk before they return
 	grey  = "#8b949e" // others, not on disk
 )
 
@@ -69,7 +70,8 @@ type bars struct {
 	of                func(*peerResult) *figure
 }
 
-// draw writes a panel whose axis is logarithmic, from the next power of ten below the smallest figure on.
+// draw draws a panel whose axis is logarithmic and begins at the next power of ten below the
+// smallest figure.
 func (q bars) draw(b *strings.Builder, rows []*peerResult, x, y, width, line float64) {
 	low, high := math.Inf(1), 0.0
 	for _, p := range rows {
@@ -113,7 +115,7 @@ func (q bars) draw(b *strings.Builder, rows []*peerResult, x, y, width, line flo
 	}
 }
 
-// tick is a power of ten on an axis.
+// tick formats a power of ten on an axis.
 func tick(v float64) string {
 	if v >= 1000 {
 		return short(math.Round(v))

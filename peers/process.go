@@ -11,8 +11,9 @@ import (
 	"syscall"
 )
 
-// guard is a shell that outlives this process, however it ends: it then kills the server and removes its folder. It reads
-// the server's process id, 0 while there is none, from a pipe whose other end only this process has.
+// guard is a shell that outlives this process, in whatever way it ends. The shell then kills the
+// server and removes its folder. It reads the server's process ID, 0 while there is none, from a
+// pipe whose other end only this process has.
 type guard struct {
 	cmd  *exec.Cmd
 	pipe *os.File
@@ -54,8 +55,8 @@ func (g *guard) dismiss() error {
 	return nil
 }
 
-// memoryOf is the memory of a process and those that it has started, pages that they share counted once. It is 0 where
-// there is no /proc.
+// memoryOf returns the memory of a process and of those that it has started. Pages that they share
+// are counted once. It returns 0 if there is no /proc.
 func memoryOf(pid int) int64 {
 	total := pss(pid)
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
@@ -74,7 +75,7 @@ func memoryOf(pid int) int64 {
 	return total
 }
 
-// pss is the proportional set size of one process, in bytes.
+// pss returns the proportional set size of one process, in bytes.
 func pss(pid int) int64 {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {

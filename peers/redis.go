@@ -12,7 +12,7 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// quiet keeps what go-redis says about connections that were cut on purpose out of the output.
+// quiet discards the messages of go-redis about connections that were cut deliberately.
 type quiet struct{}
 
 func (quiet) Printf(context.Context, string, ...any) {}
@@ -69,10 +69,10 @@ func (c *redsyncClient) Close() error { return c.redis.Close() }
 
 type redsyncHold struct {
 	mutex  *redsync.Mutex
-	keeper *keeper // nil: it is not refreshed
+	keeper *keeper // nil if it is not refreshed
 }
 
-// refresh reports that the lock is not ours any longer, or an error that tells nothing about that.
+// refresh returns false if the lock is not held any longer, or an error if that is not known.
 func (h *redsyncHold) refresh(ctx context.Context) (bool, error) {
 	ok, err := h.mutex.ExtendContext(ctx)
 	if taken := new(redsync.ErrTaken); errors.As(err, &taken) {
@@ -121,7 +121,8 @@ func (c *redislockClient) take(ctx context.Context, key int, retry redislock.Ret
 }
 
 func (c *redislockClient) lock(ctx context.Context, key int) (hold, error) {
-	if _, bounded := ctx.Deadline(); !bounded { // Obtain would give up after the TTL
+	// Without a deadline Obtain would give up after the TTL.
+	if _, bounded := ctx.Deadline(); !bounded {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, time.Hour)
 		defer cancel()
@@ -142,7 +143,7 @@ func (c *redislockClient) Close() error { return c.redis.Close() }
 type redislockHold struct {
 	lock   *redislock.Lock
 	ttl    time.Duration
-	keeper *keeper // nil: it is not refreshed
+	keeper *keeper // nil if it is not refreshed
 }
 
 func (h *redislockHold) refresh(ctx context.Context) (bool, error) {
@@ -161,7 +162,8 @@ func (h *redislockHold) release(ctx context.Context) error {
 func (h *redislockHold) alive(context.Context) bool { return h.keeper.alive() }
 func (h *redislockHold) token() int64               { return 0 }
 
-// keeper refreshes a hold whose library leaves that to its user: every third of the TTL, and more often while it fails.
+// keeper refreshes a hold whose library leaves that to its user: every third of the TTL, and more
+// often while a refresh fails.
 type keeper struct {
 	cancel context.CancelFunc
 	done   chan struct{}
@@ -177,7 +179,8 @@ func keep(ttl time.Duration, refresh func(context.Context) (held bool, err error
 
 func (k *keeper) run(ctx context.Context, ttl time.Duration, refresh func(context.Context) (bool, error)) {
 	defer close(k.done)
-	good := time.Now() // when the last good refresh began: the lease is known to last until a TTL later
+	// good is when the last good refresh began. The lease is known to last until a TTL later.
+	good := time.Now()
 	pause := ttl / 3
 	for {
 		select {
@@ -203,7 +206,7 @@ func (k *keeper) run(ctx context.Context, ttl time.Duration, refresh func(contex
 	}
 }
 
-// stop ends the refreshing, and waits for a refresh that is under way.
+// stop ends the refreshing, and waits for a refresh that is in flight.
 func (k *keeper) stop() {
 	if k != nil {
 		k.cancel()

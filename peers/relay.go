@@ -5,16 +5,17 @@ import (
 	"sync"
 )
 
-// relay is the network between a client and a store. It can go silent: connections stay open and nothing arrives, until it
-// speaks again and delivers what was sent, as TCP does after a time of lost packets. It can also refuse: then connections
-// are reset, and new ones are refused.
+// relay is the network between a client and a store. It can become silent: connections stay open
+// and nothing arrives until the silence ends. Then everything that was sent is delivered, as by TCP
+// after a time of lost packets. It can also refuse: connections are reset, and new ones are
+// refused.
 type relay struct {
 	address string
 	target  string
 	running sync.WaitGroup
 
 	mu       sync.Mutex   // guards everything below
-	turn     *sync.Cond   // something has changed
+	turn     *sync.Cond   // the state has changed
 	listener net.Listener // nil while it refuses
 	silent   bool
 	closed   bool
@@ -51,7 +52,7 @@ func (r *relay) refuse() {
 	r.reset()
 }
 
-// admit ends refuse.
+// admit undoes refuse.
 func (r *relay) admit() error {
 	l, err := net.Listen("tcp", r.address)
 	if err != nil {
@@ -64,7 +65,7 @@ func (r *relay) admit() error {
 	return nil
 }
 
-// reset ends all connections with an RST. The caller has the mutex.
+// reset ends all connections with an RST. The caller has to hold the mutex.
 func (r *relay) reset() {
 	for c := range r.conns {
 		_ = c.SetLinger(0)
@@ -73,7 +74,7 @@ func (r *relay) reset() {
 	clear(r.conns)
 }
 
-// connections is how many there were at most.
+// connections returns the largest number of concurrent connections so far.
 func (r *relay) connections() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -99,7 +100,8 @@ func (r *relay) accept(l net.Listener) {
 	}
 }
 
-// keep notes a connection, so that reset finds it. It reports false, and closes the connection, if there is to be none.
+// keep records a connection, so that reset finds it. If connections are refused, it closes the
+// connection and returns false.
 func (r *relay) keep(c *net.TCPConn) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -159,7 +161,7 @@ func (r *relay) counted(n int) {
 	r.most = max(r.most, r.count)
 }
 
-// pump carries bytes one way. The end of one way is the end of the connection.
+// pump carries bytes one way. The end of one way ends the connection.
 func (r *relay) pump(to, from *net.TCPConn) {
 	buffer := make([]byte, 8<<10)
 	for {

@@ -13,20 +13,20 @@ import (
 	"github.com/preemptable/locker/internal/table"
 )
 
-// results is the result file: the newest run and the one before it.
+// results is the content of the result file: the newest run and the one before it.
 type results struct {
 	Runs []run `json:"runs"`
 }
 
 const kept = 2
 
-// run is what one run leaves behind.
+// run is the result of one run.
 type run struct {
 	When    string                    `json:"when"`
 	Commit  string                    `json:"commit,omitempty"`
 	Go      string                    `json:"go"`
 	CPUs    int                       `json:"cpus"`
-	FlushMS float64                   `json:"flush_ms"` // what a commit of PostgreSQL costs more when it waits for the disk
+	FlushMS float64                   `json:"flush_ms"` // the additional time of a commit of PostgreSQL that waits for the disk
 	Seconds int                       `json:"seconds"`
 	TTL     float64                   `json:"ttl_s"`
 	Cut     float64                   `json:"cut_s"`
@@ -40,7 +40,7 @@ type storeResult struct {
 	Settings string `json:"settings"`
 }
 
-// peerResult is a peer, as it was measured.
+// peerResult is the result of a peer.
 type peerResult struct {
 	ID       string    `json:"id"`
 	Name     string    `json:"name"`
@@ -53,7 +53,7 @@ type peerResult struct {
 	LeftOut  string    `json:"left_out,omitempty"`
 
 	CycleMS    *figure         `json:"cycle_ms,omitempty"`
-	Rates      map[int]*figure `json:"cycles_a_second,omitempty"` // by callers
+	Rates      map[int]*figure `json:"cycles_a_second,omitempty"` // by number of callers
 	HandOverMS *figure         `json:"hand_over_ms,omitempty"`
 	NotifiedMS *figure         `json:"notified_ms,omitempty"`
 	Held       *heldResult     `json:"held,omitempty"`
@@ -64,7 +64,7 @@ type peerResult struct {
 	Reset      *survival       `json:"reset,omitempty"`
 }
 
-// heldResult is what many locks held by one process cost together, connections included.
+// heldResult is the total cost of many locks held by one process, including connections.
 type heldResult struct {
 	Count       int   `json:"count"`
 	Connections int   `json:"connections"`
@@ -76,10 +76,10 @@ type heldResult struct {
 type killResult struct {
 	Seconds *figure  `json:"seconds"`
 	Fenced  bool     `json:"fenced"`
-	Tokens  [2]int64 `json:"tokens"` // of the dead one and of its successor, in the first sample
+	Tokens  [2]int64 `json:"tokens"` // of the killed holder and of its successor, in the first sample
 }
 
-// survival is how many holds outlived a fault.
+// survival counts the holds that outlived a fault.
 type survival struct {
 	Of       int     `json:"of"`
 	Survived int     `json:"survived"`
@@ -98,7 +98,7 @@ func load(out string) (r results, err error) {
 	return r, err
 }
 
-// keepRun puts a run in front of the others.
+// keepRun puts a run before the others.
 func keepRun(out string, newest run) error {
 	r, err := load(out)
 	if err != nil {
@@ -118,7 +118,7 @@ const (
 	guide      = "../docs/peers.md"
 )
 
-// render writes the tables and the plot, and brings the guide up to date.
+// render writes the tables and the plot, and updates the guide.
 func render(out string) error {
 	r, err := load(out)
 	if err != nil {
@@ -135,7 +135,7 @@ func render(out string) error {
 	return r.updateGuide()
 }
 
-// updateGuide replaces what stands between the guide's markers.
+// updateGuide replaces the text between the guide's markers.
 func (r *results) updateGuide() error {
 	const begin, end = "<!-- figures: written by `make bench-peers` from peers/results.json -->\n", "<!-- /figures -->"
 	text, err := os.ReadFile(guide)
@@ -150,7 +150,8 @@ func (r *results) updateGuide() error {
 	return os.WriteFile(guide, []byte(before+begin+"\n"+r.markdown()+"\n"+end+after), 0o644)
 }
 
-// markdown is all tables. A cell has the newest run in its first line, and the one before it in its second.
+// markdown returns all tables. A cell has the newest run in its first line, and the one before it
+// in its second.
 func (r *results) markdown() string {
 	newest := &r.Runs[0]
 	var b strings.Builder
@@ -224,7 +225,7 @@ func (r *results) when() string {
 	return b.String()
 }
 
-// compared says what stands behind the figures of the newest run.
+// compared returns the table of the servers and settings of the newest run.
 func (r *results) compared() string {
 	lines := [][]string{{"lock", "libraries", "server", "client", "a long hold is refreshed by"}, {"---", "---", "---", "---", "---"}}
 	for _, p := range r.Runs[0].Peers {
@@ -243,7 +244,7 @@ type column struct {
 	show  func(*peerResult) string
 }
 
-// of shows a part of a result that may be missing.
+// of returns a function that shows a part of a result, which may be missing.
 func of[T any](part func(*peerResult) *T, show func(*T) string) func(*peerResult) string {
 	return func(p *peerResult) string {
 		if v := part(p); v != nil {
@@ -253,7 +254,7 @@ func of[T any](part func(*peerResult) *T, show func(*T) string) func(*peerResult
 	}
 }
 
-// table has a line for each peer of the newest run that was measured.
+// table returns a table with a line for each peer of the newest run that was measured.
 func (r *results) table(columns []column, floor bool) string {
 	lines := [][]string{{"lock"}, {"---"}}
 	for _, c := range columns {
@@ -283,7 +284,7 @@ func (r *results) table(columns []column, floor bool) string {
 	return table.Align(lines)
 }
 
-// before finds a peer in the run before the newest one.
+// before returns a peer's result in the run before the newest one, or nil.
 func (r *results) before(id string) *peerResult {
 	if len(r.Runs) < 2 {
 		return nil
@@ -326,14 +327,14 @@ func (s *survival) show() string {
 	return text
 }
 
-// down shows also how long the store was down.
+// down also shows how long the store was down.
 func (s *survival) down() string {
 	return fmt.Sprintf("%s (down %s s)", s.show(), short(s.LastedMS/1000))
 }
 
 func mib(bytes int64) string { return short(float64(bytes)/(1<<20)) + " MiB" }
 
-// short writes a number with three digits that matter.
+// short formats a number with three significant digits.
 func short(v float64) string {
 	switch a := math.Abs(v); {
 	case v == math.Trunc(v) && a < 1e6, a >= 1000:

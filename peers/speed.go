@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// runner is a subject with two clients, as of two processes.
+// runner is a subject with two clients, like those of two processes.
 type runner struct {
 	*subject
 	uri  string
@@ -20,12 +20,12 @@ type runner struct {
 	rates                      map[int][]float64
 }
 
-// pooled is how many connections a pool has that needs one for each hold.
+// pooled is the number of connections of a pool that needs one for each hold.
 const pooled = 64
 
 var levels = []int{16, 256}
 
-// speed: first every caller has a key of its own, then one waits for the other.
+// speed measures callers with separate keys first, and then one that waits for the other.
 func (b *bench) speed() (err error) {
 	stores, closeStores, err := b.stores(speedConnections)
 	if err != nil {
@@ -50,7 +50,7 @@ func (b *bench) speed() (err error) {
 		if r.a, err = p.open(b.ctx, r.uri, options{TTL: b.ttl, Connections: pooled}); err != nil {
 			return fmt.Errorf("%s: %w", p.Name, err)
 		}
-		// The second one waits, and does little else.
+		// The second client waits, and does little else.
 		if r.b, err = p.open(b.ctx, r.uri, options{TTL: b.ttl, Connections: 4}); err != nil {
 			return errors.Join(fmt.Errorf("%s: %w", p.Name, err), r.a.Close())
 		}
@@ -72,7 +72,7 @@ func (b *bench) speed() (err error) {
 	return nil
 }
 
-// floorName is the row of the tables that is not a lock.
+// floorName is the name of the row of the tables that is not a lock.
 const floorName = "*floor: raw rows of PostgreSQL*"
 
 func cycle(ctx context.Context, c client, key int) error {
@@ -83,7 +83,7 @@ func cycle(ctx context.Context, c client, key int) error {
 	return h.release(ctx)
 }
 
-// warmUp opens the connections and makes the rows.
+// warmUp opens the connections and creates the rows.
 func (b *bench) warmUp(all []*runner) error {
 	for _, r := range all {
 		if err := each(512, 256, func(i int) error { return cycle(b.ctx, r.a, i) }); err != nil {
@@ -96,7 +96,7 @@ func (b *bench) warmUp(all []*runner) error {
 	return nil
 }
 
-// alone: one caller, one lock, in blocks that take turns.
+// alone measures one caller and one lock, in blocks that take turns.
 func (b *bench) alone(all []*runner) error {
 	for range 9 {
 		for _, r := range all {
@@ -117,7 +117,7 @@ func (b *bench) alone(all []*runner) error {
 	return nil
 }
 
-// many: many callers in one process, each with a key of its own.
+// many measures many callers in one process, each with a separate key.
 func (b *bench) many(all []*runner) error {
 	d, repeat := 700*time.Millisecond, 5
 	if b.quick {
@@ -137,7 +137,7 @@ func (b *bench) many(all []*runner) error {
 	return nil
 }
 
-// perSecond has n workers repeat f for a while, and returns how often it ran in a second.
+// perSecond lets n workers repeat f for a while, and returns how often it ran per second.
 func perSecond(n int, d time.Duration, f func(worker int) error) (float64, error) {
 	var total atomic.Int64
 	start := time.Now()
@@ -153,7 +153,8 @@ func perSecond(n int, d time.Duration, f func(worker int) error) (float64, error
 	return float64(total.Load()) / time.Since(start).Seconds(), err
 }
 
-// handOvers: one process holds, another one waits, the first one releases.
+// handOvers measures one process that holds and another one that waits, from the release to the
+// lock of the waiter.
 func (b *bench) handOvers(all []*runner) error {
 	var floor *floorHandOver
 	defer func() {
@@ -209,7 +210,7 @@ func handOver(ctx context.Context, from, to client) (time.Duration, error) {
 		h, err := to.lock(ctx, key)
 		waiter <- arrival{h, time.Now(), err}
 	}()
-	// The waiter waits by then, and one that polls is somewhere between two looks.
+	// The waiter waits by then. If it polls, it is at some moment between two polls.
 	time.Sleep(20*time.Millisecond + rand.N(60*time.Millisecond))
 	start := time.Now()
 	if err := h.release(ctx); err != nil {
@@ -222,7 +223,8 @@ func handOver(ctx context.Context, from, to client) (time.Duration, error) {
 	return a.at.Sub(start), a.hold.release(ctx)
 }
 
-// preemption: how soon a holder knows of a newer claim. No peer tells its holders.
+// preemption measures how soon a holder is notified of a newer claim. No other peer notifies its
+// holders.
 func (b *bench) preemption(all []*runner) error {
 	for _, r := range all {
 		if r.ID != "locker" {
@@ -248,7 +250,8 @@ func notified(ctx context.Context, from, to client) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	time.Sleep(5 * time.Millisecond) // until everything rests
+	// All earlier work has ended by then.
+	time.Sleep(5 * time.Millisecond)
 	waiter := make(chan error, 1)
 	start := time.Now()
 	go func() {

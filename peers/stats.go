@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// figure is a median with the smallest and the largest of what it is the median of.
+// figure is a median, with the smallest and the largest of its values.
 type figure struct {
 	Value   float64 `json:"value"`
 	Min     float64 `json:"min,omitempty"`
@@ -21,7 +21,7 @@ func median(values []float64) float64 {
 	return s[len(s)/2]
 }
 
-// spread is the figure of some values; it is nil if there are none.
+// spread returns the figure of some values, or nil if there are none.
 func spread(values []float64) *figure {
 	if len(values) == 0 {
 		return nil
@@ -29,14 +29,14 @@ func spread(values []float64) *figure {
 	return &figure{Value: median(values), Min: slices.Min(values), Max: slices.Max(values), Samples: len(values)}
 }
 
-// rounds are the samples of some rounds, in milliseconds.
+// rounds contains the samples of some rounds, in milliseconds.
 type rounds [][]float64
 
 func (r *rounds) begin() { *r = append(*r, nil) }
 
 func (r rounds) add(d time.Duration) { r[len(r)-1] = append(r[len(r)-1], ms(d)) }
 
-// figure is the median of the rounds' medians.
+// figure returns the median of the rounds' medians.
 func (r rounds) figure() *figure {
 	var medians []float64
 	n := 0

@@ -21,7 +21,7 @@ import (
 	"github.com/preemptable/locker/internal/pgserver"
 )
 
-// storeKind is a server with its settings.
+// storeKind is a kind of server with its settings.
 type storeKind string
 
 const (
@@ -33,7 +33,8 @@ const (
 
 var storeKinds = []storeKind{postgres, etcd, redisAlwaysKind, redisStockKind}
 
-// What names the programs, if they are not to be searched in PATH. The variable of PostgreSQL is pgserver's.
+// The variables that name the programs, if they are not to be searched in PATH. The variable for
+// PostgreSQL is that of pgserver.
 const (
 	envRedis = "LOCKER_PEERS_REDIS_SERVER"
 	envEtcd  = "LOCKER_PEERS_ETCD"
@@ -42,21 +43,21 @@ const (
 // errNoProgram means that a server's program is not on this machine.
 var errNoProgram = errors.New("not found on this machine")
 
-// store is a throwaway server of our own.
+// store is a throwaway server that this process has started.
 type store interface {
 	address() string // host:port
-	// uri is what a client is opened with, if it reaches the store at address.
+	// uri returns the URI for a client that reaches the store at address.
 	uri(address string) string
 	describe() (version, settings string)
 	// stop ends the server, keeping its data: cleanly, or by SIGKILL of all its processes.
 	stop(clean bool) error
 	start(ctx context.Context) error
-	memory() int64 // bytes, of all its processes; 0 if that cannot be found out
+	memory() int64 // bytes of all its processes, or 0 if that cannot be found out
 	close() error
 }
 
-// startStore starts a server. Connections is how many PostgreSQL has to take. The error matches errNoProgram if there is no
-// program.
+// startStore starts a server. PostgreSQL has to accept the given number of connections. The error
+// matches errNoProgram if there is no program.
 func startStore(ctx context.Context, kind storeKind, connections int) (store, error) {
 	switch kind {
 	case postgres:
@@ -119,12 +120,12 @@ func (s *postgresStore) start(ctx context.Context) error { return s.server.Start
 func (s *postgresStore) memory() int64                   { return memoryOf(s.server.PID()) }
 func (s *postgresStore) close() error                    { return s.server.Close() }
 
-// program says how a server that is a single process is run.
+// program describes how a server that is a single process is run.
 type program struct {
 	name, env string
 	ports     int
 	args      func(dir string, ports []int) []string
-	// answers asks the server whether it is ready, and for its version.
+	// answers returns the version of the server, or an error if it is not ready.
 	answers  func(ctx context.Context, address string) (version string, err error)
 	settings string
 }
@@ -156,7 +157,8 @@ func newRedis(always bool) program {
 				return "", err
 			}
 			if found := regexp.MustCompile(`(?m)^(redis|valkey)_version:(\S+)`).FindAllStringSubmatch(text, -1); len(found) > 0 {
-				return found[len(found)-1][2], c.Ping(ctx).Err() // which fails while it loads
+				// Ping fails while the server loads its data.
+				return found[len(found)-1][2], c.Ping(ctx).Err()
 			}
 			return "", errors.New("no version in INFO")
 		},
@@ -211,7 +213,8 @@ func getJSON(ctx context.Context, url string, to any) error {
 	return json.NewDecoder(resp.Body).Decode(to)
 }
 
-// startProcess makes the folder and starts the server. What could not be started leaves nothing behind.
+// startProcess creates the folder and starts the server. A server that could not be started leaves
+// nothing behind.
 func startProcess(ctx context.Context, p program) (store, error) {
 	name := p.name
 	if named := os.Getenv(p.env); named != "" {
@@ -241,14 +244,15 @@ func startProcess(ctx context.Context, p program) (store, error) {
 	return s, nil
 }
 
-// freePorts finds ports that are not in use.
+// freePorts returns ports that are not in use.
 func freePorts(n int) (ports []int, err error) {
 	for range n {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			return nil, err
 		}
-		defer func() { _ = l.Close() }() // only then, so that they differ
+		// The listeners are closed only at the end, so that the ports differ.
+		defer func() { _ = l.Close() }()
 		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
 	}
 	return ports, nil
@@ -271,8 +275,8 @@ func (s *processStore) start(ctx context.Context) error {
 	defer func() { _ = log.Close() }()
 	cmd := exec.Command(s.path, s.args(data, s.ports)...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = data, log, log
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + s.dir} // etcd takes settings from ETCD_*
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}            // a ^C is for us
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + s.dir} // etcd reads settings from ETCD_*
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}            // ^C is meant for this process
 	if err := cmd.Start(); err != nil {
 		return err
 	}
@@ -306,7 +310,8 @@ func (s *processStore) stop(clean bool) error {
 	}
 	_ = s.cmd.Process.Signal(signal)
 	late := time.AfterFunc(startTimeout, func() { _ = s.cmd.Process.Kill() })
-	_ = s.cmd.Wait() // its status tells nothing
+	// The status is of no interest.
+	_ = s.cmd.Wait()
 	late.Stop()
 	s.cmd = nil
 	s.guard.running(0)
