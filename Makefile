@@ -1,4 +1,4 @@
-# With GNU make. Everything needs Go; what needs PostgreSQL finds or makes one, see scripts/with-postgres.
+# For GNU make. All targets need Go. Targets that need PostgreSQL find or create a server: see scripts/with-postgres.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 GO ?= go

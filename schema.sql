@@ -1,11 +1,11 @@
 -- The schema of github.com/preemptable/locker. The library runs this itself on
--- first use if something is missing and its role has the privilege. It also
--- upgrades what an earlier version has created. It is safe to run again, and
+-- first use if a part is missing and its role has the privilege. It also
+-- upgrades the tables of an earlier version. It is safe to run again, and
 -- concurrently. The first of the two locks is for a client that commits each
 -- statement, the second for one that commits all of them together.
 SELECT pg_advisory_lock(1819239269, 1919116148), pg_advisory_xact_lock(1819239269, 1919116148);
 
--- Which key a pull request has. Rows belong to the operator: a row that is
+-- The key of each pull request. Rows belong to the operator: a row that is
 -- deleted is created again, with another key.
 CREATE TABLE IF NOT EXISTS env_locks (
     lock_key     bigint  NOT NULL UNIQUE,
@@ -14,14 +14,14 @@ CREATE TABLE IF NOT EXISTS env_locks (
     PRIMARY KEY (repo, pull_request)
 );
 
--- One row per provider that is in use. Its process lives as long as one of its
--- connections has the advisory lock with the number in "lock". The number is
--- another one after each reconnect, and is never used again.
+-- One row for each provider that is in use. Its process lives as long as one of
+-- its connections has the advisory lock with the number in "lock". After each
+-- reconnect this is another number, and no number is ever used again.
 CREATE TABLE IF NOT EXISTS env_lock_sessions (
     id          bigint PRIMARY KEY,
     lock        bigint NOT NULL,
-    -- The place of the present connection among the session's: a late statement of
-    -- an earlier one changes nothing.
+    -- The number of the present connection among those of the session. A late
+    -- statement of an earlier connection changes nothing.
     connection  bigint NOT NULL DEFAULT 0,
     -- How long a successor has to watch the session being dead.
     timeout     interval NOT NULL,
@@ -31,27 +31,27 @@ CREATE TABLE IF NOT EXISTS env_lock_sessions (
     started_at  timestamptz NOT NULL DEFAULT now()
 );
 
--- One row per key that was ever claimed. Only lock_key is indexed and half of
--- each page stays free, so that updates stay on their page (HOT).
+-- One row for each key that was ever claimed. Only lock_key is indexed and half
+-- of each page stays free, so that updates stay on their page (HOT).
 CREATE TABLE IF NOT EXISTS env_lock_state (
     lock_key     bigint  PRIMARY KEY,
     -- The newest claim: no older one can acquire the key. Claims are numbered by
-    -- the clock, in microseconds, but always upwards.
+    -- the clock, in microseconds, but a number is always larger than the last one.
     claim        bigint  NOT NULL DEFAULT 0,
     claim_id     uuid    NOT NULL DEFAULT '00000000-0000-0000-0000-000000000000',
     claim_event  text    NOT NULL DEFAULT '',
     claim_labels json,
     -- When its caller asked for it.
     claimed_at   timestamptz,
-    -- The order that the newest claim was given by its caller, if any, and the
-    -- highest that any claim was given.
+    -- The sequence number that the caller gave the newest claim, if any, and the
+    -- highest one that any claim was given.
     claim_order  bigint,
     top_order    bigint,
     -- Whether the newest claim's lock still waits or holds, as long as its
     -- session lives.
     claim_open   boolean NOT NULL DEFAULT false,
     claimer_session bigint,
-    -- A waiter asks to be notified of a release that would not be announced
+    -- Whether a waiter has to be notified of a release that would not be announced
     -- otherwise.
     waiting      boolean NOT NULL DEFAULT false,
     -- The fencing token of the last hold, numbered like the claims.
@@ -62,9 +62,9 @@ CREATE TABLE IF NOT EXISTS env_lock_state (
     holder_event text,
     held_since   timestamptz,
     holder_labels json,
-    -- A claim has asked the holder to stop.
+    -- Whether a claim has asked the holder to stop.
     holder_stop  boolean NOT NULL DEFAULT false,
-    -- No claim notifies the holder before, see WithProgress.
+    -- No claim notifies the holder before this time. See WithProgress.
     spared_until timestamptz,
     -- How many holds in a row were ended by a newer claim.
     streak       integer NOT NULL DEFAULT 0
@@ -78,20 +78,20 @@ ALTER TABLE env_lock_state
     ADD COLUMN IF NOT EXISTS holder_stop boolean NOT NULL DEFAULT false, ADD COLUMN IF NOT EXISTS spared_until timestamptz,
     ADD COLUMN IF NOT EXISTS streak integer NOT NULL DEFAULT 0;
 
--- That version had no sessions. What it left held is held by one that does not exist,
--- so that a successor waits for the session timeout.
+-- That version had no sessions. Its holds are given to a session that does not
+-- exist, so that a successor waits for the session timeout.
 UPDATE env_lock_state SET holder_session = (random() * 9000000000000000000)::bigint + 1
 WHERE holder_id IS NOT NULL AND holder_session IS NULL;
 
--- The keys of the original library start free. Later a key without a row is one
--- whose row was deleted.
+-- The keys of the original library start free. Later a key without a row is a
+-- key whose row was deleted.
 INSERT INTO env_lock_state (lock_key)
 SELECT e.lock_key FROM env_locks e WHERE NOT EXISTS (SELECT FROM env_lock_sessions)
 ON CONFLICT DO NOTHING;
 
--- For people and dashboards: who holds, who waits, and whether their sessions
--- live. The connection of a session that is not alive is gone: its process
--- crashed, or it is about to reconnect.
+-- For people and dashboards: the holder, the newest claim if it waits, and
+-- whether the sessions of both live. A session that is not alive has no
+-- connection: its process has crashed, or it is about to reconnect.
 CREATE OR REPLACE VIEW env_lock_overview AS
 WITH sessions AS (
     SELECT x.*, x.lock IN (

@@ -1,13 +1,14 @@
 /*
  * The order of steps in the library that this one replaces, for comparison:
  *
- *   1. NOTIFY   heard only by sessions that LISTEN at that moment
+ *   1. NOTIFY   received only by sessions that LISTEN at that moment
  *   2. LISTEN
  *   3. a plain blocking advisory lock
  *
- * No row says which claim is the newest. The model is kind to it: no message
- * and no session is ever lost, a waiter that hears a notification leaves at
- * once, and nobody gives up. The claim number is a ghost: the order of NOTIFY.
+ * No row names the newest claim. The model assumes the best case: no message
+ * and no session is ever lost, a waiter that receives a notification leaves
+ * immediately, and no waiter gives up. The claim number is a ghost variable:
+ * the order of NOTIFY.
  */
 
 #ifndef N
@@ -63,7 +64,7 @@ out:
 }
 
 #ifndef LTL_PREEMPT
-/* When nothing moves any more, only the newest may hold, and all others must be out. */
+/* When no step is possible any longer, only the newest may hold, and all others must have ended. */
 proctype Judge()
 {
 	byte k;

@@ -3,26 +3,26 @@
  * connections.
  *
  * One step of this model is one SQL statement, one message or one event
- * of the outside world. README.md says what is left out and why.
+ * of the outside world. README.md lists what is left out and why.
  *
  * Modes (cpp -D)
  *   N=n            clients, default 3
  *   FAULTS=n       session connections that are lost, default 1
  *   SLIPS=n        statements that are delayed or lose their reply, default 1
  *   QUITS=n        waiters that give up, default 0
- *   CALM           no faults, no waiter gives up; hints still get lost
- *   STAY           a holder never stops by itself
- *   JUDGE          when nothing moves any more, look who is left (with STAY)
+ *   CALM           no faults, no waiter gives up, but hints still get lost
+ *   STAY           a holder never stops without a notification
+ *   JUDGE          when no step is possible any longer, check which clients are left (with STAY)
  *   CRASH          the database server crashes once, at any moment
  *   VIEW           the snapshot of an acquire is older than its effect
  *   STRICT         a holder that knows of its lost session still counts as inside
  *   LONGDELAY      a lock delay that outlasts the drain of a lost holder
  *   MODES          claims also let the holder finish, or skip a busy key
  *   BOUND=n        after n holds in a row that claims have ended, one is spared
- *   NOKEEP         do not look whether a hold is kept, and why it is notified
- *   NOINSIDE       do not look who goes inside
+ *   NOKEEP         do not check that a hold is kept, and why it is notified
+ *   NOINSIDE       do not check which clients go inside
  *   LTL_PREEMPT, LTL_WAITED, LTL_END  the liveness formulas
- * Mutants: each takes one rule away, and must be caught
+ * Mutants: each removes one rule, and must be caught
  *   KEEPLOCK       a reconnect keeps the lock number, or the watch is per session
  *   ROWALONE       take-over of any holder: no liveness, no watch
  *   NOWATCH        take-over of a lock that is dead now, however short
@@ -39,7 +39,7 @@
  *   STALEHINT      a hint is obeyed without comparing claims
  *   STALEAGE       a delayed announcement counts from its arrival
  *   NOBEAT         no check of rows, only hints
- *   NOPOLL         a waiter tries again only when hinted
+ *   NOPOLL         a waiter tries again only after a hint
  *   NOFOLLOW       an abandoned acquire is not followed by a release
  *   RELONCE        a release is final although an acquire is still in flight
  *   NORECONCILE    a reconnect does not look for forgotten releases (with CRASH)
@@ -83,8 +83,8 @@
 #define INIT       0
 #define WAIT       1
 #define TRY        2  /* an acquire has taken its snapshot (VIEW) */
-#define SENT       3  /* granted, the reply is under way */
-#define DELAY      4  /* granted, sits out the lock delay (LONGDELAY) */
+#define SENT       3  /* granted, the reply is in flight */
+#define DELAY      4  /* granted, waits for the lock delay (LONGDELAY) */
 #define HOLD       5  /* inside, not notified */
 #define DRAIN      6  /* inside, notified */
 #define LOST       7  /* inside, notified that the session is lost */
@@ -105,8 +105,8 @@ bit  soft[N + 1];    /* by the number of a claim: it lets the holder finish */
 byte row_open;       /* client of the newest claim, if that has not ended, + 1 */
 #endif
 #ifdef BOUND
-byte row_streak;     /* holds in a row that claims have ended; BOUND also stands for more */
-byte row_spared;     /* of the hold: no, its time runs, its time is over */
+byte row_streak;     /* holds in a row that claims have ended; BOUND also means more */
+byte row_spared;     /* of the hold: no, its time runs (RUNS), its time has passed (OVERDUE) */
 #define RUNS 1
 #define OVERDUE 2
 bit  spared[N];      /* no claim notifies the holder */
@@ -125,10 +125,10 @@ byte gen[N];         /* current session */
 byte phase[N];
 byte claim[N];
 bit  pending[N];     /* an acquire had no reply and may have been granted */
-byte hint[N];        /* claim in a NOTIFY under way, 0: none */
+byte hint[N];        /* claim in a NOTIFY in flight, 0: none */
 
 /* statements that the client has given up on, but the server has not */
-byte late_lock[N];   /* connection that is to enter its lock */
+byte late_lock[N];   /* connection whose update has to enter its lock */
 byte late_take[N];   /* acquire for this session + 1 */
 byte late_clear[N];  /* release of this session's hold + 1 */
 bit  late_ask[N];    /* announcement */
@@ -149,7 +149,7 @@ bit asleep[N];
 bit two_inside, hold_lost, older_granted, token_not_rising, not_just_the_newest;
 bit notified_for_none, waiter_passed, starved, spared_for_none;
 
-/* Ghosts: what the properties speak of, whatever the rules are. */
+/* Ghost variables: the properties refer to them, whatever the rules are. */
 bit wanted;          /* a claim that preempts was announced during the hold */
 #ifdef BOUND
 bit  told;           /* a claim has notified the hold */
@@ -164,7 +164,7 @@ bit  disk_stop;
 byte disk_open;
 #endif
 byte last_token;     /* a ghost that a crash cannot turn back */
-bit  settled;        /* the crash is over, or there will be none */
+bit  settled;        /* the crash has happened, or there will be none */
 #define SETTLED settled
 #else
 #define SETTLED true
@@ -180,8 +180,8 @@ bit  settled;        /* the crash is over, or there will be none */
 
 /*
  * Time. A watch of lock c ends only after its client has had a good
- * heartbeat on a later connection, or has learned that its session is
- * lost. See README.md.
+ * heartbeat on a later connection, or knows that its session is lost.
+ * See README.md.
  */
 #define WATCHED(i, c) (!ALIVE(i, c) && (anchor[i] == 0 || anchor[i] > (c)))
 
@@ -300,7 +300,7 @@ bit  settled;        /* the crash is over, or there will be none */
 #define HINTED(i) (hint[i] > claim[i])
 #endif
 
-/* The check of a row believes the stop mark, and compares no claims. */
+/* The check of a row trusts the stop mark, and compares no claims. */
 #ifdef READOPT
 #define NEWER(i) (row_claim > claim[i])
 #else
@@ -325,7 +325,7 @@ bit  settled;        /* the crash is over, or there will be none */
 #define INSIDE(k) (phase[k] == HOLD || phase[k] == DRAIN)
 #endif
 
-/* ---- what the server does ---- */
+/* ---- the steps of the server ---- */
 
 #ifdef CRASH
 inline flush()
@@ -393,7 +393,7 @@ inline release(i)
 	wake()
 }
 
-/* Every other client is sent a hint; each copy may get lost. */
+/* Every other client is sent a hint. Each copy may get lost. */
 inline announce(i)
 {
 	row_claim = claim[i];
@@ -415,7 +415,7 @@ inline announce(i)
 	printf("%c announces claim %d\n", NAME(i), claim[i]);
 #endif
 #ifndef STALEHINT
-	hint[i] = 0; /* whatever is under way to me is older */
+	hint[i] = 0; /* every hint in flight to this client is older */
 #endif
 	k = 0;
 	do
@@ -485,7 +485,7 @@ inline acquire(i, g)
 	}
 }
 
-/* ---- what the client does ---- */
+/* ---- the steps of the client ---- */
 
 inline finish(i)
 {
@@ -505,7 +505,7 @@ inline finish(i)
 	}
 }
 
-/* Lock fails. A claim that waits no longer is withdrawn. */
+/* Lock fails. A claim that does not wait any longer is withdrawn. */
 inline give_up(i)
 {
 #ifdef MODES
@@ -709,7 +709,7 @@ asked:		skip }
 	:: atomic { phase[i] == HOLD && BEAT(i) && !SPARED(i) ->
 		printf("%c is notified by the check of its row\n", NAME(i)); notify(i) }
 #ifdef BOUND
-	/* The client has learned later that it is spared than the row, so its time ends later. */
+	/* The client begins to count its spared time later than the row, so that time ends later, too. */
 #ifdef SPAREDFIRST
 	:: d_step { phase[i] == HOLD && spared[i] ->
 #else
@@ -726,11 +726,11 @@ asked:		skip }
 		assert(!hold_lost) }
 #endif
 
-	/* Draining ends, by itself or by revocation. */
+	/* Draining always ends: the holder stops, or it is revoked. */
 	:: atomic { phase[i] == DRAIN -> printf("%c stops\n", NAME(i)); phase[i] = RELEASING }
 	:: atomic { phase[i] == LOST -> printf("%c stops\n", NAME(i)); phase[i] = RELEASING }
 
-	/* Release until it is known; without a session this may also fail for ever. */
+	/* The release is repeated until it is known to have happened. Without a session it may fail forever. */
 	:: atomic { phase[i] == RELEASING && (OURS(i) || FINAL(i)) ->
 		if
 		:: OURS(i) -> release(i); printf("%c releases\n", NAME(i))
@@ -740,14 +740,14 @@ asked:		skip }
 		fi;
 		if
 		:: FINAL(i) -> finish(i)
-		:: !(FINAL(i)) /* an acquire is under way: once more */
+		:: !(FINAL(i)) /* an acquire is in flight: once more */
 		:: slips > 0 && FINAL(i) -> slips-- /* the reply is lost: once more */
 		fi;
 again:		skip }
 	:: atomic { phase[i] == RELEASING && anchor[i] == 0 ->
 		printf("%c ends without a release\n", NAME(i)); finish(i) }
 
-	/* The session is suspended: reconnect, or learn that it is lost. */
+	/* The session is suspended: it reconnects, or is lost. */
 	:: atomic { cut[i] && anchor[i] != 0 && top[i] < 7 ->
 		top[i]++;
 		if
@@ -788,7 +788,7 @@ again:		skip }
 #endif
 		printf("%c learns that its session is lost\n", NAME(i)) }
 
-	/* A waiter goes on with a new session, or fails. */
+	/* A waiter continues with a new session, or fails. */
 	:: atomic { phase[i] == WAIT && anchor[i] == 0 && gen[i] < G - 1 ->
 		gen[i]++;
 		top[i]++;
@@ -803,7 +803,7 @@ again:		skip }
 	:: atomic { phase[i] == WAIT && anchor[i] == 0 ->
 		printf("%c's Lock fails without a session\n", NAME(i)); give_up(i) }
 
-	/* It may clear what an acquire of the old session was granted. */
+	/* It may release the key that was granted to an acquire of its old session. */
 	:: atomic { phase[i] == WAIT && pending[i] && anchor[i] != 0 && OURS(i) && !MINE(i) ->
 		release(i);
 		printf("%c releases the grant of its old session\n", NAME(i)) }
@@ -817,9 +817,9 @@ again:		skip }
 }
 
 /*
- * What happens to a client from outside, at any moment: a waiter gives up, no
- * heartbeat gets through, the server ends a connection, a statement that
- * the client has given up on takes effect after all, or never.
+ * The events that come from outside of a client, at any moment: a waiter gives
+ * up, no heartbeat gets through, the server ends a connection, a statement that
+ * the client has given up on takes effect later, or never.
  */
 proctype World(byte i)
 {
@@ -987,7 +987,7 @@ init
 	}
 }
 
-/* All clients are alike, so what holds for the first holds for every one. */
+/* All clients are alike, so a property of the first is a property of all. */
 #ifdef LTL_PREEMPT
 ltl preempt { [] ((phase[0] == HOLD && OURS(0) && wanted) -> <> (phase[0] != HOLD)) }
 #endif
