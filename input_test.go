@@ -588,7 +588,7 @@ func TestInputRepo(t *testing.T) {
 	tr.requireNoCaller(t)
 }
 
-// Input at the limits of what is accepted, on both providers.
+// Input at the limits of the accepted values, on both providers.
 func TestInputRepoAccepted(t *testing.T) {
 	requireNoLeak(t)
 	postgres, err := NewLockProvider(PostgresLockProviderKind, WithPostgresBackend(newDatabase(t), ""))

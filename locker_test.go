@@ -305,7 +305,7 @@ func (e *env) process(options ...LockProviderOption) LockProvider {
 	e.NoError(err)
 	e.opened = append(e.opened, p)
 	e.cords[p] = c
-	// The first connections are not part of what the cases measure.
+	// The cases do not measure the first connections.
 	e.eventually(func() bool {
 		_, err := p.LockKey(e.ctx, "warm up", 0)
 		return err == nil
@@ -1779,7 +1779,7 @@ type trouble struct {
 	prepare func(e *env) trap
 }
 
-// trap is a trouble about to happen to a holder.
+// trap is a trouble that is prepared for one holder.
 type trap struct {
 	ctx     context.Context // for Lock, or nil for any
 	options []LockProviderOption
@@ -2868,7 +2868,7 @@ func closeRevokes(e *env) {
 }
 
 // witness is a database that looks, at every release, whether the lock is still known. Close ends
-// the session when it knows no lock any longer.
+// the session when no lock is known any longer.
 type witness struct {
 	backend
 	known chan bool

@@ -508,8 +508,8 @@ func migrationNotified(m *migration) {
 }
 
 // A stand-in that waits inside the server gets the key before any of our claims, even before a
-// newer one. It may not listen yet when that claim finds the key taken. It is notified anyway. So
-// is a stand-in that holds after one of our waits has ended.
+// newer one. When that claim finds the key taken, the stand-in possibly does not listen yet. It is
+// notified anyway. So is a stand-in that holds after one of our waits has ended.
 func migrationNotifiedLater(m *migration) {
 	const key = 13
 	p, theirs := m.provider(), m.standin()
@@ -603,8 +603,8 @@ func migrationConnectionKept(m *migration) {
 	m.until(noneHeld)
 }
 
-// The server may not notice that a connection has ended. The advisory locks of the keys then still
-// belong to our old connection, which is no reason to lose the holds.
+// It is possible that the server does not notice the end of a connection. The advisory locks of the
+// keys then still belong to our old connection, which is no reason to lose the holds.
 func migrationConnectionSilent(m *migration) {
 	const key = 43
 	network := newProxy(m, "", m.uri, nil)

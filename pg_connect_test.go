@@ -34,8 +34,8 @@ import (
 // Tests of the connection to the server: connection strings, the environment, credentials that
 // change, sockets, TLS, pools, and the encoding of the database.
 
-// B1, B4: hosts with ports, and sockets, mean the same in a URL as in pairs, whatever
-// url.Parse says about them.
+// B1, B4: hosts with ports, and sockets, mean the same in a URL as in pairs, regardless of the
+// result of url.Parse.
 func TestConnectHosts(t *testing.T) {
 	for uri, pairs := range map[string]string{
 		"postgres://a:5432,b:5433/db":                           "host=a,b port=5432,5433 dbname=db",
@@ -149,7 +149,7 @@ func TestConnectEnvironment(t *testing.T) {
 	})
 }
 
-// A service file is read before each connection, and its sslmode counts.
+// A service file is read before each connection, and its sslmode applies.
 func TestConnectServiceFile(t *testing.T) {
 	uri, err := url.Parse(newDatabase(t))
 	require.NoError(t, err)
@@ -999,8 +999,8 @@ func TestConnectEncoding(t *testing.T) {
 			_, err = p.LockKey(pgBackground, "org/🔒", 1)
 			if want == event {
 				require.NoError(t, err)
-				// Two repositories must not have one key.
 			} else {
+				// Two repositories must not have one key.
 				require.ErrorContains(t, err, "org/🔒")
 				require.ErrorContains(t, err, encoding)
 				require.NotErrorIs(t, err, ErrLockTimeout)

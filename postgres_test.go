@@ -615,8 +615,9 @@ func TestPostgresRestart(t *testing.T) {
 		uri, err = server.CreateDatabase(pgBackground, "restart")
 		require.NoError(t, err)
 		restart = func(mode string) error { return server.Restart(pgBackground, mode) }
-		// The test does not run in parallel, because no other test may use the server during a restart.
 	} else {
+		// The test does not run in parallel, because no other test may use the server during a
+		// restart.
 		uri = newDatabase(t)
 		restart = func(mode string) error { return sharedServer(t).Restart(pgBackground, mode) }
 	}

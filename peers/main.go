@@ -1,7 +1,7 @@
 // Command peers compares the library with the alternatives of its users: the same work on each,
 // alternating, in one run, on throwaway servers that it starts itself.
 //
-//	go run .            # the whole run; written to results.{json,md,svg} and docs/peers.md
+//	go run .            # the whole run, written to results.{json,md,svg} and docs/peers.md
 //	go run . -quick     # a few samples of everything, shorter timeouts, nothing written
 //	go run . -plot      # results.md, results.svg and docs/peers.md from results.json again
 //

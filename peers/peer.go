@@ -46,7 +46,7 @@ type peer struct {
 	store   storeKind
 	modules []string // of the client, the library first
 	Client  string   // settings of the client
-	Refresh string   // how a long hold is refreshed, and by what
+	Refresh string   // how, and by which part, a long hold is refreshed
 	Expiry  string   // what ends the hold of a process that has died, where %s is the TTL
 	Durable string   // whether Lock waits for the disk before it returns, and whether Release does
 	open    func(ctx context.Context, address string, o options) (client, error)

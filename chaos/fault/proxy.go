@@ -69,7 +69,7 @@ type Proxy struct {
 	effects  []*effect
 	shapes   [roles]Shape // the result of all effects, one after the other
 	conns    map[*conn]bool
-	orphans  []net.Conn // backends that were swapped and live on
+	orphans  []net.Conn // backends that were swapped and still live
 	refused  int        // how many calls of Refuse have had no Accept yet
 	refusals []string   // the SQLSTATEs of which a login gets the last, or none if logins pass
 	closed   bool

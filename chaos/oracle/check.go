@@ -147,7 +147,7 @@ type judge struct {
 	heals    map[int]int64            // by fault
 	frozen   map[string][]span        // by worker
 	outages  map[string][]outage      // by place, including the time to reconnect
-	trouble  map[string][]span        // by place: spans in which it may not receive events
+	trouble  map[string][]span        // by place: spans in which it may miss events
 	forgets  []Event
 	verdict  *Verdict
 }

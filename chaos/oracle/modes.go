@@ -46,7 +46,7 @@ func (j *judge) keepsBusy(c *Claim, claims []*Claim) span {
 			}
 		}
 		s.to = next
-	// The response with its grant may have been lost, or the claim may not have been withdrawn.
+	// The response with its grant, or the withdrawal of the claim, may have been lost.
 	case disturbed:
 		for _, t := range j.trouble[place(c.Worker)] {
 			if t.touches(c.Attempt, s.to+int64(j.Late)) {

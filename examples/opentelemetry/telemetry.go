@@ -38,7 +38,7 @@ const (
 	OutcomeKey = attribute.Key("locker.outcome") // see locker.Outcome
 )
 
-// Telemetry makes these spans and metrics:
+// Telemetry creates these spans and metrics:
 //
 //	lock, release                 spans, with vcs.owner.name, vcs.repository.name, vcs.change.id, locker.event, locker.key,
 //	                              locker.token, locker.outcome and error.type
@@ -48,7 +48,7 @@ const (
 //	db.client.operation.duration  histogram of these statements
 //	locker.wait.duration          histogram of Lock, with locker.kind and locker.outcome
 //	locker.hold.duration          histogram of holds, the same
-//	locker.events                 counter of everything that happens to locks and sessions, the same
+//	locker.events                 counter of the events of locks and sessions, the same
 //	locker.held, locker.waiting, locker.queued, locker.connected
 //	                              state of the session, see WatchStats
 type Telemetry struct {
@@ -157,7 +157,8 @@ func outcomeOf(err error) string {
 	return outcome.String()
 }
 
-// WatchStats adds the state of a provider's session. Providers without Stats, such as the fake, have none.
+// WatchStats adds the state of a provider's session. Providers without Stats, such as the fake, have
+// none.
 func (t *Telemetry) WatchStats(provider locker.LockProvider) error {
 	p, ok := provider.(interface{ Stats() locker.Stats })
 	if !ok {

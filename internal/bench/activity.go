@@ -10,7 +10,8 @@ import (
 // The functions of this file ask the server about the connections to a database, on a connection to
 // another database.
 
-// openAdmin connects to the server of a database, but not to that database, so that the connection does not count.
+// openAdmin connects to the server of a database, but not to that database, so that the connection
+// does not count.
 func openAdmin(uri string) *sql.DB {
 	u := must(url.Parse(uri))
 	u.Path = "/postgres"

@@ -2,9 +2,9 @@
 // on a separate server with stock settings, and prints one table. It uses only the library's public
 // API.
 //
-//	go run ./internal/bench            # the table; also written to docs/bench/results.{md,json,svg}
+//	go run ./internal/bench            # the table, which is also written to docs/bench/results.{md,json,svg}
 //	go run ./internal/bench -quick     # a tenth of everything, nothing written
-//	go run ./internal/bench -profile   # where the time of one cycle goes; written to docs/bench/profile.md
+//	go run ./internal/bench -profile   # where the time of one cycle goes, written to docs/bench/profile.md
 //	go run ./internal/bench -plot      # results.svg, and the figures in docs/capacity.md, from results.json again
 //
 // With -soak=1000000, or BENCH_SOAK=1000000 in the environment, it runs the whole soak. With

@@ -16,12 +16,13 @@ import (
 
 // profile measures where the time of one cycle goes, from outside of the library:
 //
-//   - The server's own time is taken from its log, which has the time of binding and executing each statement.
+//   - The server's own time is taken from its log, which has the time of binding and executing each
+//     statement.
 //   - A round trip is the time of a prepared SELECT 1, less the server's time for it.
-//   - A commit is the time of a one-row UPDATE that does not wait for the disk, less the round trip and the server's time
-//     for it.
-//   - A flush is the time of a one-row UPDATE that waits, less that of one that does not. The number of flushes is taken
-//     from pg_stat_wal.
+//   - A commit is the time of a one-row UPDATE that does not wait for the disk, less the round trip
+//     and the server's time for it.
+//   - A flush is the time of a one-row UPDATE that waits, less that of one that does not. The number
+//     of flushes is taken from pg_stat_wal.
 //   - The rest is the time of the library and the scheduler.
 //
 // The times are measured first. The server writes the log in a second pass, because that costs

@@ -590,7 +590,7 @@ func (s *Server) CreateDatabase(ctx context.Context, prefix string) (string, err
 // command prepares one of PostgreSQL's programs to run as the server's account.
 func (s *Server) command(program string, args ...string) *exec.Cmd {
 	cmd := exec.Command(filepath.Join(s.binDir, program), args...)
-	// The account may not have access to this process's folder.
+	// This process's folder may be inaccessible to the account.
 	cmd.Dir = s.dir
 	cmd.Env = environment()
 	s.runAs.apply(cmd)

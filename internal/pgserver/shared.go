@@ -19,7 +19,8 @@ const (
 	// EnvURI is the URI of a running server to use, as a user with the privilege to create
 	// databases.
 	EnvURI = "LOCKER_TEST_POSTGRES_URI"
-	// EnvRestart is a shell command that restarts the server at EnvURI. It gets "fast" or "immediate" as argument.
+	// EnvRestart is a shell command that restarts the server at EnvURI. It gets "fast" or
+	// "immediate" as its argument.
 	EnvRestart = "LOCKER_TEST_POSTGRES_RESTART"
 )
 
@@ -27,7 +28,8 @@ const (
 // to restart it.
 var ErrCannotRestart = errors.New("pgserver: cannot restart the server at " + EnvURI + "; set " + EnvRestart)
 
-// Instance is the server that a test run uses: a running one if the environment names it, otherwise a throwaway cluster.
+// Instance is the server that a test run uses: a running one if the environment names it, otherwise
+// a throwaway cluster.
 type Instance struct {
 	uri     string  // of the foreign server, or empty
 	restart string  // the foreign server's restart command

@@ -5,8 +5,8 @@
 //   - The key of a pull request is its row of env_locks.
 //   - A claim is announced by a NOTIFY on the channel that is named by the decimal key, with the JSON
 //     {"id": …, "event": …, "lockKey": …}.
-//   - To lock, a service waits in pg_advisory_lock on a separate connection, and then executes LISTEN for that channel
-//     on another one.
+//   - To lock, a service waits in pg_advisory_lock on a separate connection, and then executes LISTEN
+//     for that channel on another one.
 //   - A notification with another ID than the holder's asks the holder to stop.
 //   - To unlock, a service calls pg_advisory_unlock.
 //

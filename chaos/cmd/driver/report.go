@@ -39,7 +39,7 @@ type report struct {
 	resumed    []time.Duration // from SIGCONT to the notification of a loss
 }
 
-// judge holds the history of a run against the rules, and says each violation.
+// judge checks the history of a run against the rules, and reports each violation with say.
 func (d *recording) judge(say func(format string, args ...any)) report {
 	rules := oracle.DefaultRules()
 	if d.Late != 0 {

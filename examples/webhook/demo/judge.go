@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// Event is one line of a service's event stream, or something that the driver did itself.
+// Event is one line of a service's event stream, or an event that the driver has added.
 type Event struct {
 	Time     time.Time `json:"time"`
 	Kind     string    `json:"msg"`
