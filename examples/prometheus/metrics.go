@@ -17,7 +17,7 @@ import (
 
 // Metrics counts and times the events of locks.
 //
-//	locker_events_total{kind,outcome}  counter, with the kinds of locker.ObservationKind and locker.Outcome
+//	locker_events_total{kind,outcome}  counter, by the names of locker.ObservationKind and locker.Outcome
 //	locker_wait_seconds{kind}          histogram of Lock: acquired, superseded, failed, skipped
 //	locker_hold_seconds{kind}          histogram of holds: released, revoked, lost
 //
