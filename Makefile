@@ -5,7 +5,7 @@ GO ?= go
 WITH_POSTGRES := scripts/with-postgres
 WITH_PEERS := scripts/with-peers
 
-.PHONY: help test test-matrix demo demo-postgres lint fuzz bench bench-peers size model chaos compose-check ci clean
+.PHONY: help test test-matrix demo demo-postgres lint fuzz bench bench-peers size model chaos compose-check release-check ci clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ chaos: ## crash and cut things at random (SEED=n repeats a run)
 
 compose-check: ## validate docker-compose.yml, without Docker
 	cd tools && $(GO) run ./composecheck ../docker-compose.yml
+
+release-check: ## build a program outside the repository against the last commit, as a module proxy serves it
+	scripts/release-check
 
 ci: ## what continuous integration runs
 	.ci/run

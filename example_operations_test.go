@@ -33,9 +33,9 @@ func ExamplePreemptiveLocker_Sequence_redelivery() {
 				work()
 				return nil
 			})
-		// The outcome of this error is OutcomeSuperseded.
+		// The outcome of this error is OutcomeOutdated.
 		if errors.Is(err, locker.ErrClaimOutdated) {
-			fmt.Println("turned away:", order)
+			fmt.Println("outdated:", order)
 		}
 	}
 
@@ -48,9 +48,9 @@ func ExamplePreemptiveLocker_Sequence_redelivery() {
 	deliver(6, func() { fmt.Println("never printed") })
 	// Output:
 	// deploying 7
-	// turned away: 7
+	// outdated: 7
 	// deploying 7 once more
-	// turned away: 6
+	// outdated: 6
 }
 
 // Work that belongs to no pull request, such as an environment, gets a name and pull request 0. A

@@ -9,8 +9,8 @@
 //
 //	WEBHOOK_SECRET=… go run ./examples/webhook -addr :8080 -name one -mode 'release/*=let_finish'
 //
-// The service writes events to stdout, one JSON object per line: "received", "turned away",
-// "skipped", "started", "told to stop", "stopped", "finished", "left" and "failed". The last event
+// The service writes events to stdout, one JSON object per line: "received", "outdated",
+// "skipped", "started", "notified", "stopped", "finished", "left" and "failed". The last event
 // of a delivery, "reports", is the result that its commit should show. Messages of the lock library
 // and of the HTTP server go to stderr. With -ops a second address, for operators, serves GET /locks
 // and GET /ready.
@@ -80,7 +80,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	// There is no default from the environment here, because -help prints defaults.
 	flags.StringVar(&c.postgres, "postgres", "", "PostgreSQL `URI` (default: $WEBHOOK_POSTGRES_URI; if that is empty too, locks live in memory)")
 	flags.StringVar(&c.from, "from", "", "take deliveries of this `kind` of webhook alone, as X-GitHub-Hook-Installation-Target-Type says: repository, organization or integration, an app (default: all)")
-	flags.Func("mode", "what a push does to the job that runs: preempt, let_finish or skip_if_busy, as `[BRANCH=]MODE`; BRANCH is a pattern such as release/*; may be repeated, the first that matches counts (default preempt). With skip_if_busy a push that comes while another is at work is not deployed later, and one that comes too late is not turned away", c.modes.add)
+	flags.Func("mode", "what a push does to the job that runs: preempt, let_finish or skip_if_busy, as `[BRANCH=]MODE`; BRANCH is a pattern such as release/*; may be repeated, the first that matches counts (default preempt). With skip_if_busy a push that comes while another is at work is not deployed later, and one that comes too late is not rejected", c.modes.add)
 	flags.StringVar(&c.name, "name", "webhook", "this replica's name in its events")
 	flags.DurationVar(&c.work, "work", 10*time.Second, "how long one simulated deployment takes")
 	flags.DurationVar(&c.windDown, "wind-down", time.Second, "how long one takes to stop after it was told to")

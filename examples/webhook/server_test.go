@@ -272,9 +272,9 @@ func TestNewerPushWins(t *testing.T) {
 		require.Equal(t, 202, statusOf(h, signed("second00-2", push(t))))
 		require.NoError(t, w.wait(t.Context()))
 
-		require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, events.of("first000-1"))
+		require.Equal(t, []string{"received", "started", "notified", "stopped"}, events.of("first000-1"))
 		require.Equal(t, []string{"received", "started", "finished"}, events.of("second00-2"))
-		require.Contains(t, events.find("first000-1", "told to stop").Reason, "delivery second00")
+		require.Contains(t, events.find("first000-1", "notified").Reason, "delivery second00")
 		stopped, started := events.find("first000-1", "stopped"), events.find("second00-2", "started")
 		require.False(t, started.Time.Before(stopped.Time), "two ran together")
 		require.Greater(t, started.Token, stopped.Token)
@@ -301,7 +301,7 @@ func TestReports(t *testing.T) {
 		require.Equal(t, [2]string{"cancelled", "superseded by " + page + "2222222"}, reports("first000"))
 		require.Equal(t, [2]string{"cancelled", "superseded by " + page + "3333333"}, reports("second00"))
 		require.Equal(t, [2]string{"success", "done"}, reports("third000"))
-		require.Equal(t, "second00", events.find("first000", "told to stop").By)
+		require.Equal(t, "second00", events.find("first000", "notified").By)
 		require.Equal(t, "third000", events.find("second00", "left").By)
 	})
 }
@@ -309,7 +309,7 @@ func TestReports(t *testing.T) {
 // The reports of errors that the other tests do not cause: see locker.Outcome.
 func TestReportOfErrors(t *testing.T) {
 	for err, want := range map[error][2]string{
-		locker.ErrLockBusy:        {"skipped", "skipped: at work is another delivery"},
+		locker.ErrLockBusy:        {"skipped", "skipped: busy with another delivery"},
 		locker.ErrLockTimeout:     {"timed_out", "had to wait for too long for another delivery"},
 		locker.ErrMaxLockDuration: {"timed_out", "ran for too long"},
 		locker.ErrStopRequested:   {"cancelled", "an operator has stopped it"},
@@ -344,7 +344,7 @@ func TestLetFinish(t *testing.T) {
 		closed := bytes.Replace(push(t), []byte("synchronize"), []byte("closed"), 1)
 		require.Equal(t, 202, statusOf(h, signed("closed00", closed)))
 		require.NoError(t, w.wait(t.Context()))
-		require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, events.of("third000"))
+		require.Equal(t, []string{"received", "started", "notified", "stopped"}, events.of("third000"))
 		require.Equal(t, []string{"received", "started", "finished"}, events.of("closed00"))
 	})
 }
@@ -431,7 +431,7 @@ func TestOverrun(t *testing.T) {
 			synctest.Wait()
 		}
 		require.NoError(t, w.wait(t.Context()))
-		require.Equal(t, []string{"received", "started", "told to stop", "stopped", "failed"}, events.of("first000"))
+		require.Equal(t, []string{"received", "started", "notified", "stopped", "failed"}, events.of("first000"))
 		require.Equal(t, []string{"received", "started", "finished"}, events.of("second00"))
 	})
 }
@@ -596,8 +596,8 @@ func TestGracefulShutdown(t *testing.T) {
 	require.Equal(t, "received", s.next().Kind)
 	require.Equal(t, "started", s.next().Kind)
 	s.end()
-	require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, s.events.of("72d3162e"))
-	require.NotEmpty(t, s.events.find("72d3162e", "told to stop").Reason)
+	require.Equal(t, []string{"received", "started", "notified", "stopped"}, s.events.of("72d3162e"))
+	require.NotEmpty(t, s.events.find("72d3162e", "notified").Reason)
 	_, err := http.Get(s.url + "/healthz")
 	require.Error(t, err, "it still listens")
 }
@@ -615,11 +615,11 @@ func TestLateDelivery(t *testing.T) {
 	s.post(pushed, recorded(t, "synchronize"))
 	require.Equal(t, "received", s.next().Kind)
 	away := s.next()
-	require.Equal(t, "turned away", away.Kind)
+	require.Equal(t, "outdated", away.Kind)
 	require.Equal(t, pushed, away.Delivery)
 	require.Contains(t, away.Reason, "closed ec26c3e delivery 72d31640", "it says what came before it")
 	s.end()
-	require.Equal(t, []string{"received", "started", "finished", "received", "turned away"}, s.events.of(pushed))
+	require.Equal(t, []string{"received", "started", "finished", "received", "outdated"}, s.events.of(pushed))
 }
 
 // While a job closes the environment a late push arrives. The job is not notified.
@@ -632,7 +632,7 @@ func TestLateDeliveryDisturbsNoOther(t *testing.T) {
 		require.Equal(t, 202, statusOf(h, signed("72d31630-cc78-11e3-81ab-4c9367dc0958", recorded(t, "synchronize"))))
 		require.NoError(t, w.wait(t.Context()))
 		require.Equal(t, []string{"received", "started", "finished"}, events.of("72d31640-cc78-11e3-81ab-4c9367dc0958"))
-		require.Equal(t, []string{"received", "turned away"}, events.of("72d31630-cc78-11e3-81ab-4c9367dc0958"))
+		require.Equal(t, []string{"received", "outdated"}, events.of("72d31630-cc78-11e3-81ab-4c9367dc0958"))
 	})
 }
 
@@ -651,13 +651,13 @@ func TestRedelivery(t *testing.T) {
 			synctest.Wait()
 		}
 		require.NoError(t, one.wait(t.Context()))
-		require.Equal(t, []string{"received", "started", "received", "turned away", "finished"}, events.of(id))
-		require.Equal(t, []string{"received", "turned away"}, others.of(id))
+		require.Equal(t, []string{"received", "started", "received", "outdated", "finished"}, events.of(id))
+		require.Equal(t, []string{"received", "outdated"}, others.of(id))
 		require.Empty(t, others.find(id, "reports"), "it would replace the report of what is at work")
 
 		require.Equal(t, 202, statusOf(newHandler([]byte(testSecret), "", two), signed(id, recorded(t, "synchronize"))))
 		require.NoError(t, two.wait(t.Context()))
-		require.Equal(t, []string{"received", "turned away", "received", "started", "finished"}, others.of(id))
+		require.Equal(t, []string{"received", "outdated", "received", "started", "finished"}, others.of(id))
 	})
 }
 
@@ -673,9 +673,9 @@ func TestSamePushTwice(t *testing.T) {
 		first, events []string // of the first and of the second delivery
 	}{
 		"one id": {"", one, 202,
-			[]string{"received", "started", "finished"}, []string{"received", "turned away"}},
+			[]string{"received", "started", "finished"}, []string{"received", "outdated"}},
 		"ids of their own": {"", other, 202,
-			[]string{"received", "started", "told to stop", "stopped"}, []string{"received", "started", "finished"}},
+			[]string{"received", "started", "notified", "stopped"}, []string{"received", "started", "finished"}},
 		"ids of their own, from apps alone": {"integration", other, 204,
 			[]string{"received", "started", "finished"}, nil},
 	} {
@@ -733,7 +733,7 @@ func TestRenamedRepository(t *testing.T) {
 		renamed := bytes.ReplaceAll(push(t), []byte("Codertocat/Hello-World"), []byte("codertocat/goodbye"))
 		require.Equal(t, 202, statusOf(h, signed("after000", renamed)))
 		require.NoError(t, w.wait(t.Context()))
-		require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, events.of("before00"))
+		require.Equal(t, []string{"received", "started", "notified", "stopped"}, events.of("before00"))
 		require.Equal(t, []string{"received", "started", "finished"}, events.of("after000"))
 		require.Equal(t, []string{"received", "started", "finished"}, events.of("elsewher"))
 	})
@@ -856,7 +856,7 @@ func TestPostgres(t *testing.T) {
 	for s.next().Kind != "started" {
 	}
 	s.post(pushed, recorded(t, "synchronize"))
-	for s.next().Kind != "turned away" {
+	for s.next().Kind != "outdated" {
 	}
 	status, body := s.get(s.ops + "/locks")
 	require.Equal(t, http.StatusOK, status)
@@ -868,7 +868,7 @@ func TestPostgres(t *testing.T) {
 	require.Equal(t, "closed ec26c3e delivery 72d31640 of Codertocat/Hello-World#2", holders[0].Event)
 	require.Equal(t, os.Getpid(), holders[0].PID)
 	require.True(t, holders[0].Alive)
-	require.False(t, holders[0].Waiting, "a delivery that was turned away does not wait")
+	require.False(t, holders[0].Waiting, "a delivery that was outdated does not wait")
 	status, body = s.get(s.ops + "/ready")
 	require.Equal(t, http.StatusOK, status, "%s", body)
 	for _, path := range []string{"/locks", "/ready"} {
@@ -878,7 +878,7 @@ func TestPostgres(t *testing.T) {
 	s.end()
 	_, err = http.Get(s.ops + "/locks")
 	require.Error(t, err, "it still listens")
-	require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, s.events.of(closed))
+	require.Equal(t, []string{"received", "started", "notified", "stopped"}, s.events.of(closed))
 }
 
 // Once shutdown has begun a delivery is rejected, so that GitHub shows it as failed, and waiting
@@ -896,7 +896,7 @@ func TestStoppedWorker(t *testing.T) {
 		require.Equal(t, 503, statusOf(h, signed("third000", push(t))))
 		require.Equal(t, 503, statusOf(h, httptest.NewRequest(http.MethodGet, "/healthz", nil)))
 		require.NoError(t, w.wait(t.Context()))
-		require.Equal(t, []string{"received", "started", "told to stop", "stopped"}, events.of("first000"))
+		require.Equal(t, []string{"received", "started", "notified", "stopped"}, events.of("first000"))
 		require.Equal(t, []string{"received", "left"}, events.of("second00"))
 		require.Equal(t, errShutdown.Error(), events.find("second00", "left").Reason)
 		require.Empty(t, events.of("third000"))

@@ -97,7 +97,7 @@ func (w *worker) run(d delivery, log *slog.Logger) {
 			// A newer delivery came before, or this one is a redelivery of the one at work. No
 			// other job was notified.
 			by := rival(err).Labels["delivery"]
-			log.Info("turned away", "reason", reason, "by", by)
+			log.Info("outdated", "reason", reason, "by", by)
 			if by == d.id {
 				// The delivery at work reports.
 				return
@@ -149,7 +149,7 @@ func report(err error) (conclusion, summary string) {
 	case locker.OutcomeCompleted:
 		return "success", "done"
 	case locker.OutcomeBusy:
-		return "skipped", "skipped: at work is " + about(err)
+		return "skipped", "skipped: busy with " + about(err)
 	case locker.OutcomeOutdated, locker.OutcomeSuperseded, locker.OutcomePreempted:
 		return "cancelled", "superseded by " + about(err)
 	case locker.OutcomeCanceled, locker.OutcomeClosed:
@@ -186,7 +186,7 @@ func (w *worker) work(ctx context.Context, log *slog.Logger) error {
 		case <-ctx.Done():
 			cause := context.Cause(ctx)
 			outcome, _ := locker.OutcomeOf(cause)
-			log.Info("told to stop", "reason", cause.Error(), "outcome", outcome.String(), "by", rival(cause).Labels["delivery"])
+			log.Info("notified", "reason", cause.Error(), "outcome", outcome.String(), "by", rival(cause).Labels["delivery"])
 			// The lock is still held, for the preemption timeout at most. Winding down must not
 			// take longer.
 			time.Sleep(w.windDown)

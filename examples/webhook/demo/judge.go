@@ -48,11 +48,11 @@ const (
 	shuttingDown = "shutting down"
 	received     = "received"
 	started      = "started"
-	toldToStop   = "told to stop"
+	notified     = "notified"
 	stopped      = "stopped"
 	finished     = "finished"
 	left         = "left"
-	turnedAway   = "turned away"
+	outdated     = "outdated"
 	skipped      = "skipped"
 	reports      = "reports"
 	failed       = "failed"
@@ -70,9 +70,9 @@ const (
 	exited = "exited" // a service has ended otherwise, and Reason is empty if it was asked to end and did so without an error
 )
 
-// lockDelay is how long the successor of a killed holder has to wait: the session timeout of the
+// sessionTimeout is how long the successor of a killed holder has to wait: the session timeout of the
 // library.
-const lockDelay = 10 * time.Second
+const sessionTimeout = 10 * time.Second
 
 // skipTime is how long a service may take to find out that a job is at work. If a delivery that may
 // be skipped starts later than that, and after a job has ended, it has waited.
@@ -96,8 +96,8 @@ type pull struct {
 
 	latestEnd time.Time // when a job ended last
 
-	deliveries, ran, stopped, left, turnedAway, skipped, finished, killed, overlaps int
-	newestFinished                                                                  bool
+	deliveries, ran, stopped, left, outdated, skipped, finished, killed, overlaps int
+	newestFinished                                                                bool
 }
 
 func newPull(repo string, pr uint) *pull {
@@ -111,9 +111,9 @@ func newPull(repo string, pr uint) *pull {
 //   - Two jobs never run concurrently.
 //   - Tokens grow.
 //   - No older job runs after a newer one.
-//   - A delivery is turned away only because of a newer one, or because it was sent once more.
+//   - A delivery is outdated only because of a newer one, or because it was sent once more.
 //   - No job is stopped by its own redelivery.
-//   - No job is told to stop if all newer deliveries let it finish.
+//   - No job is notified if all newer deliveries let it finish.
 //   - No job is stopped by a delivery that may be skipped. Such a delivery is not skipped without a
 //     reason, and does not wait.
 //   - Every commit shows the one that has taken its place.
@@ -233,8 +233,8 @@ func (p *pull) see(e Event) (broken []string) {
 			}
 			p.latest = e
 		}
-		if wait := e.Time.Sub(p.orphaned); !p.orphaned.IsZero() && wait < lockDelay {
-			complain("%s took over %.1f s after a holder was killed; the lock delay is %.0f s", e.Event, wait.Seconds(), lockDelay.Seconds())
+		if wait := e.Time.Sub(p.orphaned); !p.orphaned.IsZero() && wait < sessionTimeout {
+			complain("%s took over %.1f s after a holder was killed; the session timeout is %.0f s", e.Event, wait.Seconds(), sessionTimeout.Seconds())
 		}
 		p.orphaned = time.Time{}
 		delete(p.by, e.Delivery+" "+e.Replica)
@@ -262,16 +262,16 @@ func (p *pull) see(e Event) (broken []string) {
 			p.newestFinished = true
 		}
 
-	case toldToStop, left:
+	case notified, left:
 		if e.By == e.Delivery {
 			complain("%s was disturbed by its own redelivery", e.Event)
 		}
-		if e.Kind == toldToStop && e.Outcome == preempted {
+		if e.Kind == notified && e.Outcome == preempted {
 			if e.By == "" {
-				complain("%s was told to stop, and not for which delivery", e.Event)
+				complain("%s was notified, and not for which delivery", e.Event)
 			}
 			if !p.preempted(e.Delivery) {
-				complain("%s was told to stop, though everything newer lets it finish", e.Event)
+				complain("%s was notified, though everything newer lets it finish", e.Event)
 			}
 		}
 		if e.Kind == left {
@@ -281,14 +281,14 @@ func (p *pull) see(e Event) (broken []string) {
 			p.left++
 			p.settle(e)
 		}
-	case turnedAway:
-		p.turnedAway++
+	case outdated:
+		p.outdated++
 		// A redelivery of the delivery at work reports nothing. The delivery at work does.
 		if e.By == e.Delivery {
 			delete(p.by, e.Delivery+" "+e.Replica)
 		}
 		if p.newest.Delivery == e.Delivery && !p.again[e.Delivery] {
-			complain("%s was turned away, though nothing newer had been sent", e.Event)
+			complain("%s was outdated, though nothing newer had been sent", e.Event)
 		}
 		p.settle(e)
 	case skipped:

@@ -37,7 +37,7 @@ func tell(t *testing.T, lines string) []Event {
 			e.Delivery = f[4]
 			e.Event = "push " + f[4]
 			e.Mode, e.By = told["mode"], told["by"]
-			if e.By != "" && e.Kind == toldToStop {
+			if e.By != "" && e.Kind == notified {
 				e.Outcome = preempted
 			}
 			if e.Kind == sent {
@@ -61,7 +61,7 @@ func tell(t *testing.T, lines string) []Event {
 }
 
 // A history of three pull requests on two services. A job is stopped, a waiter is superseded, and
-// two redeliveries are turned away, one of them of a running job. A service is killed, and its key
+// two redeliveries are outdated, one of them of a running job. A service is killed, and its key
 // is taken over. A job may finish, there is a successor and a delivery between the two, and a test
 // is skipped.
 const good = `
@@ -111,7 +111,7 @@ func TestJudgeAcceptsGoodHistory(t *testing.T) {
 	require.Len(t, pulls, 3)
 	seven, eight, nine := pulls[0], pulls[1], pulls[2]
 	counts := func(p *pull) []int {
-		return []int{p.deliveries, p.ran, p.stopped, p.left, p.turnedAway, p.skipped, p.finished, p.killed, p.overlaps}
+		return []int{p.deliveries, p.ran, p.stopped, p.left, p.outdated, p.skipped, p.finished, p.killed, p.overlaps}
 	}
 	require.Equal(t, []int{5, 2, 1, 1, 2, 0, 1, 0, 0}, counts(seven))
 	require.Equal(t, []int{2, 2, 0, 0, 0, 0, 1, 1, 0}, counts(eight))
@@ -180,13 +180,13 @@ func TestJudgeIsLoud(t *testing.T) {
 		},
 		"successor too early": {
 			[]string{"12.8 one", "12.6 one"},
-			[]string{"#8: push y took over 9.9 s after a holder was killed; the lock delay is 10 s"},
+			[]string{"#8: push y took over 9.9 s after a holder was killed; the session timeout is 10 s"},
 		},
-		"newest turned away": {
+		"newest outdated": {
 			[]string{"2.2  one #7 sent c\n", "2.2 one #7 sent c\n2.24 one #7 sent d\n2.25 one #7 turned-away d\n"},
-			[]string{"#7: push d was turned away, though nothing newer had been sent", "#7: the newest delivery, push d, did not finish"},
+			[]string{"#7: push d was outdated, though nothing newer had been sent", "#7: the newest delivery, push d, did not finish"},
 		},
-		"an older one turned away": {
+		"an older one outdated": {
 			[]string{"2.3  two #7 left b", "2.3  two #7 turned-away b"},
 			nil,
 		},
@@ -211,23 +211,23 @@ func TestJudgeIsLoud(t *testing.T) {
 		},
 		"a job disturbed by its own redelivery": {
 			[]string{"2.64 one #7 turned-away c", "2.64 one #7 told-to-stop c 2 by=c\n2.65 one #7 turned-away c"},
-			[]string{"#7: push c was disturbed by its own redelivery", "#7: push c was told to stop, though everything newer lets it finish"},
+			[]string{"#7: push c was disturbed by its own redelivery", "#7: push c was notified, though everything newer lets it finish"},
 		},
 		"a job that failed": {
 			[]string{"2.3  two #7 left b", "2.3  two #7 failed b"},
 			[]string{"#7: push b failed"},
 		},
-		"a job that is told to stop by one that lets it finish": {
+		"a job that is notified by one that lets it finish": {
 			[]string{"3.4  one #9 left l by=m", "3.35 one #9 told-to-stop k 1 by=m\n3.4 one #9 left l by=m"},
-			[]string{"#9: push k was told to stop, though everything newer lets it finish"},
+			[]string{"#9: push k was notified, though everything newer lets it finish"},
 		},
-		"a job that is told to stop by a newer one on a branch where others let it finish": {
+		"a job that is notified by a newer one on a branch where others let it finish": {
 			[]string{"3.3  one #9 sent m mode=let_finish", "3.3 one #9 sent m mode=preempt\n3.35 one #9 told-to-stop k 1 by=m"},
 			nil,
 		},
-		"a job that is told to stop by one that may be skipped": {
+		"a job that is notified by one that may be skipped": {
 			[]string{"3.6  one #9 skipped n by=k", "3.6 one #9 told-to-stop k 1 by=n\n3.7 one #9 skipped n by=k"},
-			[]string{"#9: push k was disturbed by push n, which takes the lock only if it is free", "#9: push k was told to stop, though everything newer lets it finish"},
+			[]string{"#9: push k was disturbed by push n, which takes the lock only if it is free", "#9: push k was notified, though everything newer lets it finish"},
 		},
 		"a waiter displaced by one that may be skipped": {
 			[]string{"3.4  one #9 left l by=m", "3.55 one #9 left l by=n"},
@@ -263,7 +263,7 @@ func TestJudgeIsLoud(t *testing.T) {
 		},
 		"a job that was not asked for": {
 			[]string{"2    two #7 sent b", ""},
-			[]string{"#7: push a was told to stop, though everything newer lets it finish", "#7: push b left, but was never sent", "#7: push b reports, but was never sent", "#7: push b turned away, but was never sent"},
+			[]string{"#7: push a was notified, though everything newer lets it finish", "#7: push b left, but was never sent", "#7: push b reports, but was never sent", "#7: push b outdated, but was never sent"},
 		},
 		"a service that crashed": {
 			[]string{"16   one #0 exited", "16   one #0 exited exit status 2"},

@@ -124,7 +124,7 @@ func perform(ctx context.Context, out *os.File, c cast, play func(context.Contex
 	}
 	if len(faults) == 0 {
 		printReport(out, history.all())
-		fmt.Fprintln(out, "\nEvery promise was kept: one at a time, the newest wins, what is let finish is not told to stop, late and skipped ones\ndisturb no other, tokens only grow, every process ended well.")
+		fmt.Fprintln(out, "\nEvery promise was kept: one at a time, the newest wins, what is let finish is not notified, late and skipped ones\ndisturb no other, tokens only grow, every process ended well.")
 		return nil
 	}
 	for _, service := range s.services {
@@ -147,13 +147,13 @@ func printSummary(out io.Writer, pulls []*pull) {
 			newest = "yes"
 		}
 		fmt.Fprintf(out, "%-6s %10d %6d %8d %6d %9d %8d %6d %9d  %-6s %8d\n",
-			fmt.Sprintf("#%d", p.pr), p.deliveries, p.ran, p.stopped, p.left, p.turnedAway, p.skipped, p.killed, p.finished, newest, p.overlaps)
+			fmt.Sprintf("#%d", p.pr), p.deliveries, p.ran, p.stopped, p.left, p.outdated, p.skipped, p.killed, p.finished, newest, p.overlaps)
 	}
 }
 
-// printReport prints the report of one commit whose job was told to stop.
+// printReport prints the report of one commit whose job was notified.
 func printReport(out io.Writer, events []Event) {
-	i := slices.IndexFunc(events, func(e Event) bool { return e.Kind == toldToStop && e.By != "" })
+	i := slices.IndexFunc(events, func(e Event) bool { return e.Kind == notified && e.By != "" })
 	if i < 0 {
 		return
 	}

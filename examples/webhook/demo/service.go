@@ -18,8 +18,8 @@ import (
 const (
 	releases = "release/" // the prefix of branches on which a running job may finish
 
-	workTime = 1500 * time.Millisecond // of a job that is not told to stop
-	windDown = 300 * time.Millisecond  // of a job that was told to stop
+	workTime = 1500 * time.Millisecond // of a job that is not notified
+	windDown = 300 * time.Millisecond  // of a job that was notified
 	patience = 25 * time.Second        // how long a service may take to end
 )
 

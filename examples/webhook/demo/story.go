@@ -108,7 +108,7 @@ func (p *pr) again(to *service, id string) {
 	d := p.sent[id]
 	p.stage.history.add(Event{Kind: resent, Replica: to.name, Repo: d.repo, PR: d.pr, Delivery: d.id})
 	if p.err = p.stage.sender.post(p.ctx, to.url, d); p.err == nil {
-		p.sees(turnedAway, id)
+		p.sees(outdated, id)
 	}
 }
 
@@ -116,7 +116,7 @@ func (p *pr) again(to *service, id string) {
 // made way for it.
 func (p *pr) claimed(id string) {
 	p.await("the claim of "+id, func(e Event) bool {
-		return e.Kind == started && e.Delivery == id || (e.Kind == toldToStop || e.Kind == left) && e.By == id && e.Delivery != id
+		return e.Kind == started && e.Delivery == id || (e.Kind == notified || e.Kind == left) && e.By == id && e.Delivery != id
 	})
 }
 
@@ -229,7 +229,7 @@ func playInMemory(ctx context.Context, s *stage) error {
 			p.sees(finished, p.deliver(one, "synchronize"))
 			return p.err
 		},
-		// No job of this pull request is told to stop.
+		// No job of this pull request is notified.
 		func(ctx context.Context) error {
 			p := s.pr(ctx, 9)
 			opened := p.deliver(one, "opened")

@@ -94,8 +94,8 @@ func (t *timeline) describe(e Event) (what, note string) {
 			return "→ arrives again", "the same delivery"
 		}
 		return "→ arrives", map[string]string{letFinish: "lets the running one finish", skipIfBusy: "a test: only if none runs"}[e.Mode]
-	case turnedAway:
-		return "× turned away", t.cause("too late: after ", e)
+	case outdated:
+		return "× outdated", t.cause("too late: after ", e)
 	case locks:
 		return "≡ GET /locks", ""
 	case started:
@@ -109,15 +109,15 @@ func (t *timeline) describe(e Event) (what, note string) {
 			note += fmt.Sprintf(", has waited for %.1f s", t.waited(e).Seconds())
 		}
 		return "► runs", note
-	case toldToStop:
-		return "! told to stop", t.cause("by ", e)
+	case notified:
+		return "! notified", t.cause("by ", e)
 	case stopped:
 		delete(t.running, e.PR)
 		return "■ stopped", "token " + shortToken(e.Token)
 	case left:
 		return "← leaves", t.cause("superseded by ", e)
 	case skipped:
-		return "↷ skipped", t.cause("busy: at work is ", e)
+		return "↷ skipped", t.cause("busy with ", e)
 	case finished:
 		delete(t.running, e.PR)
 		verb := map[string]string{"destroy": "✓ destroyed", "test": "✓ tested"}[e.Job]
@@ -143,7 +143,7 @@ func (t *timeline) killed(e Event) string {
 	if lost == nil {
 		return "by SIGKILL"
 	}
-	return fmt.Sprintf("by SIGKILL, while it ran %s: a successor has to wait %.0f s", strings.Join(lost, ", "), lockDelay.Seconds())
+	return fmt.Sprintf("by SIGKILL, while it ran %s: a successor has to wait %.0f s", strings.Join(lost, ", "), sessionTimeout.Seconds())
 }
 
 // waited returns the time between the arrival of an event's delivery and the event.
@@ -159,7 +159,7 @@ func (t *timeline) waited(e Event) time.Duration {
 // cause names the delivery for which an event's job made way, or otherwise returns the event's
 // reason.
 func (t *timeline) cause(verb string, e Event) string {
-	if e.By == e.Delivery && e.Kind == turnedAway {
+	if e.By == e.Delivery && e.Kind == outdated {
 		return "it is not over yet"
 	}
 	for _, other := range t.events {
