@@ -10,8 +10,8 @@ import (
 	"unicode/utf8"
 )
 
-// Every default and every fixed bound of the package. What follows from the session
-// timeout is in trust.go.
+// These are all defaults and fixed bounds of the package. What is derived from the session timeout
+// is in trust.go.
 const (
 	defaultLockTimeout       = 20 * time.Second
 	defaultMaxLockDuration   = 30*time.Minute + 30*time.Second
@@ -22,15 +22,17 @@ const (
 	maxSessionTimeout = time.Hour
 	minIdleTimeout    = time.Second
 
-	releaseTimeout = 5 * time.Second // longest that Release and Unlock block
-	pollInterval   = time.Second     // longest sleep of a waiter between two attempts
+	// Release and Unlock block for no longer than this.
+	releaseTimeout = 5 * time.Second
+	// A waiter sleeps for no longer than this between two attempts.
+	pollInterval = time.Second
 
-	maxPullRequest = 1<<31 - 1 // the column is a PostgreSQL integer
+	// The column is a PostgreSQL integer.
+	maxPullRequest = 1<<31 - 1
 )
 
-// LockProviderConfig sets configuration values that can be shared between
-// LockProvider implementations. Its zero value is valid and means every
-// default. It is filled by the LockProviderOptions.
+// LockProviderConfig is the configuration of a [LockProvider]. The [LockProviderOption] functions
+// fill it. The zero value is valid and means the default of every option.
 type LockProviderConfig struct {
 	lockTimeout       time.Duration
 	finishTimeout     time.Duration // the lock timeout of claims that let the holder finish
@@ -41,205 +43,216 @@ type LockProviderConfig struct {
 	progress          progress
 	originalReplicas  bool
 	postgres          *postgresTarget
-	tracer            Tracer // of all statements, see apmTracer
+	tracer            Tracer // of all statements: see apmTracer
 	postgresURI       *uriSource
 	logger            *slog.Logger
 	observer          func(Observation)
 }
 
-// progress is what WithProgress says. It is off if n is 0.
+// progress is the argument of WithProgress. It is off if n is 0.
 type progress struct {
 	n   int
 	max time.Duration
 }
 
-// postgresTarget is kept behind a pointer so that printing a configuration
-// never prints a password.
+// postgresTarget is the argument of WithPostgresBackend. It is kept behind a pointer so that
+// printing a configuration never prints a password.
 type postgresTarget struct {
 	uri         string
 	serviceName string
 }
 
-// LockProviderOption allows clients to configure different aspects of the
-// LockProvider that NewLockProvider returns. Options are checked there, not
-// where they are made.
+// A LockProviderOption sets one value of a provider's configuration. [NewLockProvider],
+// [NewPostgresProvider] and [NewFakeProvider] accept options, apply them in order, and return an
+// error for a value that is not valid.
 type LockProviderOption func(*LockProviderConfig)
 
-// WithLockTimeout sets how long Lock waits for the key before it returns an error that
-// matches [ErrLockTimeout]. A negative duration is an error. Zero means the default, 20 s.
-// The default is longer where claims wait for a holder that is not notified: with
-// [WithProgress] by its max, and for a claim in the mode [LetFinish] it is the max lock
-// duration, the preemption timeout and 20 s together. [PreemptiveLocker.Wait] bounds the
-// wait of one claim.
+// WithLockTimeout sets how long Lock waits for the key before it returns an error that matches
+// [ErrLockTimeout]. Zero means the default. A negative duration is an error.
+//
+// The default is 20 s. It is longer for claims that may wait for a holder that is not notified.
+// With [WithProgress] it is max and 20 s. For a claim in the mode [LetFinish] it is the max lock
+// duration, the preemption timeout and 20 s together. [PreemptiveLocker.Wait] bounds the wait of
+// one claim.
 func WithLockTimeout(lockWait time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.lockTimeout = lockWait }
 }
 
-// WithMaxLockDuration sets how long a lock may be held before its holder is
-// notified with ErrMaxLockDuration; like every notification it is followed by
-// revocation after the preemption timeout. It protects against a holder that
-// is blocked. Zero means the default, 30 min 30 s; a negative duration is
-// refused.
+// WithMaxLockDuration sets how long a lock may be held before its holder is notified with
+// [ErrMaxLockDuration]. As after every notification, the lock is revoked if it is still held when
+// the preemption timeout has passed. This protects against a holder that is blocked. Zero means the
+// default, 30 min 30 s. A negative duration is an error.
 func WithMaxLockDuration(duration time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.maxLockDuration = duration }
 }
 
-// WithPreemptionTimeout sets how long a holder has, after its notification and
-// whatever its cause, until the lock is taken from it, read or unread. Zero
-// means the default, 10 s; a negative duration is refused.
+// WithPreemptionTimeout sets how long a notified holder may take to release the lock before the
+// lock is revoked. Neither the cause of the notification nor whether it was read matters. Zero
+// means the default, 10 s. A negative duration is an error.
 func WithPreemptionTimeout(duration time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.preemptionTimeout = duration }
 }
 
-// WithSessionTimeout sets how long a provider may be cut off from PostgreSQL without
-// losing its locks, and how long others wait for a process that has crashed. It is
-// between one second and one hour. Zero means the default, 10 s.
+// WithSessionTimeout sets for how long a provider may be cut off from PostgreSQL without losing its
+// locks, and for how long others wait for a process that has crashed. It is between one second and
+// one hour: any other duration is an error. Zero means the default, 10 s.
 //
-// A provider that loses its connection is suspended: it connects again, and all its
-// holds continue as if nothing had happened. If it has had no contact for 0.9 of the
-// timeout, its holders are notified with [ErrLockLost]. Other processes, whatever
-// timeout they have, take its keys over after they have watched its session being
-// dead for the whole timeout. With a longer timeout a deployment survives a longer
-// failover, and a crash costs its successor that much more time.
+// A provider that loses its connection is suspended: it connects again, and all its holds continue.
+// If no heartbeat has succeeded for 0.9 of the timeout, its holders are notified with
+// [ErrLockLost]. Other processes take its keys over after they have watched its session being dead
+// for the whole timeout, whatever their own timeout is. With a longer timeout a deployment survives
+// a longer failover, and a successor waits that much longer after a crash.
+//
+// The database keeps the timeout in the session's row. If that row does not exist, for example
+// because an operator has deleted it, the timeout of the holder is not known. The successor then
+// waits for its own session timeout, but at least 10 s.
 func WithSessionTimeout(timeout time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.sessionTimeout = timeout }
 }
 
-// WithIdleTimeout lets the provider end its session and close its connections when it
-// has had no holds, no waiters and no calls for the given time, so that a serverless
-// database can sleep. The next call connects again, which takes some milliseconds, or
-// as long as the database needs to wake up. It is at least one second. Zero, the
-// default, keeps the session until the provider is closed. The fake provider ignores
-// it.
+// WithIdleTimeout makes the provider end its session and close its connections when it has had no
+// holds, no waiters and no calls for the given time, so that a serverless database can sleep. The
+// next call connects again. That takes some milliseconds, or as long as the database needs to wake
+// up.
+//
+// The timeout is at least one second: a shorter one is an error. Zero, the default, keeps the
+// session until the provider is closed. The fake provider ignores this option.
 func WithIdleTimeout(timeout time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.idleTimeout = timeout }
 }
 
-// WithProgress bounds how often claims can end the work on a key. When n holds in a row
-// were ended by a newer claim, the next one is spared: no claim notifies it for max after
-// it has begun. Claims go on superseding each other while they wait. If the hold has not
-// ended after max, it is notified if a claim has asked for that meanwhile, and the one
-// after it is spared. Everything else that ends a hold still does: an operator's stop, the
-// loss of the session, the context, the max lock duration and Close.
+// WithProgress bounds how often claims can end the work on a key. When n holds in a row were ended
+// by a newer claim, the next one is spared: no claim notifies it until max has passed since it
+// began. After max it is notified if a claim has asked for that meanwhile, and the hold after it is
+// spared. Claims still supersede each other while they wait. An operator's stop, the loss of the
+// session, the context, the max lock duration and Close still end a spared hold.
 //
-// So of n + 1 holds of a key in a row at least one is not notified because of a claim,
-// if it ends within max. That holds if all providers that use the key have this option.
-// A hold counts as ended by a newer claim if a claim that preempts was announced while it
-// was held. n and max are positive. Without the option, or with n 0, no hold is spared.
+// If all providers that use the key have this option, then of any n + 1 successive holds of the key
+// at least one is not notified because of a claim, if it ends within max. A hold counts as ended by
+// a newer claim if a claim that preempts was announced while it was held.
 //
-// A claim may have to wait for max, so the default of [WithLockTimeout] is longer by max.
-// Choose max below the max lock duration.
+// A negative n is an error, and so is a max that is not positive. Without the option, or if n is 0,
+// no hold is spared. A claim may have to wait for max, so the default of [WithLockTimeout] is
+// longer by max. Choose a max below the max lock duration.
 func WithProgress(n int, max time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.progress = progress{n, max} }
 }
 
-// WithOriginalReplicas makes locks exclude those of the original library, too, for a
-// rolling deployment in which replicas of both work on one database. Every hold then
-// also has the session-level advisory lock on its key, which costs up to two statements
-// for each attempt to take a key, one for each release, and an entry in the server's
-// lock table for each hold. A hold whose session is suspended is lost if a replica of
-// the original takes the key meanwhile. Remove the option when the last of them has
-// ended. The fake provider ignores it.
+// WithOriginalReplicas makes locks exclude those of the original library as well, for a rolling
+// deployment in which replicas of both use one database. Remove the option when the last replica of
+// the original has ended. The fake provider ignores it.
+//
+// With this option every hold has the session-level advisory lock of its key. That costs up to two
+// statements for each attempt to take a key, one for each release, and an entry in the server's
+// lock table for each hold. If a replica of the original takes the key while the session of a hold
+// is suspended, the hold is lost.
 func WithOriginalReplicas() LockProviderOption {
 	return func(c *LockProviderConfig) { c.originalReplicas = true }
 }
 
-// WithPostgresBackend names the PostgreSQL server of a postgres provider, as a
-// URL (postgres://user:password@host/db) or as key=value pairs, in the form
-// that github.com/lib/pq takes. Several hosts may be named (postgres://a:5432,b:5433/db);
-// the one that takes writes is used, also after a failover. Connections use TLS unless the
-// URI or the environment says otherwise (sslmode). docs/connect.md has all forms. With a
-// non-empty apmServiceName the SQL statements that serve a traced Lock or Release are
-// recorded as Datadog APM spans of that service; in a program that was built with the tag
-// nodatadog such a name is an error. With [WithPostgresURI] the postgresURI is empty.
+// WithPostgresBackend sets the PostgreSQL server of a postgres provider. postgresURI is a URL
+// (postgres://user:password@host/db) or a list of key=value pairs, in a form that github.com/lib/pq
+// accepts. It may name several hosts (postgres://a:5432,b:5433/db): the provider uses the one that
+// accepts writes, and finds it again after a failover. Connections use TLS unless the URI or the
+// environment has a setting for it (sslmode). docs/connect.md in the repository has all forms. With
+// [WithPostgresURI] postgresURI is empty.
+//
+// With a non-empty apmServiceName the SQL statements that serve a traced Lock or Release are
+// recorded as Datadog APM spans of that service. In a program that was built with the tag nodatadog
+// a non-empty name is an error.
 func WithPostgresBackend(postgresURI string, apmServiceName string) LockProviderOption {
 	return func(c *LockProviderConfig) {
 		c.postgres = &postgresTarget{uri: postgresURI, serviceName: apmServiceName}
 	}
 }
 
-// WithPostgresURI has a postgres provider ask f for the connection string before each of
-// its connections, for passwords, tokens and addresses that change. f returns what
-// [WithPostgresBackend] takes. It is called concurrently, and has to return when its
-// context is done, 8 s after the call at the latest.
+// WithPostgresURI makes a postgres provider call f for the connection string before each of its
+// connections, for passwords, tokens and addresses that change. f returns a string that
+// [WithPostgresBackend] accepts. f must be safe for concurrent use, and must return when its
+// context is done, which is at most 8 s after the call.
 //
-// An error of f is treated like a server that cannot be reached: claims wait for the end of
-// it, within the lock timeout, and their error has its text. A string that is not valid is
-// an error at first use. When the server has refused a login, f is asked every second. If
-// it returns another string, that is tried immediately, five times in a row at most;
-// otherwise the pause between two attempts grows up to a minute. f is not asked when the
-// provider is made. It runs on goroutines of the provider, so a panic in it ends the
-// process.
+// An error of f is treated like a server that cannot be reached: claims wait, within the lock
+// timeout, until f succeeds, and their errors include its text. A string that is not valid is an
+// error at first use.
+//
+// When the server has refused a login, the provider calls f every second. If f returns another
+// string, the provider tries that string immediately, but at most five times in a row. Otherwise
+// the pause between two attempts grows up to a minute.
+//
+// f is not called when the provider is created. It runs on goroutines of the provider, so a panic
+// in it ends the process.
 func WithPostgresURI(f func(ctx context.Context) (string, error)) LockProviderOption {
 	return func(c *LockProviderConfig) {
 		c.postgresURI = &uriSource{ask: f, slots: make(chan struct{}, maxAsks)}
 	}
 }
 
-// WithLogger sets where the provider reports what an operator must know: a session that
-// is suspended, lost or refused, a revoked lock, and what docs/operations.md lists.
-// Without it, or with nil, nothing is logged.
+// WithLogger sets the logger to which the provider reports what an operator must know, such as a
+// session that is suspended, lost or rejected, and a lock that is revoked. docs/operations.md in
+// the repository lists the messages. Without this option, or with nil, nothing is logged.
 func WithLogger(logger *slog.Logger) LockProviderOption {
 	return func(c *LockProviderConfig) { c.logger = logger }
 }
 
-// WithObserver has f called for everything that happens to the provider's locks, for
-// metrics. f is called concurrently, on the goroutine on which it happens, and must
-// return immediately: it may run between two notifications. Without it nothing is counted
-// and nothing is spent.
+// WithObserver registers f to be called for every [Observation] of the provider's locks and of its
+// session, for example to record metrics. f must be safe for concurrent use. It is called on the
+// goroutine on which the event happens, possibly between two notifications, so it must return
+// immediately. Without this option, or with nil, nothing is counted.
 func WithObserver(f func(Observation)) LockProviderOption {
 	return func(c *LockProviderConfig) { c.observer = f }
 }
 
-// Observation is one thing that happened to a lock, or to the session of all locks.
+// An Observation is one event in the life of a lock, or of the session of all locks.
 type Observation struct {
 	Kind   ObservationKind
 	Key    int64             // 0 for a session
 	Event  string            // of the lock's claim
 	Labels map[string]string // of the lock's claim
-	// After is the time since Lock was called, since the hold began, or since the session
-	// was suspended: each kind says which.
+	// After is the time since Lock was called, since the hold began, or since the session was
+	// suspended. See the kind.
 	After time.Duration
-	// Kept and Lost count holds: those of a session that is suspended, or those that a
-	// session which has reconnected has kept and has lost.
+	// Kept and Lost count holds. For [ObservedSuspended] Kept is the number of holds of the
+	// session. For [ObservedReconnected] they are the holds that the session has kept and has lost.
 	Kept, Lost int
-	// Err is the reason, if there is one. It matches a sentinel or a context's error, or
-	// neither if it is the database's or Release has ended the wait. [OutcomeOf] reads it.
+	// Err is the reason, or nil if there is none. It matches a sentinel or a context's error,
+	// except for an error of the database, and for that of a wait that Release has ended.
+	// [OutcomeOf] reads it.
 	Err error
 }
 
-// ObservationKind enumerates what can happen to a lock, or to a session.
+// An ObservationKind is a kind of [Observation].
 type ObservationKind int
 
 const (
-	// ObservedAcquired means that Lock succeeded, After a wait.
+	// ObservedAcquired means that Lock has succeeded. After is the time of the wait.
 	ObservedAcquired ObservationKind = iota + 1
-	// ObservedSuperseded means that a waiter was superseded, After a wait.
+	// ObservedSuperseded means that a waiter was superseded, or that its claim was outdated. After
+	// is the time of the wait.
 	ObservedSuperseded
-	// ObservedFailed means that Lock failed for another reason, After a wait.
+	// ObservedFailed means that Lock has failed for another reason. After is the time of the wait.
 	ObservedFailed
-	// ObservedNotified means that the holder was notified, After a part of the hold. Err
-	// is the cause.
+	// ObservedNotified means that the holder was notified. After is the time since the hold began,
+	// and Err is the cause.
 	ObservedNotified
-	// ObservedReleased means that the holder has released, After the hold. Err is the
-	// cause of its notification, or nil.
+	// ObservedReleased means that the holder has released the lock. After is the duration of the
+	// hold. Err is the cause if the holder had been notified, and otherwise nil.
 	ObservedReleased
-	// ObservedRevoked means that the lock was taken from its holder, After the hold. Err
-	// is the cause of its notification.
+	// ObservedRevoked means that the lock was revoked. After is the duration of the hold, and Err
+	// is the cause of the notification.
 	ObservedRevoked
-	// ObservedLost means that the session was lost, or that the key was taken from it,
-	// After the hold.
+	// ObservedLost means that the hold was lost: its session was lost, or the row of its key no
+	// longer names it. After is the duration of the hold.
 	ObservedLost
-	// ObservedSuspended means that the session has no connection. Its holds continue.
+	// ObservedSuspended means that the session has lost its connection. Its holds continue.
 	ObservedSuspended
-	// ObservedReconnected means that the session is connected again, After having been
-	// suspended.
+	// ObservedReconnected means that the session has a connection again. After is the time for
+	// which it was suspended.
 	ObservedReconnected
-	// ObservedSkipped means that Lock returned [ErrLockBusy].
+	// ObservedSkipped means that Lock has returned [ErrLockBusy]. After is the time of the wait.
 	ObservedSkipped
 )
 
-// String returns a name that is fit for a metric's label.
+// String returns the kind in lower case, such as "acquired", for the label of a metric.
 func (k ObservationKind) String() string {
 	names := [...]string{"unknown", "acquired", "superseded", "failed", "notified", "released", "revoked", "lost", "suspended", "reconnected", "skipped"}
 	if k < 0 || int(k) >= len(names) {
@@ -259,9 +272,10 @@ func newLockProviderConfig(options []LockProviderOption) (LockProviderConfig, er
 	return c.checked()
 }
 
-// checked returns the configuration with its defaults filled in.
+// checked returns the configuration with its defaults filled in, or an error if a value is not
+// valid. It may be called again with its own result.
 func (c LockProviderConfig) checked() (LockProviderConfig, error) {
-	waits := c.lockTimeout // if it is given
+	waits := c.lockTimeout // 0 if it was not set
 	for _, d := range []struct {
 		name  string
 		value *time.Duration
@@ -293,7 +307,8 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 	case p.max <= 0:
 		return c, fmt.Errorf("locker: progress: max is not positive: %v", p.max)
 	}
-	if c.finishTimeout == 0 { // otherwise it was checked before
+	// Otherwise the configuration has been checked before.
+	if c.finishTimeout == 0 {
 		c.finishTimeout = waits
 		if waits == 0 {
 			c.lockTimeout = sum(defaultLockTimeout, c.progress.max)
@@ -312,8 +327,7 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 	return c, nil
 }
 
-// sum adds durations that are not negative, and returns the longest one there is if their
-// sum is longer.
+// sum returns a + b, or the longest duration if the sum overflows. Neither is negative.
 func sum(a, b time.Duration) time.Duration {
 	if a > math.MaxInt64-b {
 		return math.MaxInt64
@@ -321,46 +335,47 @@ func sum(a, b time.Duration) time.Duration {
 	return a + b
 }
 
-// PreemptiveLockerConfig contains values for adjusting how the
-// PreemptiveLocker behaves. It is filled by the PreemptiveLockerOptions.
+// PreemptiveLockerConfig is the configuration of the lockers that a [PreemptiveLockerFactory]
+// creates. The [PreemptiveLockerOption] functions fill it.
 type PreemptiveLockerConfig struct {
 	lockDelay      time.Duration
 	mode           ClaimMode
 	apmServiceName string
-	tracer         Tracer // of WithTracer; also of the statements that serve a call
-	calls          Tracer // of Lock and Release: Datadog's and tracer
+	tracer         Tracer // of WithTracer: also called for the statements that serve a call
+	calls          Tracer // for Lock and Release: Datadog's tracer and the one above
 }
 
-// PreemptiveLockerOption configures the PreemptiveLockers that a factory makes.
+// A PreemptiveLockerOption sets one value of the configuration of the lockers that a factory
+// creates. [NewPreemptiveLockerFactory] applies the options in order, and returns an error for a
+// value that is not valid.
 type PreemptiveLockerOption func(*PreemptiveLockerConfig)
 
-// WithLockDelay sets how long [PreemptiveLocker.Lock] waits, already holding the
-// lock, before it returns. Zero, the default, waits not at all. A negative duration is
-// an error. Use it for a predecessor that may still clean up after its session was
-// lost: the key is granted once the predecessor has been notified, not once it has
-// stopped.
+// WithLockDelay sets how long [PreemptiveLocker.Lock] waits after the key was granted, already
+// holding the lock, before it returns. Zero, the default, means no delay. A negative duration is an
+// error.
+//
+// Use it if a predecessor may still be cleaning up after its session was lost: the key is granted
+// once the predecessor has been notified, not once it has stopped.
 func WithLockDelay(lockDelay time.Duration) PreemptiveLockerOption {
 	return func(c *PreemptiveLockerConfig) { c.lockDelay = lockDelay }
 }
 
-// WithClaimMode sets the mode of claims that [PreemptiveLocker.Mode] gives no other. The
-// default is [Preempt]. An unknown mode is an error.
+// WithClaimMode sets the mode of claims for which neither [PreemptiveLocker.Mode] nor
+// [ContextWithMode] sets one. The default is [Preempt]. An unknown mode is an error.
 func WithClaimMode(mode ClaimMode) PreemptiveLockerOption {
 	return func(c *PreemptiveLockerConfig) { c.mode = mode }
 }
 
-// WithAPMServiceName records every Lock and Release as a Datadog APM span,
-// named "lock" and "release", of the service with that name. Without it, or
-// with an empty name, nothing is recorded. In a program that was built with the tag
-// nodatadog a name is an error.
+// WithAPMServiceName makes every Lock and Release a Datadog APM span of the service with that name.
+// The spans are named "lock" and "release". Without this option, or with an empty name, nothing is
+// recorded. In a program that was built with the tag nodatadog a non-empty name is an error.
 func WithAPMServiceName(name string) PreemptiveLockerOption {
 	return func(c *PreemptiveLockerConfig) { c.apmServiceName = name }
 }
 
-// WithTracer has tracer called at the start of every Lock and Release, and of every SQL
-// statement that serves them. With another provider than [PostgresLockProvider] there
-// are no statements. Without it, or with nil, nothing is called and nothing is spent.
-// It is independent of WithAPMServiceName.
+// WithTracer registers tracer to be called at the start of every Lock and Release, and of every SQL
+// statement that serves them. Only a [PostgresLockProvider] has such statements. Without this
+// option, or with nil, nothing is called. The option is independent of [WithAPMServiceName].
 func WithTracer(tracer Tracer) PreemptiveLockerOption {
 	return func(c *PreemptiveLockerConfig) { c.tracer = tracer }
 }
@@ -387,7 +402,7 @@ func newPreemptiveLockerConfig(options []PreemptiveLockerOption) (PreemptiveLock
 	return c, nil
 }
 
-// checkRepo returns an error for what the table env_locks cannot hold.
+// checkRepo returns an error for a repo or a pull request that the table env_locks cannot hold.
 func checkRepo(repo string, pr uint) error {
 	switch {
 	case !utf8.ValidString(repo):

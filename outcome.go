@@ -7,44 +7,43 @@ import (
 	"strings"
 )
 
-// Outcome is how a [PreemptiveLocker.Do] ended, or another call whose error [OutcomeOf]
-// was given. The constants are in order: the larger, the worse.
+// An Outcome is how a [PreemptiveLocker.Do] has ended, or another call whose error was given to
+// [OutcomeOf]. The constants are ordered: a larger one is worse.
 type Outcome int
 
 const (
-	// OutcomeCompleted means that the function ran to its end undisturbed.
+	// OutcomeCompleted means that the function returned nil and was not notified.
 	OutcomeCompleted Outcome = iota + 1
-	// OutcomeBusy means that the claim was skipped: see [ErrLockBusy].
+	// OutcomeBusy means that the claim was skipped. See [ErrLockBusy].
 	OutcomeBusy
-	// OutcomeOutdated means that the claim came too late, or once more: see
-	// [ErrClaimOutdated].
+	// OutcomeOutdated means that the claim came too late, or was a repeat. See [ErrClaimOutdated].
 	OutcomeOutdated
-	// OutcomeSuperseded means that a newer claim won before the function was run: see
+	// OutcomeSuperseded means that a newer claim won before the function was called. See
 	// [ErrLockPreempted].
 	OutcomeSuperseded
-	// OutcomePreempted means that the function was notified because of a newer claim:
-	// see [ErrLockPreempted]. Its work may be half done.
+	// OutcomePreempted means that the function was notified because of a newer claim. Its work may
+	// be half done. See [ErrLockPreempted].
 	OutcomePreempted
 	// OutcomeCanceled means that the caller's context was done.
 	OutcomeCanceled
-	// OutcomeTimeout means that the key was not free in time: see [ErrLockTimeout].
+	// OutcomeTimeout means that the key did not become free in time. See [ErrLockTimeout].
 	OutcomeTimeout
-	// OutcomeStopped means that an operator has asked the holder to stop: see
-	// [ErrStopRequested].
+	// OutcomeStopped means that an operator has asked the holder to stop. See [ErrStopRequested].
 	OutcomeStopped
-	// OutcomeClosed means that the provider was closed: see [ErrProviderClosed].
+	// OutcomeClosed means that the provider was closed. See [ErrProviderClosed].
 	OutcomeClosed
-	// OutcomeExpired means that the function ran into [ErrMaxLockDuration].
+	// OutcomeExpired means that the lock was held for the max lock duration. See
+	// [ErrMaxLockDuration].
 	OutcomeExpired
-	// OutcomeFailed means that the function has failed, or that the lock could not be
-	// had for a reason that no other outcome names: the database or the input.
+	// OutcomeFailed means that the function has failed, or that the lock could not be acquired for
+	// a reason that no other outcome names: the database or the input.
 	OutcomeFailed
-	// OutcomeLost means that the lock was lost while the function ran: see
-	// [ErrLockLost]. Another holder may have run concurrently.
+	// OutcomeLost means that the lock was lost or revoked while the function ran. Another holder
+	// may have run concurrently. See [ErrLockLost].
 	OutcomeLost
 )
 
-// String returns a name that is fit for a metric's label, such as "completed".
+// String returns the outcome in lower case, such as "completed", for the label of a metric.
 func (o Outcome) String() string {
 	names := [...]string{"unknown", "completed", "busy", "outdated", "superseded", "preempted", "canceled", "timeout", "stopped", "closed", "expired", "failed", "lost"}
 	if o < 0 || int(o) >= len(names) {
@@ -53,23 +52,24 @@ func (o Outcome) String() string {
 	return names[o]
 }
 
-// OutcomeOf returns the worst that the error of a [PreemptiveLocker.Do] says, and reports
-// whether Do's function was run and returned nil. The error of one Do can match several
-// sentinels: that of a deployment which was preempted, was cut off while it wound down,
-// and then failed, matches [ErrLockPreempted], [ErrLockLost] and the deployment's own
-// error. A chain of errors.Is that begins with ErrLockPreempted would call that harmless.
+// OutcomeOf returns the worst outcome in the error of a [PreemptiveLocker.Do], and reports whether
+// Do's function was called and returned nil.
 //
-// An error of the function is a failure, unless the function was notified and has stopped
-// because of that: the error matches the cause, [context.Canceled] or
-// [context.DeadlineExceeded], or is that of a command which a signal has ended
-// (os/exec.CommandContext). If only the release of a completed
-// function was not confirmed in time, the outcome is [OutcomeCompleted]: the key is
-// given back all the same, and the error is worth a line in a log.
+// The error of one Do can match several sentinels. If a deployment was preempted, was cut off while
+// it was stopping, and then failed, the error matches [ErrLockPreempted], [ErrLockLost] and the
+// deployment's own error. A chain of [errors.Is] that begins with ErrLockPreempted would call that
+// harmless.
 //
-// OutcomeOf also accepts the errors of Lock, Unlock, Release and Notify, the cause of a
-// context of Do, the error of an [Observation], and errors that wrap or join any of these.
-// For them finished is true if err is nil. What the function says about other locks is
-// the function's: if it fails because an inner Do was preempted, the outer one has failed.
+// An error of the function is a failure, unless the function was notified and has stopped because
+// of that. It has if its error matches the cause, [context.Canceled] or [context.DeadlineExceeded],
+// or is that of a command which a signal has ended (exec.CommandContext in os/exec). If the
+// function has completed, and only its release was not confirmed in time, the outcome is
+// [OutcomeCompleted]: the key is given back in the background, and err is worth a line in a log.
+//
+// OutcomeOf also accepts the errors of Lock, Unlock, Release and Notify, the cause of a context of
+// Do, the error of an [Observation], and errors that wrap or join any of these. For these, finished
+// is true only if err is nil. Errors of other locks that the function returns are errors of the
+// function: if it fails because an inner Do was preempted, the outer one has failed.
 func OutcomeOf(err error) (outcome Outcome, finished bool) {
 	if err == nil {
 		return OutcomeCompleted, true
@@ -88,7 +88,8 @@ func OutcomeOf(err error) (outcome Outcome, finished bool) {
 	case interface{ Unwrap() []error }:
 		parts = e.Unwrap()
 	}
-	outcome, finished = d.outcome(), d.work == nil // it may be reached by the error's own method As alone
+	// Only the error's own method As may lead to d.
+	outcome, finished = d.outcome(), d.work == nil
 	for _, part := range parts {
 		if part != nil {
 			o, f := OutcomeOf(part)
@@ -98,7 +99,7 @@ func OutcomeOf(err error) (outcome Outcome, finished bool) {
 	return outcome, finished
 }
 
-// outcome returns the worst of the parts.
+// outcome returns the worst outcome of the parts.
 func (e *doError) outcome() Outcome {
 	outcome := OutcomeCompleted
 	if e.work != nil && !e.stopped() {
@@ -116,7 +117,7 @@ func (e *doError) outcome() Outcome {
 	return outcome
 }
 
-// stopped reports whether the function was notified and has returned because of it.
+// stopped reports whether the function was notified and has returned because of that.
 func (e *doError) stopped() bool {
 	if e.cause == nil {
 		return false
@@ -124,7 +125,8 @@ func (e *doError) stopped() bool {
 	var command interface{ ExitCode() int } // an exec.ExitError
 	if errors.As(e.work, &command) && !isNil(command) {
 		switch command.ExitCode() {
-		case -1, 128 + 2, 128 + 9, 128 + 15: // ended by a signal, or by one that a shell reports
+		// The command was ended by a signal, or it is a shell that reports one.
+		case -1, 128 + 2, 128 + 9, 128 + 15:
 			return true
 		}
 	}
@@ -136,7 +138,7 @@ func (e *doError) stopped() bool {
 	return false
 }
 
-// classify returns the worst that an error matches, and OutcomeCompleted for nil.
+// classify returns the worst outcome that an error matches. For nil it returns OutcomeCompleted.
 func classify(err error) Outcome {
 	if err == nil {
 		return OutcomeCompleted
@@ -165,27 +167,30 @@ func classify(err error) Outcome {
 	var delayed *delayError
 	var conflict *ConflictError
 	switch {
-	case errors.As(err, &delayed): // the function was never run
+	// The function was never called.
+	case errors.As(err, &delayed):
 		if outcome == OutcomeLost {
 			outcome = OutcomeFailed
 		}
 	case outcome == OutcomeSuperseded && errors.As(err, &conflict) && conflict.Holder != nil:
-		outcome = OutcomePreempted // it is the cause of a holder
+		// It is the cause of a holder.
+		outcome = OutcomePreempted
 	}
 	return outcome
 }
 
-// delayError is why Lock has failed during the lock delay.
+// delayError is the error of a Lock that has failed during the lock delay.
 type delayError struct{ err error }
 
 func (e *delayError) Error() string { return "during the lock delay: " + e.err.Error() }
 func (e *delayError) Unwrap() error { return e.err }
 func (e *delayError) Cause() error  { return e.err }
 
-// doError is the error of a Do: up to three parts, each of which may be nil.
+// doError is the error of a Do. It has up to three parts, each of which may be nil: work, cause and
+// release.
 type doError struct {
-	hold    string // which hold it was, for the text
-	work    error  // the function's
+	hold    string // describes the hold, for the text
+	work    error  // the function's error
 	cause   error  // why the function was notified
 	told    error  // the cause of the function's context, which is the caller's own if that was canceled
 	release error
@@ -201,7 +206,7 @@ func (e *doError) parts() []error {
 	return parts
 }
 
-// error returns nil if there is no part.
+// error returns e, or nil if all parts are nil.
 func (e *doError) error() error {
 	if len(e.parts()) == 0 {
 		return nil
@@ -209,8 +214,7 @@ func (e *doError) error() error {
 	return e
 }
 
-// Error returns the texts of the parts. A function that has returned the cause of its
-// context has told it already.
+// Error returns the texts of the parts. The cause is left out if the function has returned it.
 func (e *doError) Error() string {
 	var texts []string
 	if e.work != nil {
@@ -228,5 +232,5 @@ func (e *doError) Error() string {
 // Unwrap returns the parts.
 func (e *doError) Unwrap() []error { return e.parts() }
 
-// Cause returns the first part, for github.com/pkg/errors.
+// Cause returns the first part. The function Cause of github.com/pkg/errors calls it.
 func (e *doError) Cause() error { return e.parts()[0] }
