@@ -9,28 +9,26 @@ import (
 	"time"
 )
 
-// ClaimMode says what a claim does to others while its key is held or waited for. The
-// mode of the newer claim decides: that of the holder does not protect it.
+// A ClaimMode determines what a claim does to older claims of its key. The mode of the newer claim
+// decides. The mode of the holder does not protect it.
 type ClaimMode int
 
 const (
 	// Preempt is the default. Older waiters are superseded, and the holder is notified.
 	Preempt ClaimMode = iota
-	// LetFinish supersedes older waiters, too, but the holder is not notified: the claim
-	// waits until it has finished. A later claim that preempts notifies the holder all
-	// the same.
+	// LetFinish does not notify the holder: the claim waits until the holder has finished. Older
+	// waiters are superseded. A later claim that preempts notifies the holder anyway.
 	LetFinish
-	// SkipIfBusy makes no claim that others see. If the key is held or waited for, Lock
-	// returns [ErrLockBusy] immediately. Otherwise it takes the key. A lock that waits
-	// without having been announced, by a Lock without Notify, does not count.
+	// SkipIfBusy makes a claim that other claims do not see. If the key is held or waited for, Lock
+	// returns [ErrLockBusy] immediately. Otherwise it takes the key. A waiter that was not
+	// announced, by a Lock without Notify, does not count.
 	//
-	// A key whose holder has crashed is busy until this process has watched the holder's
-	// session being dead for the session timeout. The first claim begins to watch it.
+	// A key whose holder has crashed is busy until this process has watched the holder's session
+	// being dead for the session timeout. The first claim starts the watch.
 	SkipIfBusy
 )
 
-// String returns a name that is fit for a metric's label: "preempt", "let_finish" or
-// "skip_if_busy".
+// String returns "preempt", "let_finish" or "skip_if_busy", for the label of a metric.
 func (m ClaimMode) String() string {
 	names := [...]string{"preempt", "let_finish", "skip_if_busy"}
 	if m < 0 || int(m) >= len(names) {
@@ -39,12 +37,13 @@ func (m ClaimMode) String() string {
 	return names[m]
 }
 
-// MarshalText returns what String does, and an error for an unknown mode.
+// MarshalText returns the result of String. It returns an error for an unknown mode.
 func (m ClaimMode) MarshalText() ([]byte, error) {
 	return []byte(m.String()), (terms{mode: m}).check()
 }
 
-// UnmarshalText accepts what String returns, for flags and configuration files.
+// UnmarshalText accepts the results of String, for flags and configuration files. It returns an
+// error for any other text.
 func (m *ClaimMode) UnmarshalText(text []byte) error {
 	for known := Preempt; known <= SkipIfBusy; known++ {
 		if known.String() == string(text) {
@@ -55,14 +54,14 @@ func (m *ClaimMode) UnmarshalText(text []byte) error {
 	return fmt.Errorf("locker: unknown claim mode %q: want %q, %q or %q", text, Preempt, LetFinish, SkipIfBusy)
 }
 
-// terms are what a caller says about its claim, besides the event. They travel in the
-// context, through providers of any kind.
+// terms are the settings of a claim, apart from its event. A context carries them through providers
+// of any kind.
 type terms struct {
 	sequence *int64
 	mode     ClaimMode
-	moded    bool          // mode was given
+	moded    bool          // mode was set
 	labels   string        // as JSON; "" if there are none
-	wait     time.Duration // of PreemptiveLocker.Wait, for a lock behind a provider of another kind; 0 if there is none
+	wait     time.Duration // of PreemptiveLocker.Wait, for a lock behind a provider of another kind; 0 if it was not set
 }
 
 type termsKey struct{}
@@ -81,7 +80,7 @@ func contextWithTerms(ctx context.Context, t terms) context.Context {
 	return context.WithValue(ctx, termsKey{}, &t)
 }
 
-// over returns the terms t, completed by others.
+// over returns the terms t. Settings that t does not have are those of others.
 func (t terms) over(others terms) terms {
 	if t.sequence == nil {
 		t.sequence = others.sequence
@@ -108,18 +107,19 @@ func (t terms) check() error {
 	return nil
 }
 
-// ContextWithSequence gives a claim's sequence number to a PreemptableLock's Notify,
-// through whatever providers lie in between. With a PreemptiveLocker, use its method
-// [PreemptiveLocker.Sequence]. Every claim that is made with the context, or one derived
-// from it, has the number, unless it is given another one.
+// ContextWithSequence returns a context that carries the sequence number of a claim to Notify of a
+// [PreemptableLock], through any providers in between. Every claim that is made with the context,
+// or with one derived from it, has the number, unless another one is set. With a PreemptiveLocker
+// use [PreemptiveLocker.Sequence].
 func ContextWithSequence(ctx context.Context, sequence int64) context.Context {
 	t := termsFromContext(ctx)
 	t.sequence = &sequence
 	return contextWithTerms(ctx, t)
 }
 
-// SequenceFromContext returns the number that [ContextWithSequence] has put there. A
-// provider of your own can use it in Notify to turn away what comes too late.
+// SequenceFromContext returns the number that [ContextWithSequence] has set, and reports whether
+// there is one. Notify of a custom provider's locks can use it to reject claims that arrive too
+// late.
 func SequenceFromContext(ctx context.Context) (sequence int64, ok bool) {
 	if s := termsFromContext(ctx).sequence; s != nil {
 		return *s, true
@@ -127,22 +127,21 @@ func SequenceFromContext(ctx context.Context) (sequence int64, ok bool) {
 	return 0, false
 }
 
-// ContextWithMode gives a claim's mode to a PreemptableLock's Notify and Lock, through
-// whatever providers lie in between. With a PreemptiveLocker, use its method
-// [PreemptiveLocker.Mode]. In the mode [SkipIfBusy] Notify does nothing, and Lock
-// decides.
+// ContextWithMode returns a context that carries the mode of a claim to Notify and Lock of a
+// [PreemptableLock], through any providers in between. In the mode [SkipIfBusy] Notify does
+// nothing, and Lock decides. With a PreemptiveLocker use [PreemptiveLocker.Mode].
 func ContextWithMode(ctx context.Context, mode ClaimMode) context.Context {
 	t := termsFromContext(ctx)
 	t.mode, t.moded = mode, true
 	return contextWithTerms(ctx, t)
 }
 
-// ModeFromContext returns the mode that [ContextWithMode] has put there, or [Preempt].
-// A provider of your own can use it in Notify and Lock.
+// ModeFromContext returns the mode that [ContextWithMode] has set, or [Preempt] if there is none.
+// Notify and Lock of a custom provider's locks can use it.
 func ModeFromContext(ctx context.Context) ClaimMode { return termsFromContext(ctx).mode }
 
-// ContextWithLabels gives a claim's labels to a PreemptableLock's Notify and Lock,
-// through whatever providers lie in between. With a PreemptiveLocker, use its method
+// ContextWithLabels returns a context that carries the labels of a claim to Notify and Lock of a
+// [PreemptableLock], through any providers in between. With a PreemptiveLocker use
 // [PreemptiveLocker.Labels].
 func ContextWithLabels(ctx context.Context, labels map[string]string) context.Context {
 	t := termsFromContext(ctx)
@@ -150,12 +149,14 @@ func ContextWithLabels(ctx context.Context, labels map[string]string) context.Co
 	return contextWithTerms(ctx, t)
 }
 
-// LabelsFromContext returns a copy of the labels that [ContextWithLabels] has put there.
+// LabelsFromContext returns a copy of the labels that [ContextWithLabels] has set, or nil if there
+// are none.
 func LabelsFromContext(ctx context.Context) map[string]string {
 	return decodeLabels(termsFromContext(ctx).labels)
 }
 
-// encodeLabels returns the labels as JSON, made fit for PostgreSQL as events are.
+// encodeLabels returns the labels as JSON. Characters that PostgreSQL cannot store are replaced, as
+// in events.
 func encodeLabels(labels map[string]string) string {
 	if len(labels) == 0 {
 		return ""
@@ -167,11 +168,12 @@ func encodeLabels(labels map[string]string) string {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
 	e.SetEscapeHTML(false)
-	_ = e.Encode(clean) // strings can always be encoded
+	// Strings can always be encoded.
+	_ = e.Encode(clean)
 	return strings.TrimSuffix(b.String(), "\n")
 }
 
-// decodeLabels returns nil for what is no object of strings.
+// decodeLabels returns nil for text that is not an object of strings.
 func decodeLabels(text string) map[string]string {
 	if text == "" {
 		return nil
@@ -183,9 +185,8 @@ func decodeLabels(text string) map[string]string {
 	return labels
 }
 
-// outdated returns the error of a claim whose sequence number is not above top, the
-// highest. That was announced at since, which is zero if the newest claim has another
-// number or none.
+// outdated returns the error of a claim whose sequence number is not above top, the highest. A
+// claim announced top at since, which is zero if the newest claim has another number or none.
 func outdated(key int64, sequence, top int64, since time.Time, newest *ClaimInfo) error {
 	c := &ConflictError{Key: key, Winner: newest, Err: ErrClaimOutdated}
 	if sequence == top {

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// enclosing says, in the context of a Do's function, which Do that is.
+// enclosing identifies a Do in the context of its function.
 type enclosing struct {
 	locker *PreemptiveLocker
 	outer  *enclosing // the Do around it
@@ -34,9 +34,9 @@ func (p *PreemptiveLocker) holds(owner any, key int64) bool {
 	return p.stage == locked && p.gone.Err() == nil && p.key == key && p.owner(p.lock) == owner
 }
 
-// owner returns what is equal for the claims of one provider. A lock of this package
-// knows the configuration of its provider. Of others it is the provider, or, if that
-// cannot be compared, the configuration of the factory.
+// owner returns a value that is equal for all claims of one provider. For a lock of this package it
+// is the configuration of its provider. For any other lock it is the provider or, if that cannot be
+// compared, the configuration of the factory.
 func (p *PreemptiveLocker) owner(lock PreemptableLock) any {
 	if own := ownLock(lock); own != nil {
 		return own.conf
@@ -47,68 +47,68 @@ func (p *PreemptiveLocker) owner(lock PreemptableLock) any {
 	return p.conf
 }
 
-// PreemptiveLocker represents a distributed lock where callers can be preempted
-// while waiting for the lock to be released or while holding the lock. High
-// level, the algorithm is as follows:
+// A PreemptiveLocker is a distributed lock whose holder and waiters can be preempted by a newer
+// claim. In short:
 //
-//   - Client A calls Lock() which returns immediately, Client A now has the
-//     lock. Client A periodically ensures the session is still alive. If Client
-//     A dies, the session expires and the lock is automatically released.
-//   - Client B calls Lock() which blocks since the lock is held by Client A.
-//   - Client A receives a value on the channel returned from the Lock() call
-//     indicating Client A should release the lock ASAP
-//   - Client C calls Lock() which blocks
-//   - Client B's invocation of Lock() returns with an error indicating it was
-//     preempted while waiting for the lock to release
-//   - Client A calls Unlock()
-//   - Client C's invocation of Lock() returns successfully
+//   - Client A calls Lock, which returns immediately. A holds the lock, and its provider sends
+//     heartbeats. If A dies, its session expires, and the lock becomes free.
+//   - Client B calls Lock, which blocks because A holds the lock.
+//   - Client A receives a value from the channel that Lock returned: A should stop as soon as
+//     possible.
+//   - Client C calls Lock, which blocks.
+//   - Lock of client B returns an error that matches [ErrLockPreempted], because C's claim is
+//     newer.
+//   - Client A calls Release.
+//   - Lock of client C returns.
 //
-// (Unlock is the method Release here.)
-//
-// A PreemptiveLocker is created by a [PreemptiveLockerFactory] and is single use. All
-// methods may be called concurrently. Release during Lock ends the wait. The methods of
-// its zero value return errors.
+// A [PreemptiveLockerFactory] creates a PreemptiveLocker for one claim. It is used once. All
+// methods are safe for concurrent use. The methods of the zero value return errors.
 type PreemptiveLocker struct {
 	provider LockProvider
-	conf     *PreemptiveLockerConfig // the factory's; it does not change
+	conf     *PreemptiveLockerConfig // of the factory; never changed
 	repo     string
 	pr       uint
 	event    string
 
 	mu      sync.Mutex // guards everything below; never held across a call to the provider
 	terms   terms
-	wait    time.Duration // 0: the provider's lock timeout
-	misuse  error         // what Release has to report: a setting that came too late
+	wait    time.Duration // 0 means the provider's lock timeout
+	misuse  error         // an error that Release reports: a setting was made too late
 	stage   stage
 	aborted bool                    // locking: Release was called
 	calls   context.Context         // see abortable; nil before it is needed
 	cancel  context.CancelCauseFunc // ends calls
-	lock    PreemptableLock         // nil before there is one; locking: it waits
-	left    chan struct{}           // locking: closed when Lock has left; made by the Release that waits for it
+	lock    PreemptableLock         // nil until it exists; locking: it waits
+	left    chan struct{}           // locking: closed when Lock has returned; created by the Release that waits for it
 	gone    context.Context         // inside Do: ends when the hold does
 	key     int64
 	token   int64
 }
 
-// stage is where a PreemptiveLocker is in its life.
+// stage is the state of a PreemptiveLocker. It only moves forward.
 type stage int8
 
 const (
 	unlocked stage = iota
 	locking
 	locked
-	released // or failed
+	released // or Lock has failed
 )
 
-// PreemptiveLockerFactory creates the [PreemptiveLocker] of one claim. The event says why
-// repo's pull request pr is to be locked: holders and waiters that lose to the claim are
-// told. Lock checks repo and pr. Repo is compared byte by byte and may be any name:
-// docs/webhook.md says which one to take, and what to do without a pull request. A factory
-// may be called concurrently: create one for each process.
+// A PreemptiveLockerFactory creates the [PreemptiveLocker] of one claim for repo's pull request pr.
+// The event is the reason for the claim. It is shown to the holders and waiters that lose to the
+// claim.
+//
+// Repo may be any name, and is compared byte by byte. docs/webhook.md in the repository says which
+// name to take, and what to do without a pull request. The factory returns no error: Lock returns
+// one if repo or pr is not valid.
+//
+// A factory is safe for concurrent use. Create one for each process.
 type PreemptiveLockerFactory func(repo string, pr uint, event string) *PreemptiveLocker
 
-// NewPreemptiveLockerFactory creates a factory on a provider, which may be one of
-// your own, see [LockProvider]. The caller closes the provider.
+// NewPreemptiveLockerFactory returns a factory whose lockers use the provider, which may be a
+// custom one: see [LockProvider]. It returns an error if the provider is nil or an option is not
+// valid. The caller closes the provider.
 func NewPreemptiveLockerFactory(provider LockProvider, opts ...PreemptiveLockerOption) (PreemptiveLockerFactory, error) {
 	if isNil(provider) {
 		return nil, errors.New("locker: lock provider is nil")
@@ -122,11 +122,13 @@ func NewPreemptiveLockerFactory(provider LockProvider, opts ...PreemptiveLockerO
 	}, nil
 }
 
-// NewPostgresPreemptiveLockerFactory will create a PreemptiveLockerFactory that
-// makes use of a PostgresLockProvider. With a non-empty apmServiceName both the
-// locker and the SQL below it are traced under that name, unless an option says
-// otherwise. The provider lives as long as the process. To close it, create it with
-// [NewPostgresProvider] and pass it to [NewPreemptiveLockerFactory].
+// NewPostgresPreemptiveLockerFactory returns a factory whose lockers use a new
+// [PostgresLockProvider]. [WithPostgresBackend] describes postgresURI. With a non-empty
+// apmServiceName the calls of lockers and their SQL statements are traced under that name, unless
+// an option sets another one. It returns an error if an argument is not valid, and needs no server.
+//
+// The provider lives as long as the process. To close it, create it with [NewPostgresProvider] and
+// pass it to [NewPreemptiveLockerFactory].
 func NewPostgresPreemptiveLockerFactory(postgresURI, apmServiceName string, providerOpts []LockProviderOption, lockerOpts ...PreemptiveLockerOption) (PreemptiveLockerFactory, error) {
 	provider, err := NewLockProvider(PostgresLockProviderKind,
 		append([]LockProviderOption{WithPostgresBackend(postgresURI, apmServiceName)}, providerOpts...)...)
@@ -137,9 +139,8 @@ func NewPostgresPreemptiveLockerFactory(postgresURI, apmServiceName string, prov
 		append([]PreemptiveLockerOption{WithAPMServiceName(apmServiceName)}, lockerOpts...)...)
 }
 
-// NewFakePreemptiveLockerFactory will create a PreemptiveLockerFactory that
-// makes use of a FakeLockProvider. This is suitable for tests, where postgres
-// might not be available or wanted.
+// NewFakePreemptiveLockerFactory returns a factory whose lockers use a new [FakeLockProvider], for
+// unit tests without PostgreSQL. It returns an error if an option is not valid.
 func NewFakePreemptiveLockerFactory(providerOpts []LockProviderOption, lockerOpts ...PreemptiveLockerOption) (PreemptiveLockerFactory, error) {
 	provider, err := NewLockProvider(FakeLockProviderKind, providerOpts...)
 	if err != nil {
@@ -148,41 +149,41 @@ func NewFakePreemptiveLockerFactory(providerOpts []LockProviderOption, lockerOpt
 	return NewPreemptiveLockerFactory(provider, lockerOpts...)
 }
 
-// Sequence gives the claim its place among those of its pull request, whenever it
-// arrives: a number that grows with the order of the events and differs between them,
-// such as a counter of pushes. (GitHub's updated_at alone has only seconds: see
-// docs/webhook.md.) Every int64 is allowed, also zero and negative numbers. Lock returns
-// [ErrClaimOutdated] immediately, and disturbs no other claim, if a claim with a higher
-// number was announced, or one with the same number that still waits or holds: a
-// redelivery. The highest is never forgotten: after a wrong one, or after a change to a
-// smaller unit, use [PostgresLockProvider.ResetSequence]. Without Sequence the newest
-// arrival wins.
+// Sequence sets the claim's place among the claims of its pull request, whenever it arrives. The
+// number must grow with the order of the events and differ between them, such as a counter of
+// pushes. (GitHub's updated_at alone has a resolution of a second: see docs/webhook.md.) Every
+// int64 is valid, including negative numbers and zero. Without Sequence the newest arrival wins.
 //
-// Sequence, Mode, Labels and Wait return the PreemptiveLocker itself. They come before
-// Lock. After it they have no effect, and Release returns an error that says so.
+// Lock returns [ErrClaimOutdated] immediately if a claim with a higher number was announced, or if
+// one with the same number still waits or holds, which is a redelivery. Such a claim notifies no
+// holder and supersedes no waiter. The highest number is never forgotten. After a wrong one, or
+// after a change to a smaller unit, use [PostgresLockProvider.ResetSequence].
+//
+// Sequence, Mode, Labels and Wait return p. Call them before Lock. After Lock they have no effect,
+// and Release returns an error that says so.
 func (p *PreemptiveLocker) Sequence(sequence int64) *PreemptiveLocker {
 	return p.set("Sequence", func() { p.terms.sequence = &sequence })
 }
 
-// Mode says what the claim does to others, instead of the factory's default
-// ([WithClaimMode]). An unknown mode is an error of Lock.
+// Mode sets what the claim does to older claims, instead of the mode of the context
+// ([ContextWithMode]) and the factory's default ([WithClaimMode]). Lock returns an error if the
+// mode is unknown. Mode returns p. Call it before Lock.
 func (p *PreemptiveLocker) Mode(mode ClaimMode) *PreemptiveLocker {
 	return p.set("Mode", func() { p.terms.mode, p.terms.moded = mode, true })
 }
 
-// Labels gives the claim labels, such as a commit, a URL and an actor. They come back in
-// the [ConflictError] of a claim that loses to this one, in observations, and in what
-// operators see. As JSON they take 1,024 bytes at most: more are an error of Lock. In
-// keys and values, bytes that are not valid UTF-8 are replaced.
+// Labels sets labels of the claim, such as a commit, a URL and an actor. They are in the
+// [ConflictError] of claims that lose to this one, in observations, and in [LockStatus]. Bytes in
+// keys and values that are not valid UTF-8 are replaced. Lock returns an error if the labels take
+// more than 1,024 bytes as JSON. Labels returns p. Call it before Lock.
 func (p *PreemptiveLocker) Labels(labels map[string]string) *PreemptiveLocker {
 	text := encodeLabels(labels)
 	return p.set("Labels", func() { p.terms.labels = text })
 }
 
-// Wait bounds how long Lock waits for the key, instead of the provider's lock timeout,
-// and unlike the end of its context it does not end the hold. After it Lock returns
-// [ErrLockTimeout]. Zero means the lock timeout, and a negative duration is an error of
-// Lock.
+// Wait bounds how long Lock waits for the key, instead of the provider's lock timeout. After d Lock
+// returns [ErrLockTimeout]. Unlike the end of Lock's context, it does not end the hold. Zero means
+// the lock timeout. Lock returns an error if d is negative. Wait returns p. Call it before Lock.
 func (p *PreemptiveLocker) Wait(d time.Duration) *PreemptiveLocker {
 	return p.set("Wait", func() { p.wait = d })
 }
@@ -199,31 +200,30 @@ func (p *PreemptiveLocker) set(method string, f func()) *PreemptiveLocker {
 	return p
 }
 
-// Lock locks the lock and returns a channel used to signal if the lock should be
-// released ASAP. If the lock is currently in use, this method will block until
-// the lock is released. If the caller is preempted while waiting for the lock to
-// be released, an error is returned.
+// Lock announces a claim, waits for the key and then for the lock delay ([WithLockDelay]), and
+// returns a channel. The channel receives at most one payload, when the holder should stop, and is
+// closed when the hold ends. It is buffered, so the caller need not read it. [PreemptiveLocker.Do]
+// is easier to use.
 //
-// In detail: Lock announces a claim, waits for the key and then for the lock delay. The
-// channel carries at most one payload and is closed when the hold is over. The caller
-// need not read it. **ctx belongs to the hold, not to the call, like that of BeginTx**:
-// when it is done, the holder is notified. Bound the wait alone with
-// [PreemptiveLocker.Wait].
+// ctx must live as long as the hold, like that of BeginTx in database/sql: when it is done, the
+// holder is notified. [PreemptiveLocker.Wait] bounds the wait alone.
 //
 // The error matches
 //
-//   - [ErrLockPreempted] if a newer claim was announced,
-//   - [ErrClaimOutdated], too, if the claim came too late by its sequence number,
-//   - [ErrLockBusy] if the key is held or waited for and the mode is [SkipIfBusy],
+//   - [ErrLockPreempted] when a newer claim was announced,
+//   - [ErrClaimOutdated], and ErrLockPreempted, when the claim came too late by its sequence
+//     number,
+//   - [ErrLockBusy] when the mode is [SkipIfBusy], and the key is held or waited for,
 //   - [ErrLockNested] inside a [PreemptiveLocker.Do] that holds the same key,
-//   - [ErrLockTimeout] after the lock timeout, or that of [PreemptiveLocker.Wait],
-//   - ctx's own error if ctx is done, and [ErrProviderClosed],
-//   - during the lock delay also the causes of a holder: [ErrLockLost],
-//     [ErrMaxLockDuration] and [ErrStopRequested].
+//   - [ErrLockTimeout] when the lock timeout, or the bound of [PreemptiveLocker.Wait], has passed,
+//   - [ErrProviderClosed] when the provider is closed,
+//   - ctx's own error when ctx is done,
+//   - during the lock delay also the causes of a holder: [ErrLockLost], [ErrMaxLockDuration] and
+//     [ErrStopRequested].
 //
-// Other errors come from the input or from the database. A [ConflictError] in it says
-// which claim is in the way. A Lock that failed leaves nothing behind. A second Lock is
-// an error.
+// Other errors come from the input or from the database. A [ConflictError] in the error names the
+// claim that is in the way. A Lock that fails leaves nothing behind. A second Lock returns an
+// error.
 func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayload, err error) {
 	if err := p.usable(ctx); err != nil {
 		return nil, err
@@ -250,11 +250,13 @@ func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayl
 	return ch, nil
 }
 
-// Release ends the hold, or the Lock that has not returned yet. It blocks until the key
-// is free, for at most 5 s and at most until ctx is done. The key is given back all the
-// same, even if ctx is done already. Before Lock it is an error. If the hold had ended by
-// loss or revocation, the first Release returns an error that matches [ErrLockLost]. A
-// second Release, and one after a Lock that failed, return nil.
+// Release ends the hold, or the wait of a Lock that has not returned. It returns when the key is
+// free, but after 5 s and when ctx is done at the latest. The key is given back in any case: even
+// if ctx is done already, the release continues in the background.
+//
+// Release before Lock returns an error. If the hold had ended by loss or revocation, the first
+// Release returns an error that matches [ErrLockLost]. A second Release, and one after a Lock that
+// failed, return nil.
 func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 	if err := p.usable(ctx); err != nil {
 		return err
@@ -291,7 +293,8 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 			if own := ownLock(lock); own != nil {
 				own.abandon()
 			}
-			_ = unlockBounded(ctx, lock) // whatever is left, Lock itself cleans up
+			// The error does not matter: Lock cleans up after itself.
+			_ = unlockBounded(ctx, lock)
 		}
 		err = await(ctx, releaseTimeout-time.Since(start), left)
 	case locked:
@@ -304,22 +307,21 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 	return annotate(err, "locker: release %q#%d", p.repo, p.pr)
 }
 
-// Do locks, runs f and releases. The context given to f is derived from ctx. It is
-// canceled when the holder is notified, and context.Cause then matches the sentinel of
-// the cause: [ErrLockPreempted], [ErrMaxLockDuration], [ErrLockLost],
-// [ErrProviderClosed] or [ErrStopRequested]. If ctx is done, it is ctx's own cause. f should
-// return soon after that, with the error or the cause of its context: once the preemption
-// timeout has passed the lock is taken away. [TokenFromContext] returns the fencing token.
+// Do locks, calls f and releases. The context given to f is derived from ctx, which must live as
+// long as the hold. It is canceled when the holder is notified. Then [context.Cause] matches
+// [ErrLockPreempted], [ErrMaxLockDuration], [ErrLockLost], [ErrProviderClosed] or
+// [ErrStopRequested], or, if ctx is done, is the cause of ctx. f should then return soon, with the
+// error or the cause of its context: the lock is revoked when the preemption timeout has passed.
+// [TokenFromContext] returns the fencing token inside f.
 //
-// Do returns when f has returned, and releases whatever ctx is. Its error matches f's
-// error and, if f was disturbed, the cause, also if f returned nil. It can match several
-// sentinels: read it with [OutcomeOf]. If f panics, the lock is released and the panic
-// goes on.
+// Do returns when f has returned. It releases the lock even if ctx is done. If Lock fails, Do
+// returns its error and does not call f. Otherwise the error of Do matches the error of f and, if
+// the holder was notified, the cause, even if f returned nil. It can match several sentinels: read
+// it with [OutcomeOf]. If f panics, Do releases the lock, and the panic continues.
 //
-// A claim of the same key by the same provider inside f is an error that matches
-// [ErrLockNested], if it is made with f's context or one derived from it. With another
-// context it cannot be distinguished from a newer claim of another caller: it
-// notifies f, and waits for it.
+// If f, with its context or one derived from it, makes a claim for the same key by the same
+// provider, that claim fails with [ErrLockNested]. With another context the claim cannot be
+// distinguished from a newer claim of another caller: it notifies f, and waits for it.
 func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) error) (err error) {
 	if f == nil {
 		return errors.New("locker: function is nil")
@@ -336,10 +338,12 @@ func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) e
 	p.mu.Unlock()
 	returned := make(chan struct{})
 	watched := make(chan error, 1)
-	go func() { // ends when f has returned, or before
+	// The goroutine ends when f has returned, or before.
+	go func() {
 		watched <- p.watch(ctx, ch, returned, cancel, lose)
 	}()
-	defer func() { // also on a panic and on runtime.Goexit
+	// This runs even on a panic and on runtime.Goexit.
+	defer func() {
 		close(returned)
 		parts := doError{hold: fmt.Sprintf("%q#%d for %q", p.repo, p.pr, p.event), work: err, cause: <-watched}
 		parts.told = context.Cause(fctx)
@@ -351,8 +355,8 @@ func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) e
 	return f(fctx)
 }
 
-// watch cancels f's context at the notification, and ends lose's context when the hold
-// is over. It returns why f was disturbed, or nil if it returned undisturbed.
+// watch cancels f's context at the notification, and ends the context of lose when the hold has
+// ended. It returns the cause of the notification, or nil if f returned first.
 func (p *PreemptiveLocker) watch(ctx context.Context, ch <-chan NotificationPayload, returned <-chan struct{}, cancel, lose context.CancelCauseFunc) error {
 	select {
 	case n, ok := <-ch:
@@ -370,7 +374,8 @@ func (p *PreemptiveLocker) watch(ctx context.Context, ch <-chan NotificationPayl
 	case <-returned:
 	}
 	select {
-	case n, ok := <-ch: // notified at the moment when f returned
+	// The holder was notified at the moment when f returned.
+	case n, ok := <-ch:
 		return p.disturbed(n, ok)
 	default:
 	}
@@ -380,21 +385,20 @@ func (p *PreemptiveLocker) watch(ctx context.Context, ch <-chan NotificationPayl
 	return nil
 }
 
-// Shield runs a step that must not be cut in half, such as a schema migration, inside
-// Do's function. ctx is that function's context. A notification does not cancel the
-// context that f gets before limit has passed. It cancels ctx immediately all the same,
-// and the holder has to stop when f returns. Meanwhile, and for no longer than limit, the
-// lock is not revoked. A claim that waits for the lock waits that much longer, so its lock
-// timeout should be above limit.
+// Shield calls f, a step that must not be cut in half, such as a schema migration. Call it inside
+// Do's function, with that function's context. A notification does not cancel the context that f
+// gets before limit has passed. It cancels ctx immediately as usual, and the function should return
+// after f. Until f has returned, but no longer than limit, the lock is not revoked.
 //
-// If the hold has been notified already, f is not run and Shield returns the cause. When
-// limit passes after a notification, f's context is canceled with the cause. If the
-// session is lost, the hold is over and f's context is canceled immediately: nothing can
-// put that off. Otherwise Shield returns f's error.
+// If the holder has been notified already, Shield does not call f and returns the cause. When limit
+// passes after a notification, f's context is canceled with the cause. A loss of the hold cannot be
+// postponed: it cancels f's context immediately. Otherwise Shield returns the error of f.
 //
-// Shields do not nest. A second one while one runs, also on another goroutine, is an
-// error. So is a limit that is not positive, a call outside of Do, and a provider whose
-// locks have no Shield.
+// A claim that waits for the lock waits up to limit longer, so its lock timeout should be longer
+// than limit.
+//
+// Shield returns an error outside of Do, if limit is not positive, if another Shield of the hold is
+// running, even on another goroutine, and if the provider's locks have no method Shield.
 func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f func(ctx context.Context) error) error {
 	if err := p.usable(ctx); err != nil {
 		return err
@@ -422,7 +426,8 @@ func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f fu
 		return context.Cause(ctx)
 	}
 	begin := shield.Shield
-	if own := ownLock(lock); own != nil { // whose error needs no key
+	// The error of shield does not name the key: the annotation names the pull request instead.
+	if own := ownLock(lock); own != nil {
 		begin = own.shield
 	}
 	if err := begin(limit); err != nil {
@@ -434,7 +439,8 @@ func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f fu
 	fctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cancel(nil)
 	defer context.AfterFunc(gone, func() { cancel(context.Cause(gone)) })()
-	defer context.AfterFunc(ctx, func() { // runs until limit or f's end
+	// The goroutine ends at the limit, or when f has returned.
+	defer context.AfterFunc(ctx, func() {
 		timer := time.NewTimer(time.Until(end))
 		defer timer.Stop()
 		select {
@@ -446,32 +452,32 @@ func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f fu
 	return f(fctx)
 }
 
-// disturbed returns why a notification came, from what was read from the channel.
+// disturbed returns the cause of a notification, given the result of a receive from the channel.
 func (p *PreemptiveLocker) disturbed(n NotificationPayload, ok bool) error {
 	p.mu.Lock()
 	lock, stage := p.lock, p.stage
 	p.mu.Unlock()
 	if !ok && stage == released {
-		return nil // by our own Release
+		// Release of this locker has closed the channel.
+		return nil
 	}
 	return causeOf(lock, n, ok)
 }
 
-// Token returns the fencing token of the hold: 0 before the lock is held, and then a
-// number that is larger than that of every earlier hold of the same key, in any process,
-// across crashes of holders and of the database server. Send it with every write to a
-// resource that can refuse an older one. It stays 0 with a provider of your own whose
-// locks have no Token() int64.
+// Token returns the fencing token of the hold. It returns 0 before the lock is held, and then a
+// number that is larger than that of every earlier hold of the key, in any process, across crashes
+// of holders and of the database server. Send it with every write to a resource that can reject an
+// older one. With a custom provider whose locks have no method Token it returns 0.
 func (p *PreemptiveLocker) Token() int64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.token
 }
 
-// TokenFromContext returns the fencing token of the hold whose [PreemptiveLocker.Do]
-// has given ctx, or a context from which ctx is derived, to its function. With Do inside
-// Do it is the token of the innermost. It is 0 outside of Do, and with a provider of
-// your own whose locks have no Token() int64.
+// TokenFromContext returns the fencing token of the hold of the [PreemptiveLocker.Do] whose
+// function was given ctx, or a context from which ctx is derived. If a Do is inside another one, it
+// is the token of the innermost. Outside of Do, and with a custom provider whose locks have no
+// method Token, it returns 0.
 func TokenFromContext(ctx context.Context) int64 {
 	if e, ok := ctx.Value(enclosingKey{}).(*enclosing); ok {
 		return e.locker.Token()
@@ -499,8 +505,8 @@ func (p *PreemptiveLocker) begin() error {
 	return nil
 }
 
-// abortable is ctx, and ends with Release, too. What does not block needs none, nor
-// does the wait of this package's own locks, which Unlock ends.
+// abortable returns a context derived from ctx that Release cancels. Calls that do not block do not
+// need it. Neither does the wait of this package's own locks, which Unlock ends.
 func (p *PreemptiveLocker) abortable(ctx context.Context) context.Context {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -513,7 +519,7 @@ func (p *PreemptiveLocker) abortable(ctx context.Context) context.Context {
 	return p.calls
 }
 
-// abort ends what abortable has returned.
+// abort cancels the context that abortable has returned, if there is one.
 func (p *PreemptiveLocker) abort(cause error) {
 	p.mu.Lock()
 	cancel := p.cancel
@@ -523,8 +529,8 @@ func (p *PreemptiveLocker) abort(cause error) {
 	}
 }
 
-// acquire claims the key and waits for it. It returns the lock, once there is one, also
-// with an error.
+// acquire claims the key and waits for it. It returns the lock if it was created, even with an
+// error.
 func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (PreemptableLock, <-chan NotificationPayload, error) {
 	p.mu.Lock()
 	call := lockCall{asked: asked, wait: p.wait, announce: true,
@@ -544,7 +550,8 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (Preemp
 	switch own := p.provider.(type) {
 	case *PostgresLockProvider:
 		pull := pullRequest{p.repo, p.pr}
-		if key, ok := own.hints.get(pull); ok && call.terms.mode != SkipIfBusy { // which does not check that the hint is right
+		// A claim that skips is not announced, so no statement checks that its hint is right.
+		if key, ok := own.hints.get(pull); ok && call.terms.mode != SkipIfBusy {
 			call.pull = &pull
 			lock, ch, err := p.claim(ctx, ctx, key, call)
 			if !errors.Is(err, errKeyMoved) {
@@ -557,7 +564,8 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (Preemp
 			return nil, nil, err
 		}
 		return p.claim(ctx, p.abortable(ctx), key, call)
-	case *FakeLockProvider: // does not block
+	// The calls of this provider do not block.
+	case *FakeLockProvider:
 		if key, err = own.LockKey(ctx, p.repo, p.pr); err != nil {
 			return nil, nil, err
 		}
@@ -575,7 +583,8 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (Preemp
 	if err == nil {
 		lock, ch, err = p.claim(ctx, calls, key, call)
 	}
-	if timer != nil && !timer.Stop() { // the calls were canceled, or will be
+	// The calls were canceled by the timer, or are about to be.
+	if timer != nil && !timer.Stop() {
 		switch classify(err) {
 		case OutcomeFailed, OutcomeCanceled:
 			err = ErrLockTimeout
@@ -599,8 +608,8 @@ func (p *PreemptiveLocker) claim(ctx, calls context.Context, key int64, call loc
 	return lock, ch, err
 }
 
-// announceAndLock announces the claim and waits for the key. A lock of this package
-// does both in one statement.
+// announceAndLock announces the claim and waits for the key. A lock of this package does both with
+// one statement.
 func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock PreemptableLock, call lockCall) (<-chan NotificationPayload, error) {
 	own := ownLock(lock)
 	if own == nil {
@@ -653,8 +662,8 @@ func (p *PreemptiveLocker) delay(ctx context.Context, lock PreemptableLock, ch <
 	}
 }
 
-// arrive moves from locking to locked, unless Lock has failed or Release was
-// called meanwhile.
+// arrive moves p from locking to locked, unless Lock has failed or Release was called meanwhile. It
+// returns the error of Lock.
 func (p *PreemptiveLocker) arrive(lock PreemptableLock, err error) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -671,7 +680,7 @@ func (p *PreemptiveLocker) arrive(lock PreemptableLock, err error) error {
 	return nil
 }
 
-// leave ends a Lock that failed.
+// leave ends a Lock that has failed.
 func (p *PreemptiveLocker) leave() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -681,8 +690,8 @@ func (p *PreemptiveLocker) leave() {
 	}
 }
 
-// causeOf returns why a holder was notified, from what was read from its channel and
-// from what the lock knows.
+// causeOf returns the cause of a holder's notification: that of the lock, if it knows it, and
+// otherwise one made from the result of a receive from its channel.
 func causeOf(lock PreemptableLock, n NotificationPayload, ok bool) error {
 	if l, has := lock.(interface{ Cause() error }); has {
 		if cause := l.Cause(); cause != nil {
@@ -695,13 +704,15 @@ func causeOf(lock PreemptableLock, n NotificationPayload, ok bool) error {
 	return annotate(ErrLockPreempted, "notified: %q", n.Message)
 }
 
-// unlockBounded unlocks a lock of any provider within the bounds of Release.
+// unlockBounded unlocks a lock of any provider, and returns within the bounds of Release.
 func unlockBounded(ctx context.Context, lock PreemptableLock) error {
-	if ownLock(lock) != nil { // it keeps them itself
+	// Unlock of this package's locks keeps the bounds itself.
+	if ownLock(lock) != nil {
 		return lock.Unlock(ctx)
 	}
 	if ctx.Err() != nil {
-		go func() { _ = unlockDetached(ctx, lock) }() // ends within releaseTimeout
+		// The goroutine ends within releaseTimeout.
+		go func() { _ = unlockDetached(ctx, lock) }()
 		return contextError(ctx)
 	}
 	bounded, cancel := context.WithTimeout(ctx, releaseTimeout)
@@ -709,14 +720,14 @@ func unlockBounded(ctx context.Context, lock PreemptableLock) error {
 	return lock.Unlock(bounded)
 }
 
-// unlockDetached unlocks whether or not ctx is done.
+// unlockDetached unlocks a lock, even if ctx is done.
 func unlockDetached(ctx context.Context, lock PreemptableLock) error {
 	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseTimeout)
 	defer cancel()
 	return lock.Unlock(bounded)
 }
 
-// isNil also sees a nil pointer or function in an interface.
+// isNil reports whether v is nil, or an interface that contains a nil pointer or function.
 func isNil(v any) bool {
 	if v == nil {
 		return true

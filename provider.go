@@ -7,56 +7,59 @@ import (
 	"io"
 )
 
-// LockProvider describes an object capable of creating distributed locks. You
-// may provide your own int64 key or obtain one for a given Repo/PR.
+// A LockProvider creates distributed locks on int64 keys. The caller may choose a key, or get the
+// key of a pull request from LockKey.
 //
-// The providers of this package are safe for concurrent use and are also
-// io.Closers. A provider of your own works with [NewPreemptiveLockerFactory]. If its locks
-// have the optional methods Token() int64, Cause() error, or both
-// Shield(time.Duration) error and Unshield(), they are used. A lock that wraps one of this
-// package has to forward all of them. Without Token it has no fencing token. Without Cause
-// every payload counts as a newer claim's. Without Shield the method Shield is an error.
+// The providers of this package are safe for concurrent use, and are also io.Closers.
+// [NewPreemptiveLockerFactory] accepts a custom provider as well.
 //
-// What a caller has said about its claim is in the context of Notify and Lock: see
-// [ModeFromContext], [SequenceFromContext] and [LabelsFromContext]. With the mode
-// [SkipIfBusy] Notify is not called, and Lock should return [ErrLockBusy] instead of
-// waiting.
+// A [PreemptiveLocker] uses these optional methods of a custom provider's locks:
+//
+//   - Token() int64 returns the fencing token. Without it [PreemptiveLocker.Token] is 0.
+//   - Cause() error returns why the holder was notified. Without it every payload counts as that of
+//     a newer claim.
+//   - Shield(time.Duration) error and Unshield(), only together, postpone the revocation. Without
+//     them [PreemptiveLocker.Shield] returns an error.
+//
+// A lock that wraps one of this package's locks should forward all of them.
+//
+// The context that is given to Notify and Lock carries the mode, the sequence number and the labels
+// of the claim: see [ModeFromContext], [SequenceFromContext] and [LabelsFromContext]. In the mode
+// [SkipIfBusy] Notify is not called, and Lock should return [ErrLockBusy] instead of waiting.
 type LockProvider interface {
-	// New creates a lock for key. The event says why the lock is wanted: holders and
-	// waiters that lose to it are told.
+	// New creates a lock for key. The event is the reason for the claim. It is shown to the holders
+	// and waiters that lose to the claim.
 	New(ctx context.Context, key int64, event string) (PreemptableLock, error)
 	// LockKey returns the key of a repo's pull request.
 	LockKey(ctx context.Context, repo string, pr uint) (int64, error)
 }
 
-// PreemptableLock describes an object that acts as a Lock that can signal to
-// peers that they should unlock. Preemptable locks are single use. Once you
-// unlock the lock, underlying resources will be cleaned up.
+// A PreemptableLock is a lock that can ask its holder to unlock it. It is used once. Unlock frees
+// its resources.
 type PreemptableLock interface {
-	// Lock locks the preemptable lock. If it fails to lock, or is preempted
-	// before locking, it should return an error. The channel carries at most
-	// one payload, when the holder has to stop, and is closed when the hold is
-	// over.
+	// Lock waits for the key. It returns an error if it does not acquire the key, for example
+	// because a newer claim has superseded this one. The channel carries at most one payload, when
+	// the holder must stop, and is closed when the hold ends.
 	Lock(ctx context.Context) (<-chan NotificationPayload, error)
-	// Unlock unlocks the preemptable lock. It should clean up any underlying
+	// Unlock ends the hold, or the wait of a Lock that has not returned, and frees the lock's
 	// resources.
 	Unlock(ctx context.Context) error
-	// Notify informs the current lock holder that they should unlock the lock.
+	// Notify announces the lock's claim: it supersedes older claims that wait, and asks the holder
+	// to stop.
 	Notify(ctx context.Context) error
 }
 
-// LockProviderKind enumerates the different LockProvider implementations.
+// A LockProviderKind selects an implementation of [LockProvider].
 type LockProviderKind int
 
 const (
-	// UnknownLockProviderKind is the default kind and is not implemented:
-	// NewLockProvider refuses it.
+	// UnknownLockProviderKind is the zero value. [NewLockProvider] returns an error for it.
 	UnknownLockProviderKind = iota
-	// PostgresLockProviderKind represents an implementation of the
-	// LockProvider interface that uses Postgres as the underlying store.
+	// PostgresLockProviderKind selects the implementation that uses PostgreSQL, a
+	// [PostgresLockProvider].
 	PostgresLockProviderKind
-	// FakeLockProviderKind represents an implementation of the LockProvider
-	// interface that uses an in-memory store, suitable for tests.
+	// FakeLockProviderKind selects the implementation in memory, a [FakeLockProvider]. It is for
+	// unit tests.
 	FakeLockProviderKind
 )
 
@@ -65,14 +68,13 @@ var (
 	_ io.Closer = (*PostgresLockProvider)(nil)
 )
 
-// NewLockProvider returns an implementation of the LockProvider interface. It
-// accepts an arbitrary number of LockProviderOptions and sets some opinionated
-// default values if the option is not explicitly set: lock timeout 20 s, max
-// lock duration 30 min 30 s, preemption timeout 10 s, session timeout 10 s, no logging.
+// NewLockProvider returns a provider of the given kind. An option that is not given has its
+// default: lock timeout 20 s, max lock duration 30 min 30 s, preemption timeout 10 s, session
+// timeout 10 s, no logging.
 //
-// Bad options are an error. No server is needed: the postgres provider connects when it
-// is first used. The provider is an io.Closer: close it when the service ends.
-// [NewPostgresProvider] and [NewFakeProvider] return the provider's own type.
+// NewLockProvider returns an error if an option or the kind is not valid. It needs no server: the
+// postgres provider connects when it is first used. The provider is an io.Closer. Close it when the
+// service ends. [NewPostgresProvider] and [NewFakeProvider] return the provider's own type.
 func NewLockProvider(kind LockProviderKind, options ...LockProviderOption) (LockProvider, error) {
 	conf, err := newLockProviderConfig(options)
 	if err != nil {
@@ -80,8 +82,8 @@ func NewLockProvider(kind LockProviderKind, options ...LockProviderOption) (Lock
 	}
 	switch kind {
 	case PostgresLockProviderKind:
-		// Not the call's result itself: a nil *PostgresLockProvider would make
-		// a LockProvider that is not nil.
+		// The result is not returned directly: a nil *PostgresLockProvider would become a
+		// LockProvider that is not nil.
 		plp, err := newPostgresLockProvider(conf)
 		if err != nil {
 			return nil, err
@@ -95,10 +97,10 @@ func NewLockProvider(kind LockProviderKind, options ...LockProviderOption) (Lock
 	return nil, fmt.Errorf("locker: unknown lock provider kind %d", kind)
 }
 
-// NewPostgresProvider returns a provider that uses the PostgreSQL server that uri names,
-// in one of the forms that [WithPostgresBackend] accepts. The options are applied after
-// it. With [WithPostgresURI] uri is empty. Like [NewLockProvider] it checks its arguments
-// and needs no server. Close the provider when the service ends.
+// NewPostgresProvider returns a provider that uses the PostgreSQL server that uri names.
+// [WithPostgresBackend] describes uri. With [WithPostgresURI] uri is empty. The options are applied
+// afterwards. Like [NewLockProvider] it returns an error if an argument is not valid, and needs no
+// server. Close the provider when the service ends.
 func NewPostgresProvider(uri string, options ...LockProviderOption) (*PostgresLockProvider, error) {
 	conf, err := newLockProviderConfig(append([]LockProviderOption{WithPostgresBackend(uri, "")}, options...))
 	if err != nil {
@@ -107,8 +109,9 @@ func NewPostgresProvider(uri string, options ...LockProviderOption) (*PostgresLo
 	return newPostgresLockProvider(conf)
 }
 
-// NewFakeProvider returns a provider whose locks are in memory, for unit tests. Every
-// provider has a memory of its own: give one to all parts of a test that share locks.
+// NewFakeProvider returns a provider whose locks are in memory, for unit tests. Each provider has a
+// separate memory: parts of a test that share locks must share the provider. NewFakeProvider
+// returns an error if an option is not valid.
 func NewFakeProvider(options ...LockProviderOption) (*FakeLockProvider, error) {
 	conf, err := newLockProviderConfig(options)
 	if err != nil {
@@ -117,7 +120,7 @@ func NewFakeProvider(options ...LockProviderOption) (*FakeLockProvider, error) {
 	return &FakeLockProvider{conf: conf}, nil
 }
 
-// newLock fills in a lock, for New of both providers.
+// newLock fills in a lock. New of both providers calls it.
 func newLock(ctx context.Context, l *lock, b backend, conf *LockProviderConfig, key int64, event string) error {
 	if err := checkUse(ctx, b.events()); err != nil {
 		return annotate(err, "locker: new lock on key %d", key)
@@ -128,8 +131,8 @@ func newLock(ctx context.Context, l *lock, b backend, conf *LockProviderConfig, 
 	return nil
 }
 
-// ownLock returns what is behind a lock of this package, or nil for every other one, also
-// for one that embeds a lock of this package.
+// ownLock returns the lock inside a lock of this package. For any other lock it returns nil, even
+// if that embeds a lock of this package.
 func ownLock(l PreemptableLock) *lock {
 	switch l := l.(type) {
 	case *PostgresLock:
@@ -140,7 +143,7 @@ func ownLock(l PreemptableLock) *lock {
 	return nil
 }
 
-// checkLockKey refuses what LockKey of both providers refuses.
+// checkLockKey returns the errors of LockKey that both providers have in common.
 func checkLockKey(ctx context.Context, h *hub, repo string, pr uint) error {
 	if err := checkRepo(repo, pr); err != nil {
 		return err
@@ -151,6 +154,7 @@ func checkLockKey(ctx context.Context, h *hub, repo string, pr uint) error {
 	return nil
 }
 
+// checkUse returns an error if ctx is nil or done, or if the hub is closed.
 func checkUse(ctx context.Context, h *hub) error {
 	if ctx == nil {
 		return errContextNil
