@@ -13,20 +13,22 @@ import (
 	"github.com/google/uuid"
 )
 
-// FakeLockProvider can serve as a lock provider with no external dependencies:
-// the database in memory, under the same lock as the postgres provider. It is
-// meant for the unit tests of services, works in testing/synctest bubbles and
-// keeps every clause of the contract that is not marked as PostgreSQL's own.
-// The zero value is ready to use, with every default. All methods may be called
-// concurrently. It must not be copied after first use.
+// A FakeLockProvider creates locks in memory, for the unit tests of services. The locks use the
+// same state machine as those of [PostgresLockProvider], and the provider gives all guarantees of
+// the package that are not about PostgreSQL itself. It needs no server, and works in
+// testing/synctest bubbles.
+//
+// Create it with [NewFakeProvider] or [NewLockProvider]. The zero value is ready to use, with the
+// default of every option. All methods are safe for concurrent use. It must not be copied after
+// first use.
 type FakeLockProvider struct {
 	once    sync.Once // completes conf and session, for the zero value
 	conf    LockProviderConfig
 	session *memorySession
 }
 
-// FakePreemptableLock is the lock that [FakeLockProvider.New] returns. Its zero
-// value returns errors.
+// FakePreemptableLock is the lock that [FakeLockProvider.New] returns. The methods of its zero
+// value return errors.
 type FakePreemptableLock struct {
 	lock
 }
@@ -38,14 +40,15 @@ var (
 
 func (flp *FakeLockProvider) init() {
 	flp.once.Do(func() {
-		flp.conf, _ = flp.conf.checked() // the zero value is valid, anything else was checked before
+		// The zero value is valid, and any other configuration has been checked before.
+		flp.conf, _ = flp.conf.checked()
 		flp.session = newMemory().open(&flp.conf)
 	})
 }
 
-// New creates a lock for key. Any key is valid. The event says why the lock is wanted:
-// holders and waiters that lose to it are told. New returns ctx's error if ctx is done,
-// and [ErrProviderClosed] after Close.
+// New creates a lock for key. Every int64 is a valid key. The event is the reason for the claim. It
+// is shown to the holders and waiters that lose to the claim. New returns ctx's error if ctx is
+// done, and [ErrProviderClosed] after Close.
 func (flp *FakeLockProvider) New(ctx context.Context, key int64, event string) (PreemptableLock, error) {
 	flp.init()
 	l := &FakePreemptableLock{}
@@ -55,8 +58,9 @@ func (flp *FakeLockProvider) New(ctx context.Context, key int64, event string) (
 	return l, nil
 }
 
-// LockKey returns the key of a repo's pull request: non-zero, always the same for the
-// same pair, and different for different pairs.
+// LockKey returns the key of a repo's pull request. It is not zero, is always the same for the same
+// pair, and differs between pairs. LockKey returns an error if repo or pr is not valid, ctx's error
+// if ctx is done, and [ErrProviderClosed] after Close.
 func (flp *FakeLockProvider) LockKey(ctx context.Context, repo string, pr uint) (int64, error) {
 	flp.init()
 	if err := checkLockKey(ctx, flp.session.hub, repo, pr); err != nil {
@@ -71,9 +75,9 @@ func (flp *FakeLockProvider) Ping(ctx context.Context) error {
 	return annotate(checkUse(ctx, flp.session.hub), "locker: ping")
 }
 
-// Close notifies every holder with [ErrProviderClosed] and ends every wait. It returns
-// when all of them are gone: released by their holders, or revoked after the preemption
-// timeout. Every later use returns ErrProviderClosed. Closing again is harmless.
+// Close notifies every holder with [ErrProviderClosed], and ends every wait with that error. It
+// returns when all holds have ended, by release or by revocation after the preemption timeout.
+// Every later use returns ErrProviderClosed. A further Close does no harm.
 func (flp *FakeLockProvider) Close() error {
 	flp.init()
 	flp.session.hub.close()
@@ -81,8 +85,8 @@ func (flp *FakeLockProvider) Close() error {
 	return nil
 }
 
-// memory imitates the database: keys, claims, holders, sessions. It decides nothing
-// that the SQL statements do not decide as well.
+// memory imitates the database: keys, claims, holders and sessions. Every decision that it makes is
+// one that an SQL statement makes as well.
 type memory struct {
 	mu       sync.Mutex // guards everything below
 	keys     map[pullRequest]int64
@@ -90,18 +94,19 @@ type memory struct {
 	rows     map[int64]*memoryRow
 	sessions map[int64]memorySessionRow // the rows of env_lock_sessions, by ID
 	live     map[int64]bool             // the sessions' advisory locks that are held
-	listen   []*memorySession           // those that get notifications
+	listen   []*memorySession           // the sessions that receive notifications
 	counter  int64                      // the source of claim numbers and tokens
 }
 
 // memoryRow is a row of env_lock_state.
 type memoryRow struct {
-	newest   standing
-	claim    ClaimInfo // the newest claim, as others see it
-	sequence *int64    // of the newest claim, if it was given one
-	top      *int64    // the highest sequence number of all claims
-	open     bool      // the newest claim's lock still waits or holds
-	claimer  int64     // the newest claim's session
+	newest standing
+	// The newest claim, as other claims see it.
+	claim    ClaimInfo
+	sequence *int64 // of the newest claim, if it was given one
+	top      *int64 // the highest sequence number of all claims
+	open     bool   // whether the newest claim's lock still waits or holds
+	claimer  int64  // the newest claim's session
 	token    int64
 	streak   int // holds in a row that were ended by a newer claim
 
@@ -110,10 +115,10 @@ type memoryRow struct {
 	session int64
 	hold    ClaimInfo
 	stop    bool      // a claim asks the holder to stop
-	spared  time.Time // no claim notifies the holder before; zero if WithProgress does not let it finish
+	spared  time.Time // no claim notifies the holder before; zero if it is not spared
 }
 
-// end frees the key.
+// end ends the hold.
 func (row *memoryRow) end() {
 	if row.stop && !time.Now().Before(row.spared) {
 		row.streak++
@@ -161,8 +166,8 @@ func (m *memory) rowLocked(key int64) *memoryRow {
 	return row
 }
 
-// lockOfLocked returns the advisory lock that shows whether a session lives. A
-// session without a row is dead.
+// lockOfLocked returns the advisory lock that shows whether a session lives. Without a row it is a
+// lock that no session has.
 func (m *memory) lockOfLocked(id int64) int64 {
 	if row, ok := m.sessions[id]; ok {
 		return row.lock
@@ -181,9 +186,8 @@ func (m *memory) notify(key int64, ev event) {
 	}
 }
 
-// memorySession is a provider's session with the database in memory, and the backend
-// of its locks. While it is connected it needs no heartbeats. The tests suspend and
-// restore it.
+// memorySession is a provider's session with the database in memory, and the backend of the
+// provider's locks. It needs no heartbeats while it is connected. The tests suspend and restore it.
 type memorySession struct {
 	db      *memory
 	conf    *LockProviderConfig
@@ -193,10 +197,10 @@ type memorySession struct {
 
 	mu       sync.Mutex    // guards everything below
 	up       chan struct{} // closed while the session is connected
-	releases []claim       // that wait for the connection
+	releases []claim       // wait for the connection
 }
 
-// open starts a provider's session.
+// open returns a new session, which is connected.
 func (m *memory) open(conf *LockProviderConfig) *memorySession {
 	s := &memorySession{db: m, conf: conf, hub: newHub(), up: make(chan struct{})}
 	s.trust = newTrust(conf, s.hub)
@@ -204,8 +208,8 @@ func (m *memory) open(conf *LockProviderConfig) *memorySession {
 	return s
 }
 
-// connect makes the session known with a new advisory lock. The caller knows that it
-// is not connected.
+// connect connects the session with a new advisory lock. It must not be connected. It returns since
+// when the session was suspended, or zero.
 func (s *memorySession) connect() (suspended time.Time) {
 	ref, _ := s.trust.current()
 	ref.lock = randomKey()
@@ -240,7 +244,8 @@ func (s *memorySession) suspend() {
 	s.trust.suspend(ref, errors.New("connection closed"))
 }
 
-// restore imitates a reconnect: what was missed is looked up, in both directions.
+// restore imitates a reconnect. It compares rows and holds, and delivers the claims that were
+// missed.
 func (s *memorySession) restore() {
 	suspended := s.connect()
 	s.mu.Lock()
@@ -273,7 +278,7 @@ func (s *memorySession) restore() {
 	}
 }
 
-// close ends the session cleanly.
+// close ends the session, deletes its row and frees its advisory lock.
 func (s *memorySession) close() {
 	ref, _ := s.trust.current()
 	s.trust.end()
@@ -285,8 +290,8 @@ func (s *memorySession) close() {
 	m.listen = slices.DeleteFunc(m.listen, func(other *memorySession) bool { return other == s })
 }
 
-// connected waits until the session is connected, and returns it, or an error if ctx
-// or stop ends before.
+// connected waits until the session is connected, and returns it. It returns stopped if ctx or stop
+// ends before.
 func (s *memorySession) connected(ctx context.Context, stop <-chan struct{}) (sessionRef, error) {
 	for {
 		if ref, ok := s.trust.current(); ok {
@@ -309,11 +314,12 @@ var errSuspended = errors.New("the session is suspended")
 
 func (s *memorySession) events() *hub { return s.hub }
 
-// newID is random enough for one process.
+// newID returns an ID that is random enough for one process.
 func (s *memorySession) newID() (id uuid.UUID) {
 	binary.BigEndian.PutUint64(id[:8], rand.Uint64())
 	binary.BigEndian.PutUint64(id[8:], rand.Uint64())
-	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80 // version 4, as uuid.New's
+	// This is a UUID of version 4, like that of uuid.New.
+	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80
 	return id
 }
 
@@ -352,7 +358,8 @@ func (s *memorySession) announce(ctx context.Context, stop <-chan struct{}, n an
 	case n.take && row.holder == uuid.Nil:
 		m.grantLocked(row, c, ref, s.conf.progress, &a)
 	case row.holder == c.id:
-		row.stop = false // it is the newest again
+		// The holder's claim is the newest again.
+		row.stop = false
 	case row.holder != uuid.Nil && n.terms.mode == Preempt:
 		row.stop = true
 	}
@@ -362,19 +369,20 @@ func (s *memorySession) announce(ctx context.Context, stop <-chan struct{}, n an
 	return a, nil
 }
 
-// info returns the claim as others see it: since is when it was made, or granted.
+// info returns the claim as other claims see it. It was made, or granted the key, at since.
 func (c claim) info(since time.Time) ClaimInfo {
 	return ClaimInfo{ID: c.id, Event: c.event, Labels: decodeLabels(c.labels), Host: hostName, PID: processID, Since: since}
 }
 
-// waitsLocked reports whether the newest claim waits or holds.
+// waitsLocked reports whether the newest claim of the row waits or holds.
 func (m *memory) waitsLocked(row *memoryRow) bool {
 	return row.open && m.live[m.lockOfLocked(row.claimer)]
 }
 
 func (m *memory) grantLocked(row *memoryRow, c claim, ref sessionRef, p progress, a *answer) {
 	if row.holder != c.id {
-		if row.holder != uuid.Nil { // its session is dead
+		// The session of the old holder is dead.
+		if row.holder != uuid.Nil {
 			row.end()
 		}
 		m.counter++

@@ -12,27 +12,29 @@ import (
 	"github.com/lib/pq"
 )
 
-// PostgresLockProvider creates locks on PostgreSQL, 14 or later. Every process that
-// names the same database shares them. It uses two connections when it is idle, three
-// while it holds locks, and never more than four, however many locks it holds or waits
-// for. It connects when it is first used, and again after it has lost a connection:
-// its holds continue, see [WithSessionTimeout]. Create it with [NewLockProvider]; the
-// zero value returns errors. All methods may be called concurrently.
+// A PostgresLockProvider creates locks on PostgreSQL, version 14 or later. All processes that use
+// the same database share the locks. Create it with [NewPostgresProvider] or [NewLockProvider], and
+// close it when the service ends. The methods of the zero value return errors. All methods are safe
+// for concurrent use.
+//
+// It uses two connections when it is idle and three while it holds locks, and never more than four,
+// however many locks it holds or waits for. It connects when it is first used, and again when it
+// has lost a connection. Its holds continue meanwhile: see [WithSessionTimeout].
 type PostgresLockProvider struct {
 	conf    LockProviderConfig
 	session *session
 	hints   keyHints
 }
 
-// keyHints are the keys that pull requests had when LockKey was last asked. The
-// rows belong to the operator, so a claim with such a key is checked against them
-// by the statement that announces it: that saves a statement of its own.
+// keyHints remembers the keys that LockKey has returned. The rows belong to the operator and can
+// change, so the statement that announces a claim checks the key. That saves a separate statement.
 type keyHints struct {
 	mu   sync.Mutex // guards keys
 	keys map[pullRequest]int64
 }
 
-const maxHints = 10_000 // then they are forgotten
+// When there are more, all of them are forgotten.
+const maxHints = 10_000
 
 func (h *keyHints) get(pull pullRequest) (key int64, ok bool) {
 	h.mu.Lock()
@@ -50,8 +52,8 @@ func (h *keyHints) set(pull pullRequest, key int64) {
 	h.keys[pull] = key
 }
 
-// PostgresLock is the lock that [PostgresLockProvider.New] and [NewPostgresLock] return.
-// The methods of its zero value return errors.
+// PostgresLock is the lock that [PostgresLockProvider.New] and [NewPostgresLock] return. The
+// methods of its zero value return errors.
 type PostgresLock struct {
 	lock
 }
@@ -61,20 +63,19 @@ var (
 	_ PreemptableLock = (*PostgresLock)(nil)
 )
 
-// PostgresEnvLock models a distributed lock associated with a unique repo/PR
-// combination: a row of the table env_locks.
+// A PostgresEnvLock is a row of the table env_locks: the key of a pull request.
 type PostgresEnvLock struct {
 	LockKey     int64  `db:"lock_key"`
 	Repo        string `db:"repo"`
 	PullRequest uint   `db:"pull_request"`
 }
 
-// Columns names the columns, in the order of ScanValues.
+// Columns returns the names of the columns, in the order of [PostgresEnvLock.ScanValues].
 func (el PostgresEnvLock) Columns() string {
 	return "lock_key, repo, pull_request"
 }
 
-// ScanValues returns pointers for sql.Rows.Scan, in the order of Columns. They
+// ScanValues returns pointers for Scan of sql.Rows, in the order of [PostgresEnvLock.Columns]. They
 // point into the copy that the method was called on.
 func (el PostgresEnvLock) ScanValues() []interface{} {
 	return []interface{}{&el.LockKey, &el.Repo, &el.PullRequest}
@@ -88,9 +89,9 @@ func newPostgresLockProvider(conf LockProviderConfig) (*PostgresLockProvider, er
 	return &PostgresLockProvider{conf: conf, session: newSession(dsn, conf)}, nil
 }
 
-// New creates a lock for key. Any key is valid. The event says why the lock is wanted:
-// holders and waiters that lose to it are told. Nothing is sent to the server. New returns
-// ctx's error if ctx is done, and [ErrProviderClosed] after Close.
+// New creates a lock for key. Every int64 is a valid key. The event is the reason for the claim. It
+// is shown to the holders and waiters that lose to the claim. New sends nothing to the server. It
+// returns ctx's error if ctx is done, and [ErrProviderClosed] after Close.
 func (plp *PostgresLockProvider) New(ctx context.Context, key int64, event string) (PreemptableLock, error) {
 	if plp.session == nil {
 		return nil, errProviderZero
@@ -102,16 +103,17 @@ func (plp *PostgresLockProvider) New(ctx context.Context, key int64, event strin
 	return l, nil
 }
 
-// LockKey returns the key of a repo's pull request: non-zero, the same for the same pair
-// in every process, and different for different pairs. It writes to the database only the
-// first time a pair is seen.
+// LockKey returns the key of a repo's pull request. It is not zero, is the same for the same pair
+// in every process, and differs between pairs. LockKey writes to the database only when a pair is
+// seen for the first time. It waits for a server that cannot be reached, within ctx and the lock
+// timeout. Then its error matches ctx's error or [ErrLockTimeout]. It returns an error immediately
+// if repo or pr is not valid.
 func (plp *PostgresLockProvider) LockKey(ctx context.Context, repo string, pr uint) (int64, error) {
 	key, err := plp.lockKey(ctx, repo, pr, 0)
 	return key, annotate(err, "locker: lock key of %q#%d", repo, pr)
 }
 
-// lockKey is LockKey, and waits for at most wait instead of the lock timeout, unless it
-// is 0.
+// lockKey is LockKey, but waits no longer than wait instead of the lock timeout, unless wait is 0.
 func (plp *PostgresLockProvider) lockKey(ctx context.Context, repo string, pr uint, wait time.Duration) (int64, error) {
 	if plp.session == nil {
 		return 0, errProviderZero
@@ -130,10 +132,10 @@ func (plp *PostgresLockProvider) lockKey(ctx context.Context, repo string, pr ui
 	return key, err
 }
 
-// Close notifies every holder with [ErrProviderClosed] and ends every wait. It returns
-// when all of them are gone, released by their holders or revoked after the preemption
-// timeout, and with them all connections and goroutines. Every later use returns
-// ErrProviderClosed. Closing again is harmless.
+// Close notifies every holder with [ErrProviderClosed], and ends every wait with that error. It
+// returns when all holds have ended, by release or by revocation after the preemption timeout, and
+// all connections and goroutines with them. Every later use returns ErrProviderClosed. A further
+// Close does no harm.
 func (plp *PostgresLockProvider) Close() error {
 	if plp.session == nil {
 		return errProviderZero
@@ -143,19 +145,19 @@ func (plp *PostgresLockProvider) Close() error {
 	return nil
 }
 
-// NewPostgresLock creates a single lock without a provider. The lock has a session
-// of its own, which connects to connInfo when it is first used and is closed
-// when the lock is over: two connections for each lock. Prefer a provider.
+// NewPostgresLock creates a single lock without a provider. The lock has a separate session, which
+// connects to connInfo when it is first used and is closed when the lock has ended: two connections
+// for each lock. Prefer a provider.
 //
-// db is only checked, not kept: it must be open. message is the lock's event.
-// conf is a configuration as the LockProviderOptions fill it; its zero value
-// means every default. To fill conf:
+// The db must be open: NewPostgresLock pings it and does not keep it. The message is the lock's
+// event. The conf is a configuration that [LockProviderOption] functions have filled. Its zero
+// value means the default of every option. To fill conf:
 //
 //	var c LockProviderConfig
 //	WithLockTimeout(time.Minute)(&c)
 //
-// A WithPostgresBackend in it names only the APM service; connInfo is what counts. A
-// WithPostgresURI in it is an error.
+// A [WithPostgresBackend] in conf sets only the APM service: the lock connects to connInfo. A
+// [WithPostgresURI] in conf is an error.
 func NewPostgresLock(ctx context.Context, db *sqlx.DB, key int64, connInfo, message string, conf LockProviderConfig) (pl *PostgresLock, err error) {
 	if ctx == nil {
 		return nil, errContextNil
@@ -183,15 +185,15 @@ func NewPostgresLock(ctx context.Context, db *sqlx.DB, key int64, connInfo, mess
 		return nil, err
 	}
 	pl.onOver = sync.OnceFunc(func() {
-		s.hub.close() // a release on its way goes first
+		// A release that is queued runs first.
+		s.hub.close()
 		s.close()
 	})
 	return pl, nil
 }
 
-// dbError says why a caller's db is not usable. A driver that cannot parse its
-// connection string quotes it, password included, so only errors that cannot
-// hold one are shown.
+// dbError explains why a caller's db cannot be used. A driver that cannot parse its connection
+// string quotes it, including the password, so only errors that cannot contain one are shown.
 func dbError(ctx context.Context, err error) error {
 	var network *net.OpError
 	if ctx.Err() == nil && pq.As(err) == nil && !errors.As(err, &network) && err.Error() != "sql: database is closed" {
