@@ -12,44 +12,41 @@ import (
 	"github.com/google/uuid"
 )
 
-// NotificationPayload represents the content of messages sent to the lock
-// holder.
+// A NotificationPayload is the value that a holder receives from its channel when it should stop.
 type NotificationPayload struct {
-	// ID is required so that we can ensure the message came from another
-	// party: the ID of the claimant's lock, or the holder's own when the
-	// notification has another cause than a newer claim.
+	// ID is the ID of the lock whose newer claim has caused the notification. If the cause is
+	// another one, it is the ID of the holder's own lock.
 	ID uuid.UUID `json:"id"`
-	// Message provides some context as to why the notification was generated:
-	// the claimant's event, an operator's reason, or the text of the cause.
-	// Useful for logging purposes.
+	// Message is the event of the newer claim, the reason that an operator gave, or the text of the
+	// cause. It is meant for logs.
 	Message string `json:"event"`
-	// LockKey is the key that this notification pertains to. In JSON it is a number, as
-	// the original library has it. A reader needs integers of 64 bits.
+	// LockKey is the key of the lock. In JSON it is a number, as in the original library, so a
+	// reader needs integers of 64 bits.
 	LockKey int64 `json:"lockKey"`
 }
 
-// notifyChannel carries every notification of every key. (The original library
-// uses one channel per key, named by the decimal key.)
+// notifyChannel carries the notifications of all keys. (The original library uses one channel for
+// each key, named by the decimal key.)
 const notifyChannel = "env_lock_events"
 
-// NOTIFY takes payloads below 8,000 bytes. The rest of a message, with numbers, IDs, the
-// host and labels at their longest, stays below 1,700.
+// NOTIFY accepts payloads below 8,000 bytes. The rest of a message takes less than 1,700 of them,
+// with numbers, IDs, the host and the labels at their longest.
 const (
 	maxPayload = 7999
 	maxLabels  = 1024
 	maxEvent   = maxPayload - 1700
 )
 
-// The kinds of message on the channel. A message without a kind is an
-// operator's: its text becomes the holder's notification.
+// The kinds of message on the channel. A message without a kind comes from an operator: its text
+// becomes the holder's notification.
 const (
 	kindClaim    = "claim"
 	kindReleased = "released"
-	kindCheck    = "check" // the session's proof to itself that NOTIFY arrives
+	kindCheck    = "check" // proves to the session itself that NOTIFY arrives
 	kindManual   = ""
 )
 
-// The payloads that statements send, for SQL's format(). The host and the process are
+// The payloads that statements send, as formats for SQL's format(). The host and the process are
 // those of the claim's sender.
 var (
 	payloadClaim = `{"kind":"` + kindClaim + `","lockKey":%s,"claim":%s,"id":"%s","event":%s,"host":` +
@@ -60,8 +57,7 @@ var (
 
 const payloadReleased = `{"kind":"` + kindReleased + `","lockKey":%s}`
 
-// message is what travels on the channel. It is a hint: nothing but speed
-// depends on its arrival.
+// message is a payload of the channel. It is a hint: only speed depends on its arrival.
 type message struct {
 	Kind    string            `json:"kind,omitempty"`
 	LockKey int64             `json:"lockKey"`
@@ -74,7 +70,7 @@ type message struct {
 	Finish  bool              `json:"finish,omitempty"` // the claim lets the holder finish
 }
 
-// claimed returns the event of a message about a claim. Claims are numbered by the
+// claimed returns the event for a message about a claim. The number of a claim is a time on the
 // server's clock.
 func (m *message) claimed() event {
 	return event{kind: evClaimed, from: standing{m.Claim, m.ID}, finish: m.Finish, claim: &ClaimInfo{
@@ -82,13 +78,13 @@ func (m *message) claimed() event {
 }
 
 func quoteJSON(text string) string {
-	b, _ := json.Marshal(text) // strings can always be encoded
+	// Strings can always be encoded.
+	b, _ := json.Marshal(text)
 	return string(b)
 }
 
-// decodeMessage reads one payload of the channel. Anybody may write there, so
-// everything is possible. The key may be a string: a client in JavaScript has no
-// number for it.
+// decodeMessage decodes a payload of the channel. Any role can send to the channel, so the payload
+// may be anything. The key may be a string, because a client in JavaScript has no number for it.
 func decodeMessage(payload string) (message, error) {
 	var m message
 	var strict struct {
@@ -116,16 +112,18 @@ func decodeMessage(payload string) (message, error) {
 	return m, nil
 }
 
-// cleanText makes any text fit for a text column and for the wire: valid UTF-8, no NUL.
+// cleanText makes text valid UTF-8 without NUL, so that a text column and a notification can hold
+// it.
 func cleanText(text string) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
 }
 
-// cleanEvent also makes an event short enough once it is quoted, and never cuts it inside
-// a rune.
+// cleanEvent applies cleanText to an event, and truncates it between two runes so that it is short
+// enough when it is quoted.
 func cleanEvent(event string) string {
 	event = cleanText(event)
-	if len(event)*6+2 <= maxEvent { // no byte takes more than six when quoted
+	// A quoted byte takes six bytes at most.
+	if len(event)*6+2 <= maxEvent {
 		return event
 	}
 	size := 2
@@ -138,10 +136,11 @@ func cleanEvent(event string) string {
 	return event
 }
 
-// storable replaces the characters of a text that a database with the given encoding
-// may be unable to hold: with most encodings all that are not ASCII.
+// storable replaces by ? the characters of a text that a database with the given encoding may be
+// unable to store. With most encodings these are all characters that are not ASCII.
 func storable(text, encoding string) string {
-	if encoding == "UTF8" || encoding == "SQL_ASCII" { // the latter takes any bytes
+	// SQL_ASCII accepts any bytes.
+	if encoding == "UTF8" || encoding == "SQL_ASCII" {
 		return text
 	}
 	western := encoding == "LATIN1" || encoding == "WIN1252"
@@ -153,7 +152,7 @@ func storable(text, encoding string) string {
 	}, text)
 }
 
-// quotedSize is the most bytes that a rune takes in a JSON string.
+// quotedSize returns the largest number of bytes that a rune takes in a JSON string.
 func quotedSize(r rune) int {
 	switch {
 	case r == '"', r == '\\':

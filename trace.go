@@ -9,63 +9,65 @@ import (
 	"github.com/lib/pq"
 )
 
-// Tracer is called at the start of an [Operation], for tracing: with
-// [WithTracer] for every Lock and Release of a [PreemptiveLocker], and for every SQL
-// statement that serves them. It returns the context of everything that happens under
-// the operation, derived from ctx, and a function that is called once, when the
-// operation has ended. Both may be nil: then the context stays as it is, and the end is
-// not reported.
+// A Tracer is called at the start of an [Operation]. A Tracer that [WithTracer] has registered is
+// called for every Lock and Release of a [PreemptiveLocker], and for every SQL statement that
+// serves them.
 //
-// A Tracer and the functions that it returns are called concurrently, from the caller's
-// goroutine for a Lock or a Release, and from the provider's for a statement. They must
-// return immediately: the operation waits for them.
+// It returns a context derived from ctx, under which the operation runs, and a function that is
+// called once, when the operation has ended. If the context is nil, the operation runs under ctx.
+// If the function is nil, the end is not reported.
 //
-// A statement serves all calls that have come together since the last one. It is
-// reported under one of them. A statement that serves no call, such as a heartbeat, is
-// not reported, nor is the opening of a connection.
+// A Tracer and the functions that it returns must be safe for concurrent use. They are called on
+// the caller's goroutine for a Lock or a Release, and on the provider's for a statement. The
+// operation waits for them, so they must return immediately.
+//
+// One statement serves all calls that have queued up since the previous one. It is reported under
+// one of them. A statement that serves no call, such as a heartbeat, is not reported. Neither is
+// the opening of a connection.
 type Tracer func(ctx context.Context, op Operation) (context.Context, func(OperationEnd))
 
-// Operation is what a [Tracer] is told at the start of an operation.
+// An Operation describes an operation to a [Tracer], at its start.
 type Operation struct {
 	Kind OperationKind
 
-	// Of a lock and a release.
+	// For a lock and a release.
 	Repo        string
 	PullRequest uint
-	Event       string // valid UTF-8, and no longer than a notification takes
+	Event       string // valid UTF-8, and no longer than a notification allows
 
-	// Of a statement, on PostgreSQL. No field holds an argument or a password.
+	// For a statement, on PostgreSQL. No field contains an argument or a password.
 	Statement string // a short name, one of a few
 	Query     string // the SQL text
 	Database  string
-	Host      string // as the connection string names it, or the path of a Unix socket
+	Host      string // as in the connection string, or the path of a Unix socket
 	Port      int    // 0 for a Unix socket
 
 	returnsRows bool
 }
 
-// OperationEnd is what a [Tracer] is told at the end of an operation.
+// An OperationEnd describes an operation to a [Tracer], at its end.
 type OperationEnd struct {
 	Err error // nil if the operation succeeded
 
-	// Of a lock and a release. 0 means that it is not known.
+	// For a lock and a release. 0 means that the value is not known.
 	Key   int64
 	Token int64
 }
 
-// OperationKind enumerates the operations that a [Tracer] is told of.
+// An OperationKind is a kind of [Operation].
 type OperationKind int
 
 const (
-	// OperationLock is a call of [PreemptiveLocker.Lock], also by [PreemptiveLocker.Do].
+	// OperationLock is a call of [PreemptiveLocker.Lock], including those by [PreemptiveLocker.Do].
 	OperationLock OperationKind = iota + 1
-	// OperationRelease is a call of [PreemptiveLocker.Release], also by [PreemptiveLocker.Do].
+	// OperationRelease is a call of [PreemptiveLocker.Release], including those by
+	// [PreemptiveLocker.Do].
 	OperationRelease
 	// OperationStatement is an SQL statement.
 	OperationStatement
 )
 
-// String returns a name fit for a span: lock, release or statement.
+// String returns "lock", "release" or "statement", for the name of a span.
 func (k OperationKind) String() string {
 	names := [...]string{"unknown", "lock", "release", "statement"}
 	if k < 0 || int(k) >= len(names) {
@@ -74,7 +76,7 @@ func (k OperationKind) String() string {
 	return names[k]
 }
 
-// start calls a tracer that may be nil.
+// start calls the tracer, unless it is nil.
 func (t Tracer) start(ctx context.Context, op Operation) (context.Context, func(OperationEnd)) {
 	if t == nil {
 		return ctx, nil
@@ -86,14 +88,14 @@ func (t Tracer) start(ctx context.Context, op Operation) (context.Context, func(
 	return under, end
 }
 
-// finishTrace calls what start has returned.
+// finishTrace calls the function that start has returned, unless it is nil.
 func finishTrace(end func(OperationEnd), e OperationEnd) {
 	if end != nil {
 		end(e)
 	}
 }
 
-// bothTracers returns a tracer that calls two, each of which may be nil.
+// bothTracers returns a tracer that calls two tracers, each of which may be nil.
 func bothTracers(outer, inner Tracer) Tracer {
 	switch {
 	case outer == nil:
@@ -111,11 +113,11 @@ func bothTracers(outer, inner Tracer) Tracer {
 	}
 }
 
-// tracerKey is the key of the tracer of the statements that serve a call, in the call's
-// context. A context without it is that of no traced call.
+// tracerKey is the key of a value in the context of a traced call: the tracer of the statements
+// that serve the call.
 type tracerKey struct{}
 
-// traceCall starts the operation that is a call of the locker's.
+// traceCall starts the operation that a call of the locker is.
 func (p *PreemptiveLocker) traceCall(ctx context.Context, kind OperationKind) (context.Context, func(OperationEnd)) {
 	if p.conf.calls == nil {
 		return ctx, nil
@@ -137,7 +139,7 @@ func (p *PreemptiveLocker) traceEnd(end func(OperationEnd), err error) {
 	end(OperationEnd{Err: err, Key: key, Token: token})
 }
 
-// trace starts the operation that is a statement of the link's.
+// trace starts the operation that a statement of the link is.
 func (l *link) trace(ctx context.Context, text string, returnsRows bool) (context.Context, func(OperationEnd)) {
 	ofCall, _ := ctx.Value(tracerKey{}).(Tracer)
 	if l.tracer == nil && ofCall == nil {
@@ -152,8 +154,7 @@ func (l *link) trace(ctx context.Context, text string, returnsRows bool) (contex
 	return bothTracers(l.tracer, ofCall).start(ctx, op)
 }
 
-// leadsTo returns the part of an operation that says where the link leads to, once it
-// is connected.
+// leadsTo returns an operation with the server and the database of the link, which is connected.
 func (l *link) leadsTo(dsn string) Operation {
 	l.mu.Lock()
 	network, address := l.dialed[0], l.dialed[1]
@@ -161,10 +162,12 @@ func (l *link) leadsTo(dsn string) Operation {
 	op := Operation{Host: address}
 	if host, port, err := net.SplitHostPort(address); err == nil && network != "unix" {
 		op.Host = host
-		op.Port, _ = strconv.Atoi(port) // it has just been dialed
+		// The port has just been dialed, so it is a number.
+		op.Port, _ = strconv.Atoi(port)
 	}
 	if cfg, err := pq.NewConfig(dsn); err == nil {
-		op.Database = cmp.Or(cfg.Database, cfg.User) // the server's default
+		// The user's name is the server's default.
+		op.Database = cmp.Or(cfg.Database, cfg.User)
 	}
 	return op
 }
