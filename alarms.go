@@ -6,16 +6,17 @@ import (
 	"time"
 )
 
-// alarms calls expire when a lock's deadline has come. All locks of a provider share
-// one timer, and what is set later than it fires does not touch it: a cycle that
-// ends in time sets none.
+// alarms calls expire of each lock whose deadline has passed. All locks of a provider share one
+// timer. A deadline later than that for which the timer is set does not touch the timer, so a cycle
+// that ends in time does not set it.
 type alarms struct {
 	mu    sync.Mutex // guards everything below, and the locks' alarm and queued; taken after a lock's mu
 	queue alarmQueue
 	timer *time.Timer
-	fires time.Time // when the timer does; zero if it is not set
+	fires time.Time // when the timer fires; zero if it is not set
 }
 
+// set sets the alarm of a lock, instead of an earlier one.
 func (a *alarms) set(l *lock, at time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -28,6 +29,7 @@ func (a *alarms) set(l *lock, at time.Time) {
 	a.wakeLocked()
 }
 
+// drop removes the alarm of a lock, if there is one.
 func (a *alarms) drop(l *lock) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -36,7 +38,7 @@ func (a *alarms) drop(l *lock) {
 	}
 }
 
-// stop ends the timer, unless a lock needs it. What is set afterwards starts it again.
+// stop stops the timer if no lock has an alarm. A later call of set starts it again.
 func (a *alarms) stop() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -46,7 +48,7 @@ func (a *alarms) stop() {
 	}
 }
 
-// wakeLocked sees to it that the timer fires in time for the first alarm.
+// wakeLocked makes the timer fire in time for the first alarm.
 func (a *alarms) wakeLocked() {
 	if len(a.queue) == 0 {
 		return
@@ -68,12 +70,14 @@ func (a *alarms) fire() {
 	defer a.mu.Unlock()
 	a.fires = time.Time{}
 	for now := time.Now(); len(a.queue) > 0 && !a.queue[0].alarm.After(now); {
-		go heap.Pop(&a.queue).(*lock).expire() // ends by itself; it may call an observer
+		// The goroutine ends when expire has returned. It is separate because expire may call an
+		// observer.
+		go heap.Pop(&a.queue).(*lock).expire()
 	}
 	a.wakeLocked()
 }
 
-// alarmQueue is a heap by alarm.
+// alarmQueue is a heap ordered by alarm.
 type alarmQueue []*lock
 
 func (q alarmQueue) Len() int           { return len(q) }

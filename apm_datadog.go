@@ -10,8 +10,8 @@ import (
 	"gopkg.in/DataDog/dd-trace-go.v1/ddtrace/tracer"
 )
 
-// apmTracer returns the tracer that records operations as spans of a Datadog service,
-// or nil without a name. A statement is recorded only under another span.
+// apmTracer returns a tracer that records operations as spans of a Datadog service. It returns nil
+// if the name is empty. A statement is recorded only under another span.
 func apmTracer(service string) (Tracer, error) {
 	if service == "" {
 		return nil, nil
@@ -28,14 +28,15 @@ func apmTracer(service string) (Tracer, error) {
 			tracer.ServiceName(service),
 			tracer.Tag("repo", op.Repo), tracer.Tag("pr", op.PullRequest), tracer.Tag("event", op.Event))
 		return ctx, func(e OperationEnd) {
-			span.SetTag("lock_key", strconv.FormatInt(e.Key, 10)) // a number would be rounded
+			// As a number the key would be rounded.
+			span.SetTag("lock_key", strconv.FormatInt(e.Key, 10))
 			span.SetTag("token", e.Token)
 			span.Finish(tracer.WithError(e.Err))
 		}
 	}, nil
 }
 
-// statementTags are the tags that Datadog's own tracing of database/sql sets.
+// statementTags returns the tags that Datadog's own tracing of database/sql sets.
 func statementTags(service string, op Operation) []tracer.StartSpanOption {
 	queryType := "Exec"
 	if op.returnsRows {

@@ -4,7 +4,7 @@ package locker
 
 import "github.com/pkg/errors"
 
-// apmTracer refuses to record anything for Datadog, which is not linked.
+// apmTracer returns an error unless the name is empty, because Datadog's tracer is not linked.
 func apmTracer(service string) (Tracer, error) {
 	if service == "" {
 		return nil, nil

@@ -8,34 +8,33 @@ import (
 	"github.com/google/uuid"
 )
 
-// backend is the database as the lock sees it. Timeouts, channels, delays and
-// callers' contexts belong to the lock, not to the backend.
+// backend is the database as a lock sees it. Timeouts, channels, delays and callers' contexts are
+// the business of the lock.
 type backend interface {
 	// newID returns an ID that no other claim of the database has.
 	newID() uuid.UUID
-	// announce makes the claim known and returns its standing as the newest, or an
-	// error that matches ErrClaimOutdated if its order is too low. It returns early,
-	// with stopped, when ctx is done or stop is closed.
+	// announce makes the claim the newest of its key and returns its standing. If the claim's
+	// sequence number is too low, the error matches ErrClaimOutdated. It returns early, with
+	// stopped, when ctx is done or stop is closed.
 	announce(ctx context.Context, stop <-chan struct{}, a announcement) (answer, error)
-	// withdraw says that an announced claim gave up. It is begun when the call
-	// returns, and may be lost: it matters only to its own redelivery, and to who
-	// looks.
+	// withdraw records that an announced claim has given up. It only starts that, and the record
+	// may be lost: only a redelivery of the same claim and the views of operators depend on it.
 	withdraw(c claim)
-	// acquire tries once to take the key for the claim. It returns early, with stopped,
-	// when ctx is done or stop is closed.
+	// acquire makes one attempt to take the key for the claim. It returns early, with stopped, when
+	// ctx is done or stop is closed.
 	acquire(ctx context.Context, stop <-chan struct{}, r request) (answer, error)
-	// explain returns who holds the key and what its newest claim is, for an error. It
-	// returns early, with stopped, when ctx is done or stop is closed.
+	// explain returns the holder and the newest claim of the key, for an error. It returns early,
+	// with stopped, when ctx is done or stop is closed.
 	explain(ctx context.Context, stop <-chan struct{}, key int64) (keyState, error)
-	// release gives the key back if the claim holds it. It is queued when the call
-	// returns and cannot be canceled. The returned operation is signaled when it is
-	// done; nil means that it is.
+	// release gives the key back if the claim holds it. The release is queued when the call
+	// returns, and cannot be canceled. The returned operation is signaled on completion. If it is
+	// nil, the release has completed.
 	release(ctx context.Context, c claim) *op
-	// events is where the lock subscribes while it waits or holds.
+	// events returns the hub to which a lock subscribes while it waits or holds.
 	events() *hub
 }
 
-// claim is a caller's wish to hold a key.
+// claim is a request for a key.
 type claim struct {
 	key    int64
 	id     uuid.UUID
@@ -43,35 +42,34 @@ type claim struct {
 	labels string // as JSON; "" if there are none
 }
 
-// announcement is a claim that becomes the newest.
+// announcement is a claim that should become the newest.
 type announcement struct {
 	claim
 	asked time.Time // when its caller asked for it
 	terms terms
-	take  bool         // if the key is free and not waited for, it may be granted immediately, as acquire would do next
-	pull  *pullRequest // if set, the claim is dropped with errKeyMoved if this pull request has another key
+	take  bool         // the key may be granted immediately if it is free and not waited for, as the next acquire would do
+	pull  *pullRequest // if it is set and has another key, the claim is dropped with errKeyMoved
 }
 
-// pullRequest is what has a key.
+// pullRequest identifies a pull request, which has a key.
 type pullRequest struct {
 	repo string
 	pr   uint
 }
 
-// standing is a claim's place in the order of its key: its number, and the ID
-// under which the database knows it.
+// standing is a claim's place in the order of its key: the claim's number, and its ID in the
+// database.
 type standing struct {
 	number int64
 	id     uuid.UUID
 }
 
-// request is one try to acquire. A claim that was never announced has no
-// standing at first: it accepts whatever is the newest claim, and then keeps
-// that claim's standing as its own.
+// request is one attempt to acquire a key. A claim that was never announced has no standing at
+// first. It accepts any newest claim, and keeps that claim's standing.
 type request struct {
 	claim
 	standing standing
-	first    bool  // no standing yet: any newest claim will do
+	first    bool  // no standing yet: any newest claim is accepted
 	skip     bool  // the key is not taken if another claim waits for it
 	finish   bool  // the claim lets the holder finish
 	blocker  int64 // the advisory lock of the holder's session, if the last attempt found it dead
@@ -86,15 +84,15 @@ const (
 	again                     // undecided: try again immediately
 )
 
-// answer is the database's answer to a request.
+// answer is the database's answer to an announcement or a request.
 type answer struct {
 	outcome outcome
 	newest  standing   // the newest claim of the key
-	winner  *ClaimInfo // superseded, of an announcement: the newest claim
+	winner  *ClaimInfo // superseded, in the answer to an announcement: the newest claim
 	// granted only:
 	token   int64
 	session uint64 // the generation of the session that holds the key
-	spared  bool   // no claim notifies the holder before WithProgress's max
+	spared  bool   // no claim notifies the holder before the max of WithProgress
 	// busy only: the holder's session is dead, and may be taken over at that time
 	blocker int64
 	retryAt time.Time
@@ -105,39 +103,39 @@ type answer struct {
 // keyState is a key as an error describes it.
 type keyState struct {
 	newest  *ClaimInfo
-	open    bool       // the newest claim waits or holds
+	open    bool       // whether the newest claim waits or holds
 	holder  *ClaimInfo // nil if the key is free
 	heldFor time.Duration
-	alive   bool // the holder's session is connected
+	alive   bool // whether the holder's session is connected
 	foreign *ForeignLock
 }
 
-// event is what a backend tells the locks of a key.
+// event is a message of a backend to the locks of a key.
 type event struct {
 	kind    eventKind
-	hold    uuid.UUID  // newest, gone: the claim that holds, or held
+	hold    uuid.UUID  // newest, gone: the claim that holds the key, or held it
 	from    standing   // claimed, newest: the newer claim
 	claim   *ClaimInfo // claimed, newest: the same claim
 	finish  bool       // claimed: it lets the holder finish
 	message string     // manual: the operator's text
 	session uint64     // lost: generation of the session
-	cause   error      // lost, gone: why
+	cause   error      // lost, gone: the reason
 }
 
 type eventKind int
 
 const (
 	evClaimed  eventKind = iota + 1 // hint: a claim was announced
-	evNewest                        // from the row: a claim asks the holder to stop; the newest is told
+	evNewest                        // from the row: a claim has asked the holder to stop, and this is the newest claim
 	evReleased                      // hint: trying again may succeed
 	evManual                        // an operator asks the holder to stop
-	evLost                          // the session is lost, and what it held
-	evGone                          // the row does not name the hold any longer
+	evLost                          // the session is lost, with all its holds
+	evGone                          // the row no longer names the hold
 	evClosed                        // the provider is closing
 )
 
-// within calls f with a channel that is closed after bound, and returns what a wait
-// that ended early has ended with: ctx's error or ErrLockTimeout.
+// within calls f with a channel that is closed after bound, and returns the error of f. If f has
+// ended early, that is ctx's error or ErrLockTimeout.
 func within(ctx context.Context, bound time.Duration, f func(stop <-chan struct{}) error) error {
 	stop := make(chan struct{})
 	defer time.AfterFunc(bound, func() { close(stop) }).Stop()
@@ -156,8 +154,8 @@ func within(ctx context.Context, bound time.Duration, f func(stop <-chan struct{
 	return err
 }
 
-// stopped is the error of an operation of the backend whose caller has left before it
-// was carried out. trouble is why it was not, if there was a reason.
+// stopped is the error of an operation whose caller has left before it was carried out. trouble is
+// the reason for which it was not, or nil.
 type stopped struct{ trouble error }
 
 func (e stopped) Error() string { return "locker: stopped" }

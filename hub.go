@@ -6,21 +6,23 @@ import (
 	"github.com/google/uuid"
 )
 
-// hub knows which locks of a provider wait for or hold which key, and passes
-// events to them.
+// hub knows which locks of a provider wait for or hold which key, and passes events to them. All
+// methods are safe for concurrent use.
 type hub struct {
 	alarms alarms
 
-	mu     sync.Mutex // guards everything below, and the next and prev of the locks
+	mu     sync.Mutex // guards everything below, and next, prev and place of the locks; not held while a lock handles an event
 	locks  map[int64]*lock
 	count  int
 	holds  []*lock
 	closed bool
-	empty  chan struct{} // made by close; closed when the last lock has left
+	empty  chan struct{} // created by close; closed when the last lock has left
 }
 
 func newHub() *hub { return &hub{locks: map[int64]*lock{}} }
 
+// subscribe adds a lock to those that get the events of its key. It returns ErrProviderClosed if
+// the hub is closed.
 func (h *hub) subscribe(l *lock) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -35,7 +37,7 @@ func (h *hub) subscribe(l *lock) error {
 	return nil
 }
 
-// unsubscribe may be called for a lock that is not, or no longer, subscribed.
+// unsubscribe removes a lock. It does nothing if the lock is not subscribed.
 func (h *hub) unsubscribe(l *lock) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -65,7 +67,7 @@ func (h *hub) unsubscribe(l *lock) {
 	}
 }
 
-// hold notes that a lock, which is subscribed, holds its key.
+// hold records that a subscribed lock holds its key.
 func (h *hub) hold(l *lock) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -73,16 +75,16 @@ func (h *hub) hold(l *lock) {
 	l.place = len(h.holds)
 }
 
-// counts returns how many locks hold, and how many others are subscribed: they wait.
+// counts returns the number of locks that hold, and of all other subscribed locks, which wait.
 func (h *hub) counts() (holds, waits int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return len(h.holds), h.count - len(h.holds)
 }
 
-// held returns up to n of the claims that hold, from the last to the first, and moves
-// the cursor on: it begins again at 0. It reports whether there are more. A hold that
-// ends is replaced by the last one, so none is passed over.
+// held returns up to n of the claims that hold, from the last to the first, moves the cursor, and
+// reports whether there are more. At 0 the cursor begins again. A hold that ends is replaced by the
+// last one, so none is skipped.
 func (h *hub) held(cursor *int, n int) (claims []claim, more bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -138,9 +140,8 @@ func (h *hub) broadcast(ev event) {
 	}
 }
 
-// close ends every wait, notifies every holder and waits until they are gone; a
-// holder that does not release is revoked by its own lock. Further
-// subscriptions are refused.
+// close ends every wait, notifies every holder, and returns when all locks have left. A holder that
+// does not release is revoked by its own lock. Later calls of subscribe return ErrProviderClosed.
 func (h *hub) close() {
 	h.mu.Lock()
 	if !h.closed {

@@ -9,32 +9,31 @@ import (
 	"github.com/pkg/errors"
 )
 
-// trust is a provider's session as the provider's own locks see it: whether it
-// is connected, and until when its holds may be relied on without a connection.
+// trust is a provider's session as the provider's own locks see it: whether it is connected, and
+// until when its holds can be relied on without a connection. Both providers use it.
 //
 //	connected ──suspend──▶ suspended ──connected──▶ connected (holds continue)
 //	                           │
 //	                           └── 0.9 T after the last good heartbeat: lost
 //
-// A session that is lost is abandoned: its holds end, and the next one has
-// another ID. Both providers use it.
+// A session that is lost is abandoned: its holds end, and the next session has another ID.
 type trust struct {
 	conf *LockProviderConfig
 	hub  *hub
-	lost func() // called when a session was lost, without mu; nil if there is nothing to do
+	lost func() // called after a session was lost, without mu; may be nil
 
 	mu        sync.Mutex // guards everything below
 	session   sessionRef
 	connected bool
 	good      time.Time   // when the last good heartbeat began
-	suspended time.Time   // since when; zero while connected, or before the first connection
-	expiry    *time.Timer // ends the session when good is too long ago
-	armed     bool        // expiry counts
+	suspended time.Time   // when the session was suspended; zero while it is connected, and before the first connection
+	expiry    *time.Timer // calls expire when good is too long ago
+	armed     bool        // whether a call of expire counts
 	ended     bool
 }
 
-// sessionRef names a session: its row, its present advisory lock, and its place
-// among the sessions of its provider, from 1.
+// sessionRef names a session: its row, its present advisory lock, and its number among the sessions
+// of its provider, from 1.
 type sessionRef struct {
 	generation uint64
 	id, lock   int64
@@ -44,24 +43,23 @@ func newTrust(conf *LockProviderConfig, h *hub) *trust {
 	return &trust{conf: conf, hub: h, session: sessionRef{generation: 1, id: randomKey()}}
 }
 
-// patience returns how long after the start of the last good heartbeat the
-// holders of a session with the timeout t are notified. Successors wait for t, so
-// a holder that runs is notified before.
+// patience returns how long after the start of the last good heartbeat the holders of a session
+// with the timeout t are notified. Successors wait for t, so a holder that runs is notified before
+// its successor starts.
 func patience(t time.Duration) time.Duration { return t * 9 / 10 }
 
-// heartbeatInterval is the time between two heartbeats of a session with the
-// timeout t, heartbeatDeadline the time in which one has to succeed. With each
-// heartbeat rows of holds are checked, so the interval does not grow with t.
+// heartbeatInterval returns the time between two heartbeats of a session with the timeout t.
+// heartbeatDeadline returns the time within which a heartbeat must succeed. With each heartbeat
+// rows of holds are checked, so the interval does not grow with t beyond 3 s.
 func heartbeatInterval(t time.Duration) time.Duration { return min(t*3/10, 3*time.Second) }
 func heartbeatDeadline(t time.Duration) time.Duration { return min(t/5, 2*time.Second) }
 
-// unknownTimeout is how long a watcher with the session timeout t watches a session
-// whose own timeout is not known, because it has no row: an operator has deleted the
-// row of the session or of the key. Meanwhile the holder is notified by the check of
-// its rows.
+// unknownTimeout returns how long a watcher with the session timeout t watches a session whose own
+// timeout is not known, because the session has no row: an operator has deleted the row of the
+// session or of the key. Meanwhile the check of its rows notifies the holder.
 func unknownTimeout(t time.Duration) time.Duration { return max(t, defaultSessionTimeout) }
 
-// lease is how long the server keeps a connection that is silent.
+// lease returns for how long the server keeps a connection that is silent.
 func lease(t time.Duration) time.Duration { return t * 3 / 2 }
 
 // current returns the session, and reports whether it is connected.
@@ -77,9 +75,9 @@ func (t *trust) state() (connected bool, suspended, good time.Time) {
 	return t.connected, t.suspended, t.good
 }
 
-// connect starts or continues the session s with the advisory lock s.lock, by a
-// heartbeat that began at start. It returns since when the session was suspended,
-// which is zero if it is new, and reports false if s was lost meanwhile.
+// connect starts or continues the session s with the advisory lock s.lock, by a heartbeat that
+// began at start. It returns since when the session was suspended, which is zero for a new session.
+// It returns false if s was lost meanwhile.
 func (t *trust) connect(s sessionRef, start time.Time) (suspended time.Time, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -91,8 +89,8 @@ func (t *trust) connect(s sessionRef, start time.Time) (suspended time.Time, ok 
 	return suspended, true
 }
 
-// beat notes a good heartbeat that began at start, and arms the alarm that ends
-// the session if no other follows.
+// beat records a good heartbeat that began at start, and arms the timer that ends the session if no
+// other heartbeat follows in time.
 func (t *trust) beat(s sessionRef, start time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -112,8 +110,8 @@ func (t *trust) armLocked() {
 	}
 }
 
-// suspend notes that the session has no connection any longer. Its holds
-// continue. It does nothing unless the session is s and connected.
+// suspend records that the session has no connection any longer. Its holds continue. It does
+// nothing unless the session is s and connected.
 func (t *trust) suspend(s sessionRef, cause error) {
 	t.mu.Lock()
 	if t.session != s || !t.connected {
@@ -129,13 +127,15 @@ func (t *trust) suspend(s sessionRef, cause error) {
 	t.observe(Observation{Kind: ObservedSuspended, Kept: holds, Err: cause})
 }
 
-// reconnected reports that a session continues: kept of its holds are still
-// its own, lost of them were taken from it meanwhile.
+// reconnected reports that a session continues. It has kept the holds that its rows still name, and
+// has lost the others.
 func (t *trust) reconnected(after time.Duration, kept, lost int) {
 	t.conf.logger.Info("locker: session reconnected", slog.Duration("after", after), slog.Int("kept", kept), slog.Int("lost", lost))
 	t.observe(Observation{Kind: ObservedReconnected, After: after, Kept: kept, Lost: lost})
 }
 
+// expire ends the session if the last good heartbeat began too long ago. The timer's goroutine
+// calls it, and ends with it.
 func (t *trust) expire() {
 	t.mu.Lock()
 	if t.ended || !t.armed {
@@ -161,7 +161,7 @@ func (t *trust) expire() {
 	t.conf.logger.Warn("locker: session lost", slog.Int("holds", holds), slog.String("cause", cause.Error()))
 }
 
-// rest ends the session s, which has no holds, without a loss.
+// rest ends the session s without a loss. It must have no holds.
 func (t *trust) rest(s sessionRef) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -170,7 +170,7 @@ func (t *trust) rest(s sessionRef) {
 	}
 }
 
-// nextLocked begins the next session.
+// nextLocked starts the next session.
 func (t *trust) nextLocked() {
 	t.session = sessionRef{generation: t.session.generation + 1, id: randomKey()}
 	t.connected, t.good, t.suspended, t.armed = false, time.Time{}, time.Time{}, false
@@ -182,7 +182,7 @@ func (t *trust) observe(o Observation) {
 	}
 }
 
-// end stops the alarm. No session follows.
+// end stops the timer. No other session follows.
 func (t *trust) end() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -192,19 +192,19 @@ func (t *trust) end() {
 	}
 }
 
-// watches are the advisory locks of sessions that this process has seen dead. The
-// number of such a lock is never used again, so a lock that was seen dead once is
-// dead for good: a watch needs no polling, outlives the waiter that began it and
-// is shared by all waiters and keys.
+// watches records the advisory locks of sessions that this process has seen dead. The number of
+// such a lock is never used again, so a lock that was seen dead once stays dead. Therefore a watch
+// needs no polling, outlives the waiter that has started it, and is shared by all waiters and keys.
 type watches struct {
 	mu   sync.Mutex // guards ripe
 	ripe map[int64]time.Time
 }
 
+// When there are more, all of them are forgotten.
 const maxWatches = 10_000
 
-// dead notes that a lock was seen dead now, and returns when a session with it may
-// be taken over: its timeout after it was first seen dead.
+// dead records that a lock is dead now. It returns when the session with that lock may be taken
+// over: its timeout after the lock was first seen dead.
 func (w *watches) dead(lock int64, timeout time.Duration) time.Time {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -212,15 +212,16 @@ func (w *watches) dead(lock int64, timeout time.Duration) time.Time {
 		return at
 	}
 	if w.ripe == nil || len(w.ripe) >= maxWatches {
-		w.ripe = map[int64]time.Time{} // what is forgotten is watched again
+		// Sessions that are forgotten are watched again.
+		w.ripe = map[int64]time.Time{}
 	}
 	at := time.Now().Add(timeout)
 	w.ripe[lock] = at
 	return at
 }
 
-// over reports whether the session with a lock may be taken over, if the lock is
-// still dead.
+// over reports whether the session with a lock may be taken over, provided that the lock is still
+// dead.
 func (w *watches) over(lock int64) bool {
 	if lock == 0 {
 		return false
@@ -231,5 +232,5 @@ func (w *watches) over(lock int64) bool {
 	return ok && !time.Now().Before(at)
 }
 
-// randomKey returns a positive number that is in no use, all but certainly.
+// randomKey returns a positive number that is almost certainly not in use.
 func randomKey() int64 { return rand.Int64N(1<<63-1) + 1 }
