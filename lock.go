@@ -10,11 +10,12 @@ import (
 	"time"
 )
 
-// phase is where a lock is in its life; it only ever moves forward.
+// phase is the state of a lock. It only moves forward.
 //
 //	fresh → waiting → held → notified → over
 //
-// waiting can go straight to over (the wait failed), held too (released, lost).
+// If the wait fails, waiting is followed by over. If the lock is released or lost, held is followed
+// by over.
 type phase int8
 
 const (
@@ -25,60 +26,70 @@ const (
 	over
 )
 
-// lock is the state machine of both providers' locks. It needs no goroutine of
-// its own: timers, the caller's context and the backend's events drive it, each
-// from their own goroutine, and mu decides who comes first.
+// lock is the state machine of both providers' locks. It has no goroutine. Timers, the caller's
+// context and the backend's events drive it, each from another goroutine, and mu decides which
+// comes first.
 type lock struct {
-	// Set when the lock is made.
+	// These are set when the lock is created.
 	backend backend
-	conf    *LockProviderConfig // the provider's; it does not change
+	conf    *LockProviderConfig // of the provider; never changed
 	claim   claim
-	pull    *pullRequest // of the PreemptiveLocker, for errors; nil otherwise
-	onOver  func()       // closes what belongs to this lock alone; nil for a provider's locks
+	pull    *pullRequest // of the PreemptiveLocker, for errors; otherwise nil
+	onOver  func()       // closes what belongs to this lock alone; nil for the locks of a provider
 
-	next, prev *lock     // the hub's list of the key's locks; guarded by the hub
-	place      int       // the place among the hub's holds, from 1; guarded by the hub
-	alarm      time.Time // when expire is called, if queued is not 0; guarded by the alarms
-	queued     int       // the place in the alarms' queue, from 1; guarded by the alarms
+	next, prev *lock     // the hub's list of the key's locks; guarded by the hub's mu
+	place      int       // the place among the hub's holds, from 1; guarded by the hub's mu
+	alarm      time.Time // when expire is called, if queued is not 0; guarded by the alarms' mu
+	queued     int       // the place in the alarms' queue, from 1; guarded by the alarms' mu
 
 	mu        sync.Mutex // guards everything below; never held across I/O or a call to the backend
 	phase     phase
 	announced bool      // by Notify
 	labels    string    // of the claim, by Notify or Lock
 	finish    bool      // the claim lets the holder finish
-	placed    bool      // standing is set: by Notify, or by the first answer to a claim that was never announced
-	woken     bool      // waiting: there was a reason to try again before wake was made
-	began     time.Time // Lock was called, then: the hold began
+	placed    bool      // whether standing is set: by Notify, or by the first answer to a claim that was never announced
+	woken     bool      // waiting: there was a reason to try again before wake was created
+	began     time.Time // when Lock was called; later, when the hold began
 	revokeAt  time.Time // notified: the end of the preemption timeout
 	shielded  time.Time // no revocation before
 	spared    time.Time // held: no notification because of a claim before
 	standing  standing
-	ch        chan NotificationPayload // made when held; capacity 1, one payload at most, closed when over
+	ch        chan NotificationPayload // created when held; capacity 1, one payload at most, closed when over
 	session   uint64                   // the generation of the session that holds the key
 	token     int64
-	cause     error         // why the holder was notified
-	lost      error         // what the next Unlock has to report, once
+	cause     error         // the cause of the holder's notification
+	lost      error         // the error that the next Unlock returns, once
 	taken     bool          // over: the row may still name the hold, until Unlock
 	lostUpTo  uint64        // sessions up to this generation are gone
 	deadline  time.Time     // when the phase has lasted for too long
 	unwatch   func() bool   // held: stops watching the caller's context
-	ended     error         // waiting: the wait is over, and why
-	stop      chan struct{} // waiting: closed when ended is set; over: when Unlock has waited for long enough
-	gone      bool          // waiting: a grant since the last request does not count: the key was taken from the claim
-	missed    *event        // a claim that asks the holder to stop. waiting: the newest that was heard of; it may have come after the grant. held: it waits for spared
-	heard     *ClaimInfo    // waiting: the claim that was heard of last; other locks share it
-	wake      chan struct{} // waiting: capacity 1, a reason to try again; made when Lock sleeps for the first time
-	left      chan struct{} // waiting: closed when Lock has left; made by the Unlock that waits for it
+	ended     error         // waiting: why the wait has ended
+	stop      chan struct{} // waiting: closed when ended is set; over: closed when Unlock has waited for long enough
+	gone      bool          // waiting: the key was taken from the claim, so a grant since the last request does not count
+	missed    *event        // a claim that asks the holder to stop; waiting: the newest known one, which may be newer than the grant; held: it waits for spared
+	heard     *ClaimInfo    // waiting: the newer claim that was announced last; shared with other locks
+	wake      chan struct{} // waiting: capacity 1, a reason to try again; created when Lock sleeps for the first time
+	left      chan struct{} // waiting: closed when Lock has returned; created by the Unlock that waits for it
 }
 
-// Notify announces the lock's claim. From now on no older claim can acquire the key,
-// waiters with an older claim are superseded, and the holder, if there is one, is
-// notified. Another call makes the claim the newest once more.
+// Notify announces the lock's claim. From then on no older claim can acquire the key, waiters with
+// an older claim are superseded, and the holder, if there is one, is notified. A further call makes
+// the claim the newest again.
 //
-// [ContextWithMode], [ContextWithSequence] and [ContextWithLabels] say more about the
-// claim. With [LetFinish] the holder is not notified, with [SkipIfBusy] Notify does
-// nothing, and with a sequence number that is too low it returns [ErrClaimOutdated] and
-// disturbs no other claim. Notify may be called concurrently with every other method.
+// [ContextWithMode], [ContextWithSequence] and [ContextWithLabels] set the mode, the sequence
+// number and the labels of the claim. In the mode [LetFinish] the holder is not notified. In the
+// mode [SkipIfBusy] Notify does nothing.
+//
+// The error matches
+//
+//   - [ErrClaimOutdated] when the sequence number is too low. No holder is notified and no waiter
+//     is superseded.
+//   - [ErrLockNested] inside a [PreemptiveLocker.Do] that holds the key,
+//   - [ErrLockTimeout] when the database could not be reached within the lock timeout,
+//   - [ErrProviderClosed] when the provider is closed,
+//   - ctx's own error when ctx is done.
+//
+// Notify may be called concurrently with every other method.
 func (l *lock) Notify(ctx context.Context) error {
 	if err := l.usable(ctx); err != nil {
 		return err
@@ -97,7 +108,8 @@ func (l *lock) Notify(ctx context.Context) error {
 			return err
 		})
 	}
-	if errors.Is(err, ErrClaimOutdated) { // Lock, which observes all else, is not called after this
+	// Lock makes all other observations, but is not called after this error.
+	if errors.Is(err, ErrClaimOutdated) {
 		l.observe(ObservedSuperseded, 0, err)
 	}
 	return annotate(err, "locker: announce %q on key %d", l.claim.event, l.claim.key)
@@ -119,8 +131,8 @@ func (l *lock) announce(ctx context.Context, stop <-chan struct{}, how announcem
 	return a, nil
 }
 
-// labeled returns the claim with the labels of the terms or, if these have none, of
-// those before.
+// labeled returns the claim with the labels of the terms. If these have none, the claim has its
+// earlier labels.
 func (l *lock) labeled(t terms) claim {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -132,20 +144,22 @@ func (l *lock) labeled(t terms) claim {
 	return c
 }
 
-// Lock waits for the key and returns a channel that carries at most one payload, when
-// the holder is notified. The caller need not read it. Lock fails with an error that
-// matches
+// Lock waits for the key and returns a channel. The channel receives at most one payload, when the
+// holder is notified, and is closed when the hold ends. It is buffered, so the caller need not read
+// it. ctx must live as long as the hold: when it is done, the holder is notified.
+//
+// The error matches
 //
 //   - [ErrLockPreempted] when a newer claim is announced,
-//   - [ErrLockTimeout] when it has waited for the lock timeout,
-//   - [ErrLockBusy] with [ContextWithMode] and [SkipIfBusy], when the key is held or
+//   - [ErrLockTimeout] when the lock timeout has passed,
+//   - [ErrLockBusy] when the mode ([ContextWithMode]) is [SkipIfBusy], and the key is held or
 //     waited for,
 //   - [ErrLockNested] inside a [PreemptiveLocker.Do] that holds the key,
-//   - ctx's own error when ctx is done,
-//   - [ErrProviderClosed] when the provider is closed.
+//   - [ErrProviderClosed] when the provider is closed,
+//   - ctx's own error when ctx is done.
 //
-// Any other error is that of the database. A lock is single use: a second Lock is an
-// error.
+// Any other error comes from the database. A Lock that fails leaves nothing behind. A second Lock
+// returns an error.
 func (l *lock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
 	if err := l.usable(ctx); err != nil {
 		return nil, err
@@ -155,13 +169,13 @@ func (l *lock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
 	return ch, annotate(err, "locker: lock key %d", l.claim.key)
 }
 
-// lockCall says how a lock is to be locked.
+// lockCall is a call of Lock.
 type lockCall struct {
 	asked    time.Time     // when the caller called
 	wait     time.Duration // how long to wait; 0 means the lock timeout
 	terms    terms
-	announce bool         // Notify and Lock in one: a key that is free costs one statement
-	pull     *pullRequest // with announce: fail with errKeyMoved if that has another key
+	announce bool         // whether the call is Notify and Lock in one: a key that is free then costs one statement
+	pull     *pullRequest // with announce: the call fails with errKeyMoved if this pull request has another key
 }
 
 func (l *lock) lockKey(ctx context.Context, call lockCall) (<-chan NotificationPayload, error) {
@@ -173,7 +187,8 @@ func (l *lock) lockKey(ctx context.Context, call lockCall) (<-chan NotificationP
 	}
 	ch, waited, doubt, err := l.acquire(ctx, call)
 	if err != nil {
-		if doubt { // before the lock leaves: Close waits for what is queued
+		// The release is queued before the lock leaves, because Close waits for queued operations.
+		if doubt {
 			l.backend.release(ctx, l.claim)
 		}
 		l.backend.events().unsubscribe(l)
@@ -184,11 +199,13 @@ func (l *lock) lockKey(ctx context.Context, call lockCall) (<-chan NotificationP
 	return ch, nil
 }
 
-// Unlock ends the hold, or the wait of a Lock that has not returned. It blocks until the
-// key is free, for at most 5 s and at most until ctx is done. The key is given back all
-// the same. Before Lock it is an error. Once a hold has ended by loss or revocation, the
-// first Unlock returns [ErrLockLost], and every further one nil. It may be called
-// concurrently with every other method.
+// Unlock ends the hold, or the wait of a Lock that has not returned. It returns when the key is
+// free, but after 5 s and when ctx is done at the latest. The key is given back in any case: even
+// if ctx is done already, the release continues in the background.
+//
+// Unlock before Lock returns an error. If the hold had ended by loss or revocation, the first
+// Unlock returns an error that matches [ErrLockLost]. Every further Unlock returns nil. Unlock may
+// be called concurrently with every other method.
 func (l *lock) Unlock(ctx context.Context) error {
 	if err := l.usable(ctx); err != nil {
 		return err
@@ -203,19 +220,18 @@ func (l *lock) Unlock(ctx context.Context) error {
 	return nil
 }
 
-// Token returns the fencing token of the hold: 0 before the lock is held, then larger
-// than the token of every earlier hold of the key. It stays readable after the hold is
-// over.
+// Token returns the fencing token of the hold. It returns 0 before the lock is held, and then a
+// number that is larger than the token of every earlier hold of the key. It keeps returning that
+// number after the hold has ended.
 func (l *lock) Token() int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.token
 }
 
-// Cause returns why the holder was notified, as an error that matches
-// [ErrLockPreempted], [ErrMaxLockDuration], [ErrLockLost], [ErrProviderClosed],
-// [ErrStopRequested] or a context's error. It returns nil as long as the hold is
-// undisturbed.
+// Cause returns the cause of the holder's notification, or nil if the holder has not been notified.
+// It matches [ErrLockPreempted], [ErrMaxLockDuration], [ErrLockLost], [ErrProviderClosed],
+// [ErrStopRequested] or a context's error.
 func (l *lock) Cause() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -236,7 +252,8 @@ func (l *lock) begin(call lockCall) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.ended != nil {
-		return l.ended // abandoned
+		// The lock was abandoned.
+		return l.ended
 	}
 	if l.phase != fresh {
 		return errLockTwice
@@ -255,8 +272,7 @@ func (l *lock) begin(call lockCall) error {
 	return nil
 }
 
-// abandon makes a Lock that has not begun fail. Unlock cannot: before Lock it
-// has no effect.
+// abandon makes a later Lock fail. Unlock cannot do that, because it has no effect before Lock.
 func (l *lock) abandon() {
 	l.mu.Lock()
 	if l.phase == fresh {
@@ -269,16 +285,17 @@ func (l *lock) abandon() {
 	}
 }
 
-// armLocked bounds the phase.
+// armLocked sets the deadline of the phase.
 func (l *lock) armLocked(deadline time.Time) {
 	l.deadline = deadline
 	l.backend.events().alarms.set(l, l.deadline)
 }
 
-// expire ends the phase that has lasted for too long.
+// expire ends the phase if its deadline has passed. A goroutine of the alarms calls it.
 func (l *lock) expire() {
 	l.mu.Lock()
-	if time.Now().Before(l.deadline) { // it was meant for the phase before
+	// The alarm was meant for an earlier phase.
+	if time.Now().Before(l.deadline) {
 		l.mu.Unlock()
 		return
 	}
@@ -287,7 +304,8 @@ func (l *lock) expire() {
 	case waiting:
 		l.endWaitLocked(ErrLockTimeout)
 	case held:
-		if time.Since(l.began) < l.conf.maxLockDuration { // it was spared until now
+		// The holder was spared until now.
+		if time.Since(l.began) < l.conf.maxLockDuration {
 			news = l.preemptLocked(*l.missed)
 		} else {
 			news = l.notifyLocked(ErrMaxLockDuration, l.ownPayload(ErrMaxLockDuration))
@@ -309,10 +327,10 @@ func (l *lock) expire() {
 	}
 }
 
-// Shield puts off the revocation of a hold that is notified from now on, until
-// Unshield but no longer than limit. If the hold has been notified already or is over, it
-// returns why: then it is too late to begin what must not be cut off. It does not put off
-// the loss of the session.
+// Shield postpones the revocation of a hold that is notified from now on, until Unshield is called,
+// but no longer than limit. If the holder has been notified already, Shield returns the cause, and
+// the caller must not start its step. Shield returns an error if the lock is not held or is
+// shielded already. It does not postpone the loss of the session.
 func (l *lock) Shield(limit time.Duration) error {
 	return annotate(l.shield(limit), "locker: shield key %d", l.claim.key)
 }
@@ -332,8 +350,8 @@ func (l *lock) shield(limit time.Duration) error {
 	return errNotLocked
 }
 
-// Unshield ends what Shield began. If the preemption timeout has passed
-// meanwhile, the lock is revoked now.
+// Unshield ends the effect of Shield. If the preemption timeout has passed meanwhile, the lock is
+// revoked now.
 func (l *lock) Unshield() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -343,7 +361,7 @@ func (l *lock) Unshield() {
 	}
 }
 
-// leave ends a wait that failed.
+// leave ends a wait that has failed.
 func (l *lock) leave(err error) {
 	l.mu.Lock()
 	l.phase = over
@@ -355,7 +373,8 @@ func (l *lock) leave(err error) {
 		l.backend.withdraw(l.claim)
 	}
 	switch {
-	case errors.Is(err, errKeyMoved): // it was on the wrong key; another lock is tried
+	// The claim was for the wrong key, and another lock is tried next.
+	case errors.Is(err, errKeyMoved):
 	case errors.Is(err, ErrLockPreempted):
 		l.observe(ObservedSuperseded, waited, err)
 	case errors.Is(err, ErrLockBusy):
@@ -371,9 +390,9 @@ func (l *lock) leave(err error) {
 	}
 }
 
-// acquire announces the claim, if asked to, and tries until the key is the claim's
-// or the wait has ended. The hints that wake it are only reasons to ask the database
-// again. It reports whether the database may have granted the key nevertheless.
+// acquire announces the claim, if asked to, and tries to acquire the key until it succeeds or the
+// wait has ended. The hints that wake it are only reasons to ask the database again. It returns
+// doubt if the database may have granted the key although acquire has failed.
 func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan NotificationPayload, waited time.Duration, doubt bool, _ error) {
 	if nested(ctx, l.conf, l.claim.key) {
 		return nil, 0, false, ErrLockNested
@@ -381,9 +400,11 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 	if err := l.backend.events().subscribe(l); err != nil {
 		return nil, 0, false, err
 	}
-	var trouble error // why the database could not be asked, the last time
+	// trouble is the reason for which the database could not be asked the last time.
+	var trouble error
 	var blocker int64
-	var retryAt time.Time // when the holder's session, which is dead, may be taken over
+	// At retryAt the session of the holder, which is dead, may be taken over.
+	var retryAt time.Time
 	skip, announce := call.terms.mode == SkipIfBusy, call.announce
 	for inVain := 0; ; {
 		if err := l.waitEnded(ctx, trouble); err != nil {
@@ -403,7 +424,8 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 			announce = false
 			a, err = l.announce(ctx, l.stop, announcement{asked: call.asked, terms: call.terms, take: true, pull: call.pull})
 			if s := (stopped{}); err != nil && !errors.As(err, &s) {
-				if ended := l.waitEnded(ctx, err); ended != nil { // what ended the wait counts, the error explains it
+				// The reason that has ended the wait decides, and the error explains it.
+				if ended := l.waitEnded(ctx, err); ended != nil {
 					err = ended
 				}
 				return nil, 0, doubt || a.doubt, annotate(err, "announce %q", l.claim.event)
@@ -420,7 +442,8 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 			return nil, 0, doubt, err
 		}
 		if ripe && a.blocker == blocker {
-			a.retryAt = time.Time{} // something else is in the way, too
+			// The dead session is not the only obstacle.
+			a.retryAt = time.Time{}
 		}
 		trouble, blocker, retryAt = nil, a.blocker, a.retryAt
 		switch a.outcome {
@@ -433,7 +456,8 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 				return ch, waited, false, nil
 			}
 			doubt = true
-			continue // the hold was lost before it began
+			// The hold was lost before it began.
+			continue
 		case superseded:
 			return nil, 0, doubt, l.supersededBy(ctx, a)
 		case again:
@@ -444,7 +468,8 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 			if skip && (retryAt.IsZero() || time.Now().Before(retryAt)) {
 				return nil, 0, doubt, l.explained(ctx, ErrLockBusy)
 			}
-			if !skip { // which is compared with no other claim
+			// A claim that skips is compared with no other claim.
+			if !skip {
 				l.adopt(a.newest)
 			}
 		}
@@ -453,11 +478,11 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 	}
 }
 
-// explainTimeout bounds how much later an error comes because it says who holds the key.
+// explainTimeout bounds by how much an error is delayed so that it can name the holder.
 const explainTimeout = 500 * time.Millisecond
 
-// explained returns the error of a wait that has ended with the sentinel, and says who
-// has the key, if the database can be asked soon.
+// explained returns the error of a wait that has ended with the sentinel. It names the holder if
+// the database responds soon.
 func (l *lock) explained(ctx context.Context, sentinel error) error {
 	k := l.explain(ctx)
 	if ctx.Err() != nil {
@@ -483,8 +508,8 @@ func (l *lock) explained(ctx context.Context, sentinel error) error {
 	return l.conflict(sentinel, k, detail)
 }
 
-// supersededBy returns the error of a wait that the answer has ended. The newer claim has
-// mostly been heard of. If its notification was lost, the database is asked.
+// supersededBy returns the error of a wait that an answer has ended. The newer claim is usually
+// known from its notification. If that was lost, the database is asked.
 func (l *lock) supersededBy(ctx context.Context, a answer) error {
 	winner := a.winner
 	if winner == nil {
@@ -500,7 +525,8 @@ func (l *lock) supersededBy(ctx context.Context, a answer) error {
 	return l.conflict(ErrLockPreempted, keyState{newest: winner}, "")
 }
 
-// explain asks the database about the key, if that responds soon.
+// explain returns the database's state of the key. It is empty if the database does not respond
+// soon.
 func (l *lock) explain(ctx context.Context) (k keyState) {
 	err := within(ctx, explainTimeout, func(stop <-chan struct{}) (err error) {
 		k, err = l.backend.explain(ctx, stop, l.claim.key)
@@ -512,8 +538,8 @@ func (l *lock) explain(ctx context.Context) (k keyState) {
 	return k
 }
 
-// conflict returns an error that matches the sentinel and describes the other claims. The
-// caller of Lock may change them.
+// conflict returns an error that matches the sentinel and describes the other claims. The caller of
+// Lock may modify these, so k must not be shared.
 func (l *lock) conflict(sentinel error, k keyState, detail string) error {
 	c := &ConflictError{Key: l.claim.key, Holder: k.holder, Foreign: k.foreign, Err: sentinel, detail: detail}
 	switch {
@@ -527,15 +553,15 @@ func (l *lock) conflict(sentinel error, k keyState, detail string) error {
 	return c
 }
 
-// complete adds what the lock knows.
+// complete adds the lock's pull request.
 func (l *lock) complete(c *ConflictError) {
 	if l.pull != nil {
 		c.Repo, c.PullRequest = l.pull.repo, l.pull.pr
 	}
 }
 
-// maxInVain is how often a claim tries again immediately when the row has changed
-// under it, before it sleeps.
+// maxInVain is how often a claim tries again immediately, because the row has changed concurrently,
+// before it sleeps.
 const maxInVain = 5
 
 // sleep waits for a reason to ask the database again, or until retryAt.
@@ -562,7 +588,7 @@ func (l *lock) sleep(ctx context.Context, retryAt time.Time) {
 	}
 }
 
-// waitEnded returns why a wait has ended before the database has decided, or nil.
+// waitEnded returns why a wait has ended before the database has decided, or nil if it has not.
 func (l *lock) waitEnded(ctx context.Context, trouble error) error {
 	l.mu.Lock()
 	err := l.ended
@@ -584,8 +610,8 @@ func (l *lock) request(t terms, blocker int64) request {
 	return request{claim: c, standing: l.standing, first: !l.placed, skip: t.mode == SkipIfBusy, finish: l.finish, blocker: blocker}
 }
 
-// adopt gives a claim that was never announced the standing of the claim that
-// was the newest when it began to wait.
+// adopt gives a claim that was never announced the standing of the claim that was the newest when
+// it began to wait.
 func (l *lock) adopt(newest standing) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -595,10 +621,9 @@ func (l *lock) adopt(newest standing) {
 	}
 }
 
-// hold moves the lock from waiting to held. It returns no channel when the
-// session that was granted the key is lost already, or the key was taken from the
-// claim, and an error when the wait
-// was ended by Unlock or Close: then the key has to be given back.
+// hold moves the lock from waiting to held. It returns no channel if the session that was granted
+// the key is lost already, or if the key was taken from the claim. It returns an error if Unlock,
+// Close or ctx has ended the wait: then the key must be given back.
 func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload, waited time.Duration, _ error) {
 	var news func()
 	defer func() {
@@ -640,7 +665,7 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 	return l.ch, waited, nil
 }
 
-// tell notifies the holder of a cause that does not come from a peer.
+// tell notifies the holder of a cause that is not another claim.
 func (l *lock) tell(cause error) {
 	l.mu.Lock()
 	var news func()
@@ -653,20 +678,21 @@ func (l *lock) tell(cause error) {
 	}
 }
 
-// ownPayload carries the lock's own ID: the cause does not come from a peer.
+// ownPayload returns the payload for a cause that is not another claim. It has the lock's own ID.
 func (l *lock) ownPayload(cause error) NotificationPayload {
 	return NotificationPayload{ID: l.claim.id, Message: cause.Error(), LockKey: l.claim.key}
 }
 
-// notifyLocked moves the lock from held to notified; from now on the preemption
-// timeout runs. The caller calls what it returns once mu is free.
+// notifyLocked moves the lock from held to notified. The preemption timeout begins. It returns a
+// function that the caller must call after releasing mu.
 func (l *lock) notifyLocked(cause error, payload NotificationPayload) func() {
 	l.phase = notified
 	l.cause = cause
 	l.unwatchLocked()
 	l.revokeAt = time.Now().Add(l.conf.preemptionTimeout)
 	l.armLocked(l.revokeAt)
-	l.ch <- payload // never blocks: capacity 1, and a lock is notified once
+	// This never blocks: the capacity is 1, and a lock is notified once.
+	l.ch <- payload
 	after := time.Since(l.began)
 	return func() { l.observe(ObservedNotified, after, cause) }
 }
@@ -677,7 +703,8 @@ func (l *lock) observe(kind ObservationKind, after time.Duration, err error) {
 	}
 }
 
-// endLocked moves a hold to over: the channel is closed, nothing fires any more.
+// endLocked moves a hold to over and closes the channel. Neither the alarm nor the context has an
+// effect from then on.
 func (l *lock) endLocked() {
 	l.phase = over
 	l.backend.events().alarms.drop(l)
@@ -692,11 +719,12 @@ func (l *lock) unwatchLocked() {
 	}
 }
 
-// revoke takes the key from a holder that did not release it in time; the
-// lock is over already.
+// revoke releases the key of a holder that did not release it in time. The lock has moved to over
+// already.
 func (l *lock) revoke() {
 	release := l.backend.release(context.Background(), l.claim)
-	l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
+	// The release is queued before: Close ends the session when the last lock has left.
+	l.backend.events().unsubscribe(l)
 	l.conf.logger.Warn("locker: lock revoked: its holder did not release it in time",
 		slog.String("key", strconv.FormatInt(l.claim.key, 10)), slog.String("event", l.claim.event),
 		slog.Duration("after", l.conf.preemptionTimeout), slog.String("cause", l.Cause().Error()))
@@ -712,7 +740,8 @@ func (l *lock) unlock(ctx context.Context) error {
 	switch l.phase {
 	case fresh:
 		announced := l.announced
-		if l.onOver != nil { // what belongs to this lock is closed now
+		// What belongs to this lock alone is closed now, so a later Lock must fail.
+		if l.onOver != nil {
 			l.ended = ErrProviderClosed
 		}
 		l.mu.Unlock()
@@ -734,10 +763,12 @@ func (l *lock) unlock(ctx context.Context) error {
 		l.endLocked()
 		now := time.Now()
 		lasted, limit, cause := now.Sub(l.began), now.Add(releaseTimeout), l.cause
-		l.deadline = limit // an alarm that is on its way was for the hold
+		// An alarm that is about to call expire was meant for the hold.
+		l.deadline = limit
 		l.mu.Unlock()
 		release := l.backend.release(ctx, l.claim)
-		l.backend.events().unsubscribe(l) // not before: Close ends the session when the last lock has left
+		// The release is queued before: Close ends the session when the last lock has left.
+		l.backend.events().unsubscribe(l)
 		l.observe(ObservedReleased, lasted, cause)
 		if release == nil {
 			if ctx.Err() != nil {
@@ -756,7 +787,8 @@ func (l *lock) unlock(ctx context.Context) error {
 		err, taken := l.lost, l.taken
 		l.lost, l.taken = nil, false
 		l.mu.Unlock()
-		if taken { // the successor need not wait any longer
+		// Then the successor does not have to wait any longer.
+		if taken {
 			l.backend.release(ctx, l.claim)
 		}
 		return err
@@ -778,7 +810,7 @@ func (l *lock) stopLocked() {
 	}
 }
 
-// handle takes an event of the key from the backend.
+// handle processes an event of the key. The backend calls it, from any goroutine.
 func (l *lock) handle(ev event) {
 	l.mu.Lock()
 	lost := false
@@ -797,13 +829,16 @@ func (l *lock) handle(ev event) {
 	if !lost {
 		return
 	}
-	if ev.kind == evGone { // its row may still say that the claim waits
+	// Its row may still show the claim as one that waits.
+	if ev.kind == evGone {
 		l.backend.withdraw(l.claim)
 	}
 	l.backend.events().unsubscribe(l)
 	l.observe(ObservedLost, time.Since(l.began), cause)
 	if l.onOver != nil {
-		go l.onOver() // it stops the session, which is what called handle
+		// This needs a goroutine, because onOver stops the session, which has called handle. It
+		// ends when onOver has returned.
+		go l.onOver()
 	}
 }
 
@@ -825,7 +860,8 @@ func (l *lock) handleWaitingLocked(ev event) {
 		}
 		l.heard = ev.claim
 		if !ev.finish && (l.missed == nil || ev.from.number > l.missed.from.number) {
-			newest := ev // only this copy is kept
+			// Only this copy is kept, so ev itself does not escape.
+			newest := ev
 			l.missed = &newest
 		}
 	}
@@ -835,12 +871,13 @@ func (l *lock) handleWaitingLocked(ev event) {
 	}
 	select {
 	case l.wake <- struct{}{}:
-	default: // it is awake already
+	// The waiter has been woken already.
+	default:
 	}
 }
 
-// handleHeldLocked reports whether the hold is lost, and returns what to call once mu is
-// free.
+// handleHeldLocked reports whether the hold is lost. It returns a function that the caller must
+// call after releasing mu, or nil.
 func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
 	switch {
 	case ev.kind == evLost && ev.session < l.session, (ev.kind == evGone || ev.kind == evNewest) && ev.hold != l.claim.id:
@@ -869,8 +906,9 @@ func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
 	return false, news
 }
 
-// preemptLocked notifies the holder of a claim, or sees to it that this happens when
-// it is not spared any longer.
+// preemptLocked notifies the holder of a claim. While the holder is spared, it sets an alarm that
+// does so later, unless the phase ends before. It returns a function that the caller must call
+// after releasing mu, or nil.
 func (l *lock) preemptLocked(ev event) func() {
 	if time.Now().Before(l.spared) {
 		if l.missed == nil {
