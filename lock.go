@@ -42,34 +42,63 @@ type lock struct {
 	alarm      time.Time // when expire is called, if queued is not 0; guarded by the alarms' mu
 	queued     int       // the place in the alarms' queue, from 1; guarded by the alarms' mu
 
-	mu        sync.Mutex // guards everything below; never held across I/O or a call to the backend
+	// mu guards everything below. It is not held across I/O or a statement. The hub's mu and the
+	// alarms' mu may be locked while it is held, but not the other way round.
+	mu        sync.Mutex
 	phase     phase
-	announced bool      // by Notify
-	labels    string    // of the claim, by Notify or Lock
-	finish    bool      // the claim lets the holder finish
-	placed    bool      // whether standing is set: by Notify, or by the first answer to a claim that was never announced
-	woken     bool      // waiting: there was a reason to try again before wake was created
-	began     time.Time // when Lock was called; later, when the hold began
-	revokeAt  time.Time // notified: the end of the preemption timeout
-	shielded  time.Time // no revocation before
-	spared    time.Time // held: no notification because of a claim before
-	standing  standing
-	ch        chan NotificationPayload // created when held; capacity 1, one payload at most, closed when over
-	session   uint64                   // the generation of the session that holds the key
-	token     int64
-	cause     error         // the cause of the holder's notification
-	lost      error         // the error that the next Unlock returns, once
-	taken     bool          // over: the row may still name the hold, until Unlock
-	lostUpTo  uint64        // sessions up to this generation are gone
-	deadline  time.Time     // when the phase has lasted for too long
-	unwatch   func() bool   // held: stops watching the caller's context
-	ended     error         // waiting: why the wait has ended
-	stop      chan struct{} // waiting: closed when ended is set; over: closed when Unlock has waited for long enough
-	gone      bool          // waiting: the key was taken from the claim, so a grant since the last request does not count
-	missed    *event        // a claim that asks the holder to stop; waiting: the newest known one, which may be newer than the grant; held: it waits for spared
-	heard     *ClaimInfo    // waiting: the newer claim that was announced last; shared with other locks
-	wake      chan struct{} // waiting: capacity 1, a reason to try again; created when Lock sleeps for the first time
-	left      chan struct{} // waiting: closed when Lock has returned; created by the Unlock that waits for it
+	announced bool // by Notify
+	// The labels of the claim, by Notify or Lock.
+	labels string
+	// Whether the claim lets the holder finish.
+	finish bool
+	// Whether standing is set: by Notify, or by the first result for a claim that was never
+	// announced.
+	placed bool
+	// Waiting: there was a reason to try again before wake was created.
+	woken bool
+	// When Lock was called. Once the lock is held, when the hold began.
+	began time.Time
+	// Notified: the end of the preemption timeout.
+	revokeAt time.Time
+	// The lock is not revoked before this time.
+	shielded time.Time
+	// Held: claims do not notify the holder before this time.
+	spared   time.Time
+	standing standing
+	// Created when the lock is held. It has capacity 1, gets at most one payload, and is closed
+	// when the hold ends.
+	ch chan NotificationPayload
+	// The generation of the session that holds the key.
+	session uint64
+	token   int64
+	// The cause of the holder's notification.
+	cause error
+	// The error that the next Unlock returns, once.
+	lost error
+	// Over: the row may still name the hold, until Unlock.
+	taken bool
+	// Sessions up to this generation are lost.
+	lostUpTo uint64
+	// When expire ends the phase.
+	deadline time.Time
+	// Held: stops watching the caller's context.
+	unwatch func() bool
+	// Waiting: why the wait has ended, or nil.
+	ended error
+	// Waiting: closed when ended is set. Over: closed when Unlock has waited for long enough.
+	stop chan struct{}
+	// Waiting: the key was taken from the claim, so a grant since the last request does not count.
+	gone bool
+	// A claim that asks the holder to stop. Waiting: the newest that is known, which may be newer
+	// than the grant. Held: the one that waits for spared.
+	missed *event
+	// Waiting: the newer claim whose notification arrived last. Other locks share it.
+	heard *ClaimInfo
+	// Waiting: capacity 1, receives a reason to try again. Lock creates it when it sleeps for the
+	// first time.
+	wake chan struct{}
+	// Waiting: closed when Lock has returned. The Unlock that waits for it creates it.
+	left chan struct{}
 }
 
 // Notify announces the lock's claim. From then on no older claim can acquire the key, waiters with
@@ -391,8 +420,8 @@ func (l *lock) leave(err error) {
 }
 
 // acquire announces the claim, if asked to, and tries to acquire the key until it succeeds or the
-// wait has ended. The hints that wake it are only reasons to ask the database again. It returns
-// doubt if the database may have granted the key although acquire has failed.
+// wait has ended. The hints that wake it are only reasons to ask the database again. The result
+// doubt reports whether acquire has failed although the database may have granted the key.
 func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan NotificationPayload, waited time.Duration, doubt bool, _ error) {
 	if nested(ctx, l.conf, l.claim.key) {
 		return nil, 0, false, ErrLockNested
@@ -508,7 +537,7 @@ func (l *lock) explained(ctx context.Context, sentinel error) error {
 	return l.conflict(sentinel, k, detail)
 }
 
-// supersededBy returns the error of a wait that an answer has ended. The newer claim is usually
+// supersededBy returns the error of a wait that a newer claim has ended. The newer claim is usually
 // known from its notification. If that was lost, the database is asked.
 func (l *lock) supersededBy(ctx context.Context, a answer) error {
 	winner := a.winner
@@ -622,8 +651,8 @@ func (l *lock) adopt(newest standing) {
 }
 
 // hold moves the lock from waiting to held. It returns no channel if the session that was granted
-// the key is lost already, or if the key was taken from the claim. It returns an error if Unlock,
-// Close or ctx has ended the wait: then the key must be given back.
+// the key is lost already, or if the key was taken from the claim. It returns an error if the wait
+// has ended meanwhile: then the key must be given back.
 func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload, waited time.Duration, _ error) {
 	var news func()
 	defer func() {
@@ -906,9 +935,9 @@ func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
 	return false, news
 }
 
-// preemptLocked notifies the holder of a claim. While the holder is spared, it sets an alarm that
-// does so later, unless the phase ends before. It returns a function that the caller must call
-// after releasing mu, or nil.
+// preemptLocked notifies the holder of a claim. While the holder is spared, it remembers the claim
+// and sets an alarm for the end of that time, unless the max lock duration is reached before. It
+// returns a function that the caller must call after releasing mu, or nil.
 func (l *lock) preemptLocked(ev event) func() {
 	if time.Now().Before(l.spared) {
 		if l.missed == nil {
