@@ -8,12 +8,12 @@ import (
 	"github.com/lib/pq/oid"
 )
 
-// array is an argument of a one-dimensional array type in PostgreSQL's binary
-// format, as array_recv reads it. Against text it saves the server the parsing, and
-// us the memory of text that grows piece by piece.
+// array is an argument of a one-dimensional array type in PostgreSQL's binary format, as array_recv
+// reads it. Compared with text, it saves the server the parsing, and this process the memory of a
+// text that grows.
 type array []byte
 
-// newArray returns an empty array with room for n elements of size bytes.
+// newArray returns an empty array with capacity for n elements of size bytes.
 func newArray(element oid.Oid, n, size int) array {
 	const dimensions, flags, lower = 1, 0, 1
 	a := make(array, 0, arrayHeader+n*(4+size))
@@ -25,19 +25,20 @@ func newArray(element oid.Oid, n, size int) array {
 }
 
 const (
-	arrayLength = 12 // where the header has the number of elements
+	arrayLength = 12 // the offset of the number of elements in the header
 	arrayHeader = 20
 )
 
 func (a *array) len() int { return int(binary.BigEndian.Uint32((*a)[arrayLength:])) }
 
-// add begins an element of size bytes, which follow.
+// add appends the header of an element of size bytes. The caller appends the bytes.
 func (a *array) add(size int) {
 	binary.BigEndian.PutUint32((*a)[arrayLength:], uint32(a.len()+1))
 	*a = binary.BigEndian.AppendUint32(*a, uint32(size))
 }
 
-// addAt returns the array itself, filled up with NULLs to n elements.
+// addAt appends NULLs until the array has n elements, and returns the array. It creates the array
+// if that is nil.
 func (a *array) addAt(n int, element oid.Oid) *array {
 	const null = -1
 	if *a == nil {
@@ -80,8 +81,8 @@ func (a *array) addUUID(v uuid.UUID) {
 	*a = append(*a, v[:]...)
 }
 
-// elements returns the arguments of a statement for one row. It reports whether there is
-// one row only: all arrays have one element or none, the first has one.
+// elements returns the arguments of a statement for one row, and reports whether they are for one
+// row only: all arrays have one element or none, and the first has one.
 func elements(args []any) ([]any, bool) {
 	only := make([]any, len(args))
 	for i, arg := range args {

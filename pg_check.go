@@ -9,7 +9,7 @@ import (
 	"github.com/pkg/errors"
 )
 
-// lookAfterRows has some of the rows of holds checked with each heartbeat.
+// lookAfterRows queues a check of some rows of holds. It is called with each heartbeat.
 func (s *session) lookAfterRows(ref sessionRef, beats int) {
 	holds, _ := s.hub.counts()
 	s.mu.Lock()
@@ -48,13 +48,13 @@ func (s *session) lookAfterRows(ref sessionRef, beats int) {
 	})
 }
 
-// unsureFor is how long after an answer was lost the statement may still be carried
-// out: the release of a claim that has left may come before its acquire.
+// unsureFor is how long after its reply was lost a statement may still be carried out: the release
+// of a claim that has left may then come before its acquire.
 const unsureFor = 30 * time.Second
 
-// reconcile compares the rows with the holds after a reconnect, in both directions,
-// and then reports how the session got through: lost are the holds that it has lost
-// already. A new session only looks for dead ones.
+// reconcile compares rows and holds in both directions after a reconnect, and then reports the
+// number of holds that were kept and lost. The parameter lost is the number of those that are lost
+// already. For a new session it only looks for dead sessions.
 func (s *session) reconcile(ref sessionRef, suspended time.Time, lost int) {
 	after := time.Since(suspended)
 	s.hub.broadcast(event{kind: evReleased})
@@ -74,11 +74,12 @@ func (s *session) reconcile(ref sessionRef, suspended time.Time, lost int) {
 	})
 }
 
-const maxChecked = 1_000 // rows of holds that one heartbeat checks
+// Each heartbeat checks the rows of this many holds.
+const maxChecked = 1_000
 
-// checkRows checks rows of holds: maxChecked of them, or all. A holder whose row
-// does not name it any longer has lost the key, one whose key has a newer claim is
-// notified. It returns the number of the former.
+// checkRows checks the rows of holds: maxChecked of them, or all. A hold that its row no longer
+// names is lost. A holder that a claim has asked to stop is notified. It returns the number of
+// holds that are lost.
 func (s *session) checkRows(ctx context.Context, l *link, ref sessionRef, all bool) (lost int, err error) {
 	cursor := &s.cursor
 	if all {
@@ -113,7 +114,8 @@ func (s *session) checkRows(ctx context.Context, l *link, ref sessionRef, all bo
 			return lost, err
 		}
 		if now, connected := s.trust.current(); now != ref || !connected {
-			return lost, nil // the next connection is followed by a check of its own
+			// Another check follows the next connection.
+			return lost, nil
 		}
 		if !alive {
 			s.suspect(ref, errors.New("the server of the rows does not see the session"))
@@ -131,17 +133,16 @@ func (s *session) checkRows(ctx context.Context, l *link, ref sessionRef, all bo
 	}
 }
 
-// suspect ends the session's connection, because it does not do what it is there
-// for.
+// suspect closes the session's connection, because it does not serve its purpose.
 func (s *session) suspect(ref sessionRef, cause error) {
 	if now, connected := s.trust.current(); now == ref && connected {
 		s.dropOwn(cause)
 	}
 }
 
-// releaseForgotten releases what the rows say the session holds, and no lock of it
-// does: the server forgot a release in a crash, or carried out an acquire after the
-// release of its claim. Claims that no lock of it makes any longer are withdrawn.
+// releaseForgotten releases holds that rows name for the session, but that no lock of it has: the
+// server has forgotten a release in a crash, or has carried out an acquire after the release of its
+// claim. It withdraws claims of the session that no lock of it makes any longer.
 func (s *session) releaseForgotten(ctx context.Context, l *link, ref sessionRef) error {
 	var key int64
 	var id uuid.UUID
@@ -165,7 +166,8 @@ func (s *session) releaseForgotten(ctx context.Context, l *link, ref sessionRef)
 	return err
 }
 
-// sweep deletes the rows of sessions that were watched being dead and hold nothing.
+// sweep deletes the rows of sessions that have no holds, once this process has watched them being
+// dead for their timeout.
 func (s *session) sweep(ctx context.Context, l *link, ref sessionRef) error {
 	var lock int64
 	var timeout float64

@@ -17,18 +17,18 @@ import (
 	"github.com/pkg/errors"
 )
 
-// A statement is canceled after statementTimeout: the server's own timeouts bound
-// all of it but its commit, which may wait for a synchronous standby without end. A
-// connection that does not answer for answerTimeout is closed.
+// A statement is canceled after statementTimeout. The server's own timeouts bound all of a
+// statement except its commit, which may wait for a synchronous standby without end. A connection
+// that does not respond for answerTimeout is closed.
 const (
 	statementTimeout = 4 * time.Second
 	answerTimeout    = 6 * time.Second
 	callTimeout      = 30 * time.Second // for a check of all rows after a reconnect
-	openTimeout      = 8 * time.Second  // for all attempts to open a connection, see connectTimeout
+	openTimeout      = 8 * time.Second  // for all attempts to open a connection: see connectTimeout
 )
 
-// refusedError is a reason why a session cannot work on this server. A provider
-// that has never worked returns it immediately instead of waiting.
+// refusedError is a reason why a session cannot work on this server. A provider that has never
+// worked returns it immediately instead of waiting.
 type refusedError struct{ error }
 
 func (e refusedError) Unwrap() error { return e.error }
@@ -37,7 +37,8 @@ func refused(format string, args ...any) error {
 	return refusedError{errors.Errorf("locker: "+format, args...)}
 }
 
-// connectError marks the errors of a server that lets the provider in at no time.
+// connectError marks errors that connecting again does not change, such as a login that the server
+// refuses.
 func connectError(err error) error {
 	err = errors.Wrap(err, "locker: connect to postgres")
 	if e := pq.As(err); e != nil {
@@ -45,10 +46,11 @@ func connectError(err error) error {
 		case e.Code.Class() == "28", // authentication
 			e.Code == "3D000",      // no such database
 			e.Code == "42501",      // no privilege to connect
-			e.Code == "08P01",      // a proxy that refuses the startup packet
+			e.Code == "08P01",      // a proxy that rejects the startup packet
 			e.Code.Class() == "22": // a value in the URI that the server does not accept
 			return refusedError{err}
-		case e.Code == "42704", e.Code == "55P02": // a parameter that the server does not know, or that a session cannot set
+		// The server does not know a parameter, or a session cannot set it.
+		case e.Code == "42704", e.Code == "55P02":
 			return refusedError{errors.WithMessage(err, "locker: a parameter of the postgres URI is no setting of a session")}
 		}
 		return err
@@ -65,9 +67,9 @@ func connectError(err error) error {
 	return err
 }
 
-// broken reports whether an error means the end of its connection. The SQLSTATE
-// decides: the severity is a word in the server's language. A server that has
-// become read-only is not the one to talk to any longer.
+// broken reports whether an error means that its connection can no longer be used. The SQLSTATE
+// decides, because the severity is a word in the server's language. A server that has become
+// read-only is left as well.
 func broken(err error) bool {
 	e := pq.As(err)
 	if e == nil {
@@ -75,37 +77,38 @@ func broken(err error) bool {
 	}
 	switch {
 	case e.Code.Class() == "08", strings.HasPrefix(string(e.Code), "57P"), e.Code == "25P03", e.Code == "25006",
-		e.Code == "26000", e.Code == "42P05": // a statement that was prepared in another backend
+		e.Code == "26000", e.Code == "42P05": // the statement was prepared in another backend
 		return true
 	}
 	return e.Fatal()
 }
 
-// badInput reports whether the server rejects a statement because of what the
-// caller gave: it would do so again.
+// badInput reports whether the server rejects a statement because of the caller's input. It would
+// reject a repeat as well.
 func badInput(err error) bool {
 	e := pq.As(err)
 	return e != nil && (e.Code.Class() == "22" || e.Code.Class() == "23")
 }
 
-// link is a connection for statements. Only its worker uses it, except for kill.
+// link is a connection for statements. Only its worker uses it, except for kill, which any
+// goroutine may call.
 type link struct {
 	db         *sql.DB
 	conn       *sql.Conn
-	statements map[string]*sql.Stmt // what was prepared, by text
-	encoding   string               // of the database, see storable
-	clock      float64              // the server's clock at clockAt, see serverTime
+	statements map[string]*sql.Stmt // the prepared statements, by text
+	encoding   string               // of the database: see storable
+	clock      float64              // the server's clock at clockAt: see serverTime
 	clockAt    time.Time
 	tracer     Tracer    // of all statements, or nil
-	server     Operation // where the connection leads to, for traces
+	server     Operation // the server and database, for traces
 
 	mu      sync.Mutex // guards everything below
-	sockets []net.Conn // the connection, and those that only cancel a statement of it
+	sockets []net.Conn // the connection, and those that only cancel its statements
 	dialed  [2]string  // network and address of the last of them
 	killed  bool
 }
 
-// openLink connects and sets the connection up.
+// openLink connects and applies the settings of a session.
 func openLink(ctx context.Context, dsn dsnFunc, tracer Tracer, timeout time.Duration) (_ *link, err error) {
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
@@ -143,8 +146,8 @@ func openLink(ctx context.Context, dsn dsnFunc, tracer Tracer, timeout time.Dura
 	return l, nil
 }
 
-// setUpError explains the error of a connection's first statement. A pool lets clients in
-// before it has a server session for them.
+// setUpError explains the error of a connection's first statement. A pool accepts a client before
+// it has a server session for it.
 func setUpError(err error) error {
 	if late := noAnswerError(0); errors.As(err, &late) || errors.Is(err, os.ErrDeadlineExceeded) {
 		return errors.New("locker: no answer to the first statement of a connection: is a pool in between used up? A provider needs up to four connections")
@@ -152,8 +155,8 @@ func setUpError(err error) error {
 	return errors.Wrap(err, "locker: set up connection")
 }
 
-// check proves that the server can carry a session, except for NOTIFY, and creates
-// the schema if something is missing.
+// check returns an error unless the server can carry a session. It does not check NOTIFY. It
+// creates the schema if a part is missing.
 func (l *link) check(ctx context.Context) error {
 	var version int
 	var readOnly, schema, allowed bool
@@ -186,7 +189,8 @@ func (l *link) createSchema(ctx context.Context, user string) error {
 	if err != nil {
 		return errors.Wrap(err, "locker: create schema")
 	}
-	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	// After Commit this does nothing.
+	defer func() { _ = tx.Rollback() }()
 	if _, err = tx.ExecContext(ctx, `SET LOCAL lock_timeout = 0; `+sqlSchemaLock); err == nil {
 		_, err = tx.ExecContext(ctx, SchemaSQL)
 	}
@@ -204,7 +208,8 @@ func (l *link) createSchema(ctx context.Context, user string) error {
 	return errors.Wrap(err, "locker: create schema")
 }
 
-// prepared returns a statement, which is prepared when it is first needed.
+// prepared returns the prepared statement for a text. It prepares the statement when it is first
+// needed.
 func (l *link) prepared(ctx context.Context, text string) (*sql.Stmt, error) {
 	if s := l.statements[text]; s != nil {
 		return s, nil
@@ -217,7 +222,7 @@ func (l *link) prepared(ctx context.Context, text string) (*sql.Stmt, error) {
 	return s, nil
 }
 
-// exec runs a statement that returns nothing of interest.
+// exec runs a statement whose rows do not matter.
 func (l *link) exec(ctx context.Context, text string, args ...any) (err error) {
 	ctx, end := l.trace(ctx, text, false)
 	defer func() { finishTrace(end, OperationEnd{Err: err}) }()
@@ -228,7 +233,7 @@ func (l *link) exec(ctx context.Context, text string, args ...any) (err error) {
 	return err
 }
 
-// each runs a query, scans every row into row, and then calls f.
+// each runs a query. It scans every row into row and then calls f.
 func (l *link) each(ctx context.Context, text string, args, row []any, f func()) (err error) {
 	ctx, end := l.trace(ctx, text, true)
 	defer func() { finishTrace(end, OperationEnd{Err: err}) }()
@@ -245,7 +250,8 @@ func (l *link) each(ctx context.Context, text string, args, row []any, f func())
 	if err != nil {
 		return err
 	}
-	defer func() { _ = rows.Close() }() // its error is that of Err
+	// The error of Close is that of Err.
+	defer func() { _ = rows.Close() }()
 	for rows.Next() {
 		if err := rows.Scan(row...); err != nil {
 			return err
@@ -255,14 +261,14 @@ func (l *link) each(ctx context.Context, text string, args, row []any, f func())
 	return rows.Err()
 }
 
-// discard accepts a column that only has a side effect.
+// discard is the destination for a column that only has a side effect.
 var discard discardedColumn
 
 type discardedColumn struct{}
 
 func (discardedColumn) Scan(any) error { return nil }
 
-// Dial, DialTimeout and DialContext make the link lib/pq's dialer.
+// Dial, DialTimeout and DialContext make the link the dialer of lib/pq.
 func (l *link) Dial(network, address string) (net.Conn, error) {
 	return l.DialContext(context.Background(), network, address)
 }
@@ -291,8 +297,8 @@ func (l *link) DialContext(ctx context.Context, network, address string) (net.Co
 	return conn, nil
 }
 
-// kill closes the connection, whatever is going on on it. Any goroutine may call it,
-// more than once.
+// kill closes the connection, even while a statement runs. Any goroutine may call it, more than
+// once.
 func (l *link) kill() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -310,11 +316,11 @@ func (l *link) close() {
 	l.kill()
 }
 
-// answeringConn is a connection whose peer has to answer each request in time. One
-// goroutine at a time uses it, except for Close.
+// answeringConn is a connection whose peer must respond to each request in time. Only one goroutine
+// at a time uses it, except for Close.
 type answeringConn struct {
 	net.Conn
-	limit time.Time // the driver's, while it connects
+	limit time.Time // the driver's deadline, while it connects
 }
 
 func (c *answeringConn) SetDeadline(t time.Time) error {
@@ -333,18 +339,17 @@ func (c *answeringConn) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-// line is one of the two connections that are open as long as the provider is in
-// use: the session's and the listener's. It notices immediately when the connection
-// ends. It carries out one query at a time.
+// line is one of the two connections that are open as long as the provider is in use: the session's
+// and the listener's. It notices immediately when the connection ends. It runs one query at a time.
 type line struct {
 	conn  *pq.ListenerConn
 	calls chan func()   // received by the goroutine that serves the connection
 	down  chan struct{} // closed when the connection has ended
 }
 
-// openLine connects, sets the connection up, and takes the advisory lock if it is not
-// zero. heard is called with the payload of each notification, by one goroutine that
-// ends with the connection.
+// openLine connects, applies the settings of a session, and takes the advisory lock unless it is
+// zero. heard is called with the payload of each notification, by one goroutine that ends with the
+// connection.
 func openLine(ctx context.Context, dsn dsnFunc, timeout time.Duration, lock int64, heard func(payload string)) (*line, error) {
 	bound, cancel := context.WithTimeout(ctx, openTimeout)
 	uri, err := dsn(bound)
@@ -356,16 +361,18 @@ func openLine(ctx context.Context, dsn dsnFunc, timeout time.Duration, lock int6
 	if err != nil {
 		return nil, err
 	}
-	if cfg.Service != "" { // read by now
+	// The service file has been read, and the driver must not read it again.
+	if cfg.Service != "" {
 		uri = withoutService(cfg)
 	}
 	notifications := make(chan *pq.Notification, 64)
-	// It takes no context, and goes on when ctx has ended: connectTimeout is the bound.
+	// NewListenerConn takes no context and continues when ctx has ended. connectTimeout bounds it.
 	conn, err := pq.NewListenerConn(uri, notifications)
 	if err != nil {
 		return nil, connectError(err)
 	}
 	l := &line{conn: conn, calls: make(chan func()), down: make(chan struct{})}
+	// The goroutine ends when the connection has ended, which closes notifications.
 	go func() {
 		defer close(l.down)
 		for n := range notifications {
@@ -384,7 +391,7 @@ func openLine(ctx context.Context, dsn dsnFunc, timeout time.Duration, lock int6
 	return l, nil
 }
 
-// exec runs one statement, and closes the connection if it is not answered within d.
+// exec runs one statement, and closes the connection if the server does not respond within d.
 func (l *line) exec(d time.Duration, query string) error {
 	limit := time.AfterFunc(d, l.end)
 	executed, err := l.conn.ExecSimpleQuery(query)
@@ -394,14 +401,14 @@ func (l *line) exec(d time.Duration, query string) error {
 	return err
 }
 
-// noAnswerError is how long a statement was not answered.
+// noAnswerError is the error of a statement to which the server did not respond for that time.
 type noAnswerError time.Duration
 
 func (e noAnswerError) Error() string { return fmt.Sprintf("no answer within %v", time.Duration(e)) }
 
-// await waits for the next tick, and meanwhile calls what do has passed to it. It
-// reports whether there is no tick to wait for, because ctx has ended, or the
-// connection, which is the error.
+// await waits for the next tick, and meanwhile calls the functions that do passes to it. It reports
+// whether there will be no tick, because ctx or the connection has ended. If the connection has
+// ended, it returns that error.
 func (l *line) await(ctx context.Context, tick *time.Ticker) (over bool, err error) {
 	for {
 		select {
@@ -417,8 +424,8 @@ func (l *line) await(ctx context.Context, tick *time.Ticker) (over bool, err err
 	}
 }
 
-// do has the goroutine that serves the connection call f, and returns when f has. If
-// the connection ends first, f is not called.
+// do makes the goroutine that serves the connection call f, and returns when f has returned. If the
+// connection ends first, f is not called.
 func (l *line) do(f func()) {
 	called := make(chan struct{})
 	select {
@@ -429,15 +436,16 @@ func (l *line) do(f func()) {
 }
 
 // end closes the connection.
-func (l *line) end() { _ = l.conn.Close() } // it fails only if the connection has ended
+// end closes the connection. Close fails only if the connection has ended already.
+func (l *line) end() { _ = l.conn.Close() }
 
-// close returns when the connection and its goroutines have ended.
+// close closes the connection, and returns when its goroutines have ended.
 func (l *line) close() {
 	l.end()
 	<-l.down
 }
 
-// applicationName is what pg_stat_activity shows, unless the URI sets a name.
+// applicationName returns the name that pg_stat_activity shows, unless the URI sets another one.
 func applicationName() string {
 	name := "locker"
 	if len(os.Args) > 0 {
@@ -451,8 +459,9 @@ var (
 	processID = os.Getpid()
 )
 
-// asciiHostName returns the machine's name, in characters that every database can hold.
+// asciiHostName returns the machine's name, in characters that every database can store.
 func asciiHostName() string {
-	name, _ := os.Hostname() // "" where the system has none
+	// The name is "" if the system has none.
+	name, _ := os.Hostname()
 	return storable(name, "")
 }
