@@ -17,13 +17,13 @@ import (
 	"github.com/pkg/errors"
 )
 
-// dsnFunc returns the connection string for the next connection, as sessionDSN makes it.
+// dsnFunc returns the connection string for the next connection, in the form of sessionDSN.
 type dsnFunc func(ctx context.Context) (string, error)
 
-// uriSource is what WithPostgresURI was given, behind a pointer like postgresTarget.
+// uriSource is the argument of WithPostgresURI. Like postgresTarget it is kept behind a pointer.
 type uriSource struct {
 	ask   func(context.Context) (string, error)
-	slots chan struct{} // one for each call of ask
+	slots chan struct{} // has one element for each call of ask
 }
 
 const (
@@ -31,7 +31,7 @@ const (
 	freshTries = 5 // how often other credentials are tried soon after a failed login
 )
 
-// dsnOf returns where a provider's connection strings come from.
+// dsnOf returns the source of a provider's connection strings.
 func dsnOf(c *LockProviderConfig) (dsnFunc, error) {
 	switch {
 	case c.postgresURI == nil && c.postgres == nil:
@@ -54,8 +54,8 @@ func staticDSN(uri string) (dsnFunc, error) {
 	return func(context.Context) (string, error) { return dsn, nil }, nil
 }
 
-// dsn asks for the connection string. It does not wait longer than ctx for a function
-// that ignores it: no caller and no Close may hang on that.
+// dsn calls the function of WithPostgresURI. If that ignores ctx, dsn returns when ctx is done, so
+// that no caller and no Close waits for the function.
 func (u *uriSource) dsn(ctx context.Context) (string, error) {
 	type answer struct {
 		uri string
@@ -67,7 +67,8 @@ func (u *uriSource) dsn(ctx context.Context) (string, error) {
 		return "", errors.New("locker: earlier calls of the function of WithPostgresURI have not returned")
 	}
 	answered := make(chan answer, 1)
-	go func() { // ends with the function
+	// The goroutine ends when the function returns.
+	go func() {
 		defer func() { <-u.slots }()
 		uri, err := u.ask(ctx)
 		answered <- answer{uri, err}
@@ -75,7 +76,8 @@ func (u *uriSource) dsn(ctx context.Context) (string, error) {
 	select {
 	case a := <-answered:
 		if a.err != nil {
-			// Its text alone: an error of another server must not pass for one of this server.
+			// Only the text is used: an error of another server must not be mistaken for an error
+			// of this one.
 			return "", errors.New("locker: the function of WithPostgresURI: " + withoutSecret(a.err).Error())
 		}
 		dsn, err := sessionDSN(a.uri)
@@ -88,8 +90,8 @@ func (u *uriSource) dsn(ctx context.Context) (string, error) {
 	}
 }
 
-// withoutSecret returns an error that does not quote a connection string: url.Parse and
-// others do (C31).
+// withoutSecret returns err, or another error if the text of err may quote a connection string, as
+// that of url.Parse does (C31).
 func withoutSecret(err error) error {
 	text := err.Error()
 	if quotedPassword.MatchString(text) || strings.Contains(text, "://") && strings.Contains(text, "@") {
@@ -98,14 +100,14 @@ func withoutSecret(err error) error {
 	return err
 }
 
-// quotedPassword allows for the spaces that key=value pairs may have.
+// quotedPassword allows for spaces, which key=value pairs may have.
 var quotedPassword = regexp.MustCompile(`(?i)password\s*=`)
 
-// way is how one goroutine gets its connections to the server.
+// way provides one goroutine with connection strings for its attempts to connect.
 type way struct {
 	ask   dsnFunc
 	last  string // the string of the last attempt
-	fresh int    // attempts with other credentials since one has succeeded
+	fresh int    // attempts with other credentials since the last success
 }
 
 // dsn returns the string for an attempt to connect.
@@ -117,12 +119,12 @@ func (w *way) dsn(ctx context.Context) (string, error) {
 	return dsn, err
 }
 
-// connected notes that an attempt has succeeded.
+// connected records that an attempt has succeeded.
 func (w *way) connected() { w.fresh = 0 }
 
-// rest waits for the pause after a failed attempt, or until ctx ends. After a failed
-// login it ends early, and reports so, when there are other credentials than those that
-// were refused. That too has a limit: some functions make another token for each call.
+// rest waits for the pause after a failed attempt, or until ctx is done. After a failed login it
+// returns early, and reports that, if there are credentials other than the refused ones. This is
+// limited to freshTries, because some functions return another token for each call.
 func (w *way) rest(ctx context.Context, pause time.Duration, failed error) (early bool) {
 	end := time.NewTimer(pause)
 	defer end.Stop()
@@ -149,11 +151,15 @@ func (w *way) rest(ctx context.Context, pause time.Duration, failed error) (earl
 	}
 }
 
-// sessionDSN returns the connection string that sessions use: the caller's,
-// with a name for pg_stat_activity, a bound for connecting, arguments in binary, TLS
-// unless the caller or the environment says something about it, and, when several hosts
-// are named, the demand for the one that takes writes. Its errors
-// never quote the string, which may hold a password (C31).
+// sessionDSN returns the connection string that sessions use. It is the caller's, with
+//
+//   - a name for pg_stat_activity,
+//   - a bound for connecting,
+//   - arguments in binary format,
+//   - TLS, unless the caller or the environment has a setting for it,
+//   - the demand for the host that accepts writes, if several hosts are named.
+//
+// Its errors never quote the string, which may contain a password (C31).
 func sessionDSN(uri string) (string, error) {
 	if strings.TrimSpace(uri) == "" {
 		return "", errors.New("locker: postgres URI is empty")
@@ -169,14 +175,16 @@ func sessionDSN(uri string) (string, error) {
 	if err := checkParameters(cfg); err != nil {
 		return "", err
 	}
-	extra := url.Values{"binary_parameters": {"yes"}} // see array
+	// The type array needs binary parameters.
+	extra := url.Values{"binary_parameters": {"yes"}}
 	if cfg.ApplicationName == "" && cfg.FallbackApplicationName == "" {
 		extra.Set("fallback_application_name", applicationName())
 	}
 	if timeout := connectTimeout(cfg); timeout != cfg.ConnectTimeout {
 		extra.Set("connect_timeout", wholeSeconds(timeout))
 	}
-	if cfg.SSLMode == "" { // of a socket it is "disable" by now
+	// For a socket the driver has set it to "disable".
+	if cfg.SSLMode == "" {
 		extra.Set("sslmode", string(pq.SSLModeRequire))
 	}
 	if len(cfg.Multi) > 0 && (cfg.TargetSessionAttrs == "" || cfg.TargetSessionAttrs == pq.TargetSessionAttrsAny) {
@@ -197,7 +205,8 @@ func sessionDSN(uri string) (string, error) {
 		}
 		u.RawQuery = q.Encode()
 		if u.Path == "" {
-			u.Path = "/" // or, without a host, String drops the slashes
+			// Without a path, and without a host, String would omit the slashes.
+			u.Path = "/"
 		}
 		dsn = u.String()
 	} else {
@@ -211,13 +220,14 @@ func sessionDSN(uri string) (string, error) {
 	return dsn, nil
 }
 
-// connectTimeout returns how long an attempt to connect to one host may take: as long as
-// cfg says, 5 s if it says nothing, but not so long that all attempts together take longer
-// than openTimeout. Close has to wait for them (see openLine), and an outage of the first
-// hosts must leave time for the last one.
+// connectTimeout returns how long an attempt to connect to one host may take: as long as cfg
+// allows, or 5 s if it has no bound, but not so long that all attempts together take longer than
+// openTimeout. Close waits for these attempts (see openLine), and an outage of the first hosts must
+// leave time for the last one.
 func connectTimeout(cfg pq.Config) time.Duration {
 	attempts := 1 + len(cfg.Multi)
-	if cfg.SSLMode == pq.SSLModeAllow || cfg.SSLMode == pq.SSLModePrefer { // with TLS and without
+	// The driver tries with TLS and without.
+	if cfg.SSLMode == pq.SSLModeAllow || cfg.SSLMode == pq.SSLModePrefer {
 		attempts *= 2
 	}
 	limit := max((openTimeout / time.Duration(attempts)).Truncate(time.Second), time.Second)
@@ -229,23 +239,25 @@ func connectTimeout(cfg pq.Config) time.Duration {
 
 func wholeSeconds(d time.Duration) string { return strconv.Itoa(int(d / time.Second)) }
 
-// pair writes a parameter as one of key=value pairs.
+// pair returns a parameter as a key=value pair.
 func pair(name, value string) string {
 	return name + "='" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(value) + "'"
 }
 
-// connectConfig returns what a string of sessionDSN means now: its service file and the
-// environment are read.
+// connectConfig returns the configuration that a string of sessionDSN has now. It reads the service
+// file and the environment.
 func connectConfig(dsn string) (pq.Config, error) {
 	cfg, err := pq.NewConfig(dsn)
-	if err != nil { // the environment or the service file has changed
+	// The environment or the service file has changed.
+	if err != nil {
 		return pq.Config{}, refusedError{invalidURI(err)}
 	}
-	cfg.ConnectTimeout = connectTimeout(cfg) // the service file wins over the string
+	// The service file takes precedence over the string.
+	cfg.ConnectTimeout = connectTimeout(cfg)
 	return cfg, nil
 }
 
-// withoutService returns a string that means cfg, and names no service.
+// withoutService returns a string that has the same configuration as cfg and names no service.
 func withoutService(cfg pq.Config) string {
 	hosts, addresses, ports := []string{cfg.Host}, []string{cfg.Hostaddr.String()}, []string{strconv.Itoa(int(cfg.Port))}
 	for _, m := range cfg.Multi {
@@ -257,7 +269,8 @@ func withoutService(cfg pq.Config) string {
 		addresses = append(addresses, address)
 	}
 	values := reflect.ValueOf(cfg)
-	pairs := []string{pair("service", "")} // PGSERVICE does not count then
+	// With an empty service PGSERVICE is ignored.
+	pairs := []string{pair("service", "")}
 	for _, f := range reflect.VisibleFields(values.Type()) {
 		name, value := f.Tag.Get("postgres"), values.FieldByIndex(f.Index)
 		if drivers[name] == "" || name == "service" {
@@ -265,7 +278,8 @@ func withoutService(cfg pq.Config) string {
 		}
 		text := fmt.Sprint(value)
 		switch v := value.Interface().(type) {
-		case string: // also if it is empty, or that of the environment would count
+		// An empty string is written as well, because otherwise the environment would count.
+		case string:
 		case bool:
 			text = "no"
 			if v {
@@ -280,7 +294,8 @@ func withoutService(cfg pq.Config) string {
 		}
 		switch name {
 		case "host":
-			if len(hosts) > 1 && slices.Contains(hosts, "") { // there are addresses alone
+			// There are only addresses.
+			if len(hosts) > 1 && slices.Contains(hosts, "") {
 				continue
 			}
 			text = strings.Join(hosts, ",")
@@ -301,8 +316,8 @@ func isURL(uri string) bool {
 	return strings.HasPrefix(uri, "postgres://") || strings.HasPrefix(uri, "postgresql://")
 }
 
-// parameters returns those of a URL. url.URL.Query drops what it cannot read, and the
-// driver uses that; what follows a # it does not look at.
+// parameters returns the parameters of a URL, or an error if url.URL.Query, which the driver uses,
+// would drop one of them. The driver ignores a fragment, so that is an error as well.
 func parameters(u *url.URL) (url.Values, error) {
 	q, err := url.ParseQuery(u.RawQuery)
 	if err != nil || u.Fragment != "" {
@@ -313,8 +328,9 @@ func parameters(u *url.URL) (url.Values, error) {
 
 var errParameters = errors.New("locker: postgres URI is invalid: put & between its parameters, and write ; as %3B, # as %23 and % as %25 (the value is not shown because it may hold a password)")
 
-// spelledOut returns a URL with its hosts as parameters, if it names several with ports,
-// or a socket: url.Parse takes no socket, and several ports in some versions of Go only.
+// spelledOut returns a URL with its hosts as parameters, if it names several hosts with ports, or a
+// socket. Otherwise it returns uri. url.Parse does not accept a socket, and only some versions of
+// Go accept several ports.
 func spelledOut(uri string) (string, error) {
 	if !isURL(uri) {
 		return uri, nil
@@ -369,8 +385,8 @@ func spelledOut(uri string) (string, error) {
 
 var errHosts = errors.New("locker: postgres URI is invalid: name hosts, or the folder of a socket, once, by postgres://user@/database?host=a,b&port=5432,5433 or host=a,b port=5432,5433")
 
-// The driver's errors that name what they are about. The value may be a password that
-// was put into the wrong place, so it is not shown.
+// These match errors of the driver that name a variable or a parameter. Its value is not shown,
+// because it may be a password in the wrong place.
 var (
 	wrongVariable  = regexp.MustCompile(`^pq: (?:environment variable|wrong value for) \$(\w+)`)
 	wrongParameter = regexp.MustCompile(`^pq: wrong value for "([a-z_]+)"`)
@@ -386,7 +402,8 @@ func invalidURI(err error) error {
 	if m := wrongParameter.FindStringSubmatch(text); m != nil && drivers[m[1]] != "" {
 		return errors.Errorf("locker: postgres URI is invalid: github.com/lib/pq does not support the value of %s (it is not shown because it may hold a password)", m[1])
 	}
-	if strings.HasPrefix(text, "pq: ") { // what does not fit together, or is in a service file
+	// Two settings do not fit together, or the fault is in a service file.
+	if strings.HasPrefix(text, "pq: ") {
 		var variables []string
 		for _, word := range words.FindAllString(text, -1) {
 			if variable := drivers[word]; variable != "" && os.Getenv(variable) != "" && !slices.Contains(variables, variable) {
@@ -403,7 +420,7 @@ func invalidURI(err error) error {
 	return errors.New("locker: postgres URI is invalid: want postgres://user:password@host:port/database?sslmode=… or key=value pairs (the value is not shown because it may hold a password)")
 }
 
-// drivers are the parameters that the driver knows, and their environment variables.
+// drivers has the parameters that the driver knows, with their environment variables.
 var drivers = func() map[string]string {
 	all := map[string]string{}
 	for _, f := range reflect.VisibleFields(reflect.TypeFor[pq.Config]()) {
@@ -414,15 +431,16 @@ var drivers = func() map[string]string {
 	return all
 }()
 
-// checkParameters rejects the parameters that are known to be neither the driver's nor
-// the server's. The driver sends those that it does not know to the server, as settings
-// of the session. What the server does not know either, it rejects at first use.
+// checkParameters returns an error for a parameter that is known to be neither the driver's nor the
+// server's. The driver sends parameters that it does not know to the server, as settings of the
+// session. If the server does not know one either, it rejects it at first use.
 func checkParameters(cfg pq.Config) error {
 	for name := range cfg.Runtime {
 		switch lower := strings.ToLower(name); {
 		case slices.Contains(foreignParameters, lower), migrateParameter.MatchString(lower):
 			return errors.Errorf("locker: postgres URI has the parameter %s, which is for another driver or program: neither github.com/lib/pq nor PostgreSQL knows it; remove it", name)
-		case !settingName.MatchString(name): // a URL with another scheme passes for a pair; the server would quote its name
+		// A URL with another scheme is parsed as a pair, and the server would quote its name.
+		case !settingName.MatchString(name):
 			return invalidURI(errors.New("no setting's name"))
 		}
 	}
@@ -434,7 +452,7 @@ var (
 	migrateParameter = regexp.MustCompile(`^x-[a-z-]+$`)
 )
 
-// foreignParameters are what URIs for other drivers often have, in lower case.
+// foreignParameters are parameters that URIs for other drivers often have, in lower case.
 var foreignParameters = []string{
 	// libpq
 	"channel_binding", "gssdelegation", "gssencmode", "gsslib", "keepalives", "keepalives_count", "keepalives_idle",
