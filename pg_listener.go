@@ -9,8 +9,8 @@ import (
 	"github.com/pkg/errors"
 )
 
-// keepListener keeps the connection on which notifications arrive. Only speed
-// depends on it.
+// keepListener keeps the connection on which notifications arrive. Only speed depends on it. It
+// ends with close.
 func (s *session) keepListener() {
 	first, down := true, false
 	way := &way{ask: s.dsn}
@@ -58,8 +58,8 @@ func (s *session) keepListener() {
 	})
 }
 
-// serveListener checks now and then that the channel is registered. Notifications
-// arrive by the connection's own goroutine.
+// serveListener checks with each heartbeat interval that the channel is registered. Notifications
+// arrive on another goroutine of the connection.
 func (s *session) serveListener(l *line) error {
 	tick := time.NewTicker(heartbeatInterval(s.conf.sessionTimeout))
 	defer tick.Stop()
@@ -84,7 +84,7 @@ func (s *session) serveListener(l *line) error {
 	}
 }
 
-// heard receives a payload from the listener.
+// heard processes a payload that the listener has received.
 func (s *session) heard(payload string) {
 	m, err := decodeMessage(payload)
 	if err != nil {
@@ -108,9 +108,9 @@ func (s *session) heard(payload string) {
 	}
 }
 
-// roundTrip has send send a notification to this process, again and again, until it
-// arrives, or ctx or stop ends: the listener may not be there yet, or may be on its way
-// back. It reports whether the notification has arrived.
+// roundTrip calls send, which sends a notification to this process, repeatedly until the
+// notification arrives, or ctx or stop ends: the listener may still have to connect. It reports
+// whether the notification has arrived.
 func (s *session) roundTrip(ctx context.Context, stop <-chan struct{}, send func(payload string) error) (arrived bool, err error) {
 	nonce, heard := uuid.New(), make(chan struct{})
 	s.mu.Lock()
@@ -137,8 +137,8 @@ func (s *session) roundTrip(ctx context.Context, stop <-chan struct{}, send func
 	}
 }
 
-// proveNotify proves that notifications that the workers' connections send arrive
-// at the listener.
+// proveNotify returns nil if notifications that the workers' connections send arrive at the
+// listener, or if NOTIFY itself fails: then the session works without it.
 func (s *session) proveNotify(way *way) error {
 	l, err := openLink(s.ctx, way.dsn, nil, s.conf.sessionTimeout)
 	if err != nil {
@@ -173,8 +173,8 @@ func (s *session) proveNotify(way *way) error {
 	return refused("a NOTIFY to this process did not arrive within %v: a proxy in transaction-pooling mode is in between; connect to PostgreSQL directly or to a pool in session mode", proofTimeout)
 }
 
-// poolerError marks the errors of prepared statements that are not in the backend
-// that they were prepared in, or are there though they were not.
+// poolerError marks the errors of prepared statements that a backend does not have although they
+// were prepared, or has although they were not.
 func poolerError(err error) error {
 	if state := sqlState(err); state == "26000" || state == "42P05" {
 		return refusedError{errors.WithMessage(err, errPooler.Error())}
@@ -182,7 +182,7 @@ func poolerError(err error) error {
 	return err
 }
 
-// muted switches to working without NOTIFY, until one succeeds again.
+// muted makes statements work without NOTIFY until one succeeds again.
 func (s *session) muted(err error) {
 	s.mu.Lock()
 	was := s.mute
@@ -193,8 +193,8 @@ func (s *session) muted(err error) {
 	}
 }
 
-// catchUp looks up what notifications may have been missed: waiters try again, and
-// all rows of holds are checked.
+// catchUp makes up for notifications that may have been missed: waiters try again, and all rows of
+// holds are checked.
 func (s *session) catchUp() {
 	s.hub.broadcast(event{kind: evReleased})
 	ref, connected := s.trust.current()

@@ -16,27 +16,27 @@ import (
 	"github.com/pkg/errors"
 )
 
-// Next to replicas of the original library a hold has the key's own session-level
-// advisory lock as well, on the session's connection: that is all that the original
-// looks at. This file is what WithOriginalReplicas adds.
+// This file is what WithOriginalReplicas adds. Next to replicas of the original library a hold also
+// has the session-level advisory lock of its key, on the session's connection, because the original
+// looks only at that lock.
 
-// keyLocks are the advisory locks of keys that the session has. An advisory lock can
-// be taken twice by one connection, so owners decides between the locks of one
-// provider. Only the goroutine of the session's connection takes and gives back
-// advisory locks, so that nothing is locked here while a statement runs.
+// keyLocks are the advisory locks of keys that the session has. One connection can take an advisory
+// lock twice, so owners decides between the locks of one provider. Only the goroutine of the
+// session's connection takes advisory locks and gives them back, so no mutex is held while a
+// statement runs.
 type keyLocks struct {
 	mu     sync.Mutex          // guards everything below
-	owners map[int64]uuid.UUID // the claims that have, or are about to take, the locks of keys
-	back   []int64             // keys whose claim has given up the lock
+	owners map[int64]uuid.UUID // the claims that have the locks of keys, or are about to take them
+	back   []int64             // keys whose claims have given up the lock
 
-	// The goroutine's own.
-	ref   sessionRef // the session on the connection
+	// Used only by the goroutine of the session's connection.
+	ref sessionRef // the session of the connection
+	// The keys whose locks the connection has.
 	had   map[int64]bool
-	stale []int64 // the session locks of earlier connections, which may still have what owners says
+	stale []int64 // the session locks of earlier connections, which may still have the locks in owners
 }
 
-// acquireWithKeyLocks is acquireKeys for claims that need the advisory locks of their
-// keys, too.
+// acquireWithKeyLocks is acquireKeys for claims that also need the advisory locks of their keys.
 func (w *worker) acquireWithKeyLocks(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
 	s := w.session
 	if err := s.lockKeys(ctx, l, ref, batch); err != nil {
@@ -47,10 +47,9 @@ func (w *worker) acquireWithKeyLocks(ctx context.Context, l *link, ref sessionRe
 	return err
 }
 
-// lockKeys takes the advisory locks of those keys that the batch may get, and notes
-// with each operation whether its claim has it. The locks of keys that others hold,
-// or whose sessions are suspended, are not touched: their holders need them when they
-// reconnect.
+// lockKeys takes the advisory locks of the keys that the batch may get, and records with each
+// operation whether its claim has the lock. It does not touch the locks of keys that others hold,
+// even if their sessions are suspended: the holders need them when they reconnect.
 func (s *session) lockKeys(ctx context.Context, l *link, ref sessionRef, batch []*op) error {
 	keys, ids := claimArrays(claimsOf(batch))
 	var dead array
@@ -83,7 +82,8 @@ func (s *session) lockKeys(ctx context.Context, l *link, ref sessionRef, batch [
 	if failed != nil && !broken(failed) {
 		return failed
 	}
-	return nil // without a connection the session is suspended: the statement takes nothing
+	// Without a connection the session is suspended, and the statement takes nothing.
+	return nil
 }
 
 // keepKeys gives back the advisory locks of claims that were not granted.
@@ -96,24 +96,24 @@ func (s *session) keepKeys(batch []*op, err error) {
 		case owned[i] && !granted:
 			back = append(back, o.req.claim)
 		case granted && !owned[i]:
-			// The session has reconnected meanwhile, and the key was refused. If that goes
-			// on, the claim is released.
+			// The session has reconnected meanwhile, and did not get the lock of the key. If that
+			// happens again, the claim is released.
 			o.answer, o.doubt = answer{outcome: again}, true
 		}
 	}
 	s.unlockKeys(back)
 }
 
-// unlockKeys gives back the advisory locks of claims that are about to be released. The
-// row follows: the claim that is notified then finds the key free.
+// unlockKeys gives back the advisory locks of claims that are about to be released. The row
+// follows: the next claim, which is notified then, finds the key free.
 func (s *session) unlockKeys(claims []claim) {
 	if s.keys.giveUp(claims) {
 		s.onOwn(s.settleKeys)
 	}
 }
 
-// onOwn has the goroutine of the session's connection call f, if there is a
-// connection.
+// onOwn makes the goroutine of the session's connection call f, if there is a connection, and waits
+// for that.
 func (s *session) onOwn(f func(own *line)) {
 	s.mu.Lock()
 	own := s.own
@@ -123,8 +123,8 @@ func (s *session) onOwn(f func(own *line)) {
 	}
 }
 
-// own notes the claims as owners of their keys' locks, and returns the keys that had
-// no owner.
+// own records the claims as owners of their keys' locks, unless these have owners. It returns the
+// keys that had none.
 func (k *keyLocks) own(claims []claim) (wanted []int64) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -137,7 +137,7 @@ func (k *keyLocks) own(claims []claim) (wanted []int64) {
 	return wanted
 }
 
-// disown takes the ownership of refused keys back, all of which own has returned.
+// disown removes the owners of the refused keys, which are among those that own has returned.
 func (k *keyLocks) disown(wanted, refused []int64) {
 	if len(wanted) == 0 {
 		return
@@ -146,11 +146,12 @@ func (k *keyLocks) disown(wanted, refused []int64) {
 	defer k.mu.Unlock()
 	for _, key := range refused {
 		delete(k.owners, key)
-		k.back = append(k.back, key) // a connection that came meanwhile may have taken it
+		// A connection that was opened meanwhile may have taken the lock.
+		k.back = append(k.back, key)
 	}
 }
 
-// owned reports for each claim whether it owns its key's lock.
+// owned reports for each claim whether it owns the lock of its key.
 func (k *keyLocks) owned(claims []claim) []bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -161,7 +162,7 @@ func (k *keyLocks) owned(claims []claim) []bool {
 	return all
 }
 
-// giveUp ends what the claims own, and reports whether they owned anything.
+// giveUp removes the claims from the owners. It reports whether there are locks to give back.
 func (k *keyLocks) giveUp(claims []claim) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -174,7 +175,7 @@ func (k *keyLocks) giveUp(claims []claim) bool {
 	return len(k.back) > 0
 }
 
-// surplus returns the keys that were given up and have no owner again.
+// surplus returns the keys that were given up and have no owner again, and forgets them.
 func (k *keyLocks) surplus() (keys []int64) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -204,13 +205,14 @@ func (s *session) giveBack(own *line, keys []int64) {
 		return
 	}
 	if err := own.exec(s.keyDeadline(), fmt.Sprintf(sqlKeyUnlock, numbers(keys))); err != nil {
-		own.end() // with the connection its locks end
+		// The locks end with the connection.
+		own.end()
 	}
 }
 
-// relockKeys takes the advisory locks of all holds on a new connection. A hold whose
-// key is refused, because a replica of the original has it now, is lost. It returns
-// the number of those.
+// relockKeys takes the advisory locks of all holds on a new connection. If a replica of the
+// original has taken the key of a hold, that hold is lost. It returns the number of holds that are
+// lost.
 func (s *session) relockKeys(own *line, ref sessionRef) (lost int, err error) {
 	k := &s.keys
 	if k.ref.generation == ref.generation {
@@ -223,8 +225,8 @@ func (s *session) relockKeys(own *line, ref sessionRef) (lost int, err error) {
 	if len(claims) == 0 {
 		return 0, nil
 	}
-	// The server may not have noticed yet that the last connection has ended. Until it
-	// does, that has the locks.
+	// The server may not have noticed yet that the last connection has ended. Until then that
+	// connection has the locks.
 	if err := own.exec(s.keyDeadline(), fmt.Sprintf(sqlSessionKill, numbers(k.stale))); err != nil {
 		return 0, errors.Wrap(err, "locker: end the session's last connection")
 	}
@@ -251,8 +253,8 @@ func (s *session) relockKeys(own *line, ref sessionRef) (lost int, err error) {
 	return lost, nil
 }
 
-// restart returns the claims that own locks, which no connection has any longer. A
-// session that was lost begins without owners.
+// restart returns the claims that own locks, for a connection that does not have the locks yet. If
+// the last session was lost, there are none.
 func (k *keyLocks) restart(lost bool) (claims []claim) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -266,8 +268,9 @@ func (k *keyLocks) restart(lost bool) (claims []claim) {
 	return claims
 }
 
-// tryKeys takes advisory locks, and returns those that others have. The connection
-// returns no rows, so they are in the text of an error. If it fails, it has taken none.
+// tryKeys takes advisory locks, and returns the keys whose locks others have. The connection
+// returns no rows, so these keys are in the text of an error. If tryKeys fails, it has taken no
+// locks.
 func (s *session) tryKeys(own *line, keys []int64) (refused []int64, err error) {
 	had := s.keys.had
 	keys = slices.DeleteFunc(slices.Clone(keys), func(key int64) bool { return had[key] })
@@ -276,7 +279,8 @@ func (s *session) tryKeys(own *line, keys []int64) (refused []int64, err error) 
 	}
 	if err := own.exec(s.keyDeadline(), fmt.Sprintf(sqlKeyLock, numbers(keys))); err != nil {
 		if refused = refusedKeys(err); refused == nil {
-			s.giveBack(own, keys) // how many of them it took is not known
+			// It is not known how many of them the statement has taken.
+			s.giveBack(own, keys)
 			return keys, err
 		}
 	}
@@ -289,7 +293,7 @@ func (s *session) tryKeys(own *line, keys []int64) (refused []int64, err error) 
 	return refused, nil
 }
 
-// refusedKeys reads the keys out of the error of sqlKeyLock.
+// refusedKeys returns the keys in the error of sqlKeyLock, or nil if err is another error.
 func refusedKeys(err error) (keys []int64) {
 	e := pq.As(err)
 	if e == nil {
@@ -311,12 +315,12 @@ func refusedKeys(err error) (keys []int64) {
 
 var refusedPattern = regexp.MustCompile(`locks that others have: ([-0-9,]+);`)
 
-// keyDeadline is how long a statement for keys may take on the session's connection.
+// keyDeadline returns how long a statement for keys may take on the session's connection.
 func (s *session) keyDeadline() time.Duration {
 	return min(heartbeatDeadline(s.conf.sessionTimeout), statementTimeout)
 }
 
-// numbers writes an array for a statement that takes no arguments.
+// numbers returns the elements of an array, for a statement that has no arguments.
 func numbers(all []int64) string {
 	var b strings.Builder
 	for i, n := range all {
