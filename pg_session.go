@@ -15,26 +15,24 @@ import (
 )
 
 const (
-	reopenMin    = 50 * time.Millisecond // between two attempts to connect, doubled with each
+	reopenMin    = 50 * time.Millisecond // the pause between two attempts to connect, doubled with each
 	reopenMax    = time.Second
 	loginMin     = 250 * time.Millisecond // the same after a failed login: too many of them lock an account
 	loginMax     = time.Minute
-	proofTimeout = 3 * time.Second // for a NOTIFY to arrive
-	sweepBeats   = 20              // heartbeats between two looks for sessions that are dead
+	proofTimeout = 3 * time.Second // the time within which a NOTIFY must arrive
+	sweepBeats   = 20              // heartbeats between two searches for dead sessions
 )
 
 // session is the backend of a postgres provider's locks. It consists of
 //
-//   - the session's own connection, which has the advisory lock that shows others
-//     that this process lives, and carries nothing but heartbeats;
+//   - the session's own connection, which has the advisory lock that shows others that this process
+//     lives, and carries only heartbeats;
 //   - the listener, on which notifications arrive;
-//   - two workers, which carry out operations, each on a connection that is opened
-//     when it is needed and closed when it is idle: one for statements that wait for
-//     the disk, one for all others.
+//   - two workers, which run operations, each on a connection that is opened when it is needed and
+//     closed when it is idle: one for statements that wait for the disk, one for all others.
 //
-// The first two connect when there is something to do: an operation, or a lock that
-// waits or holds. If one of them is lost, it connects again. All goroutines start
-// with the first operation and end with close.
+// The first two connect when an operation is queued or a lock waits or holds. If one of them is
+// lost, it connects again. All goroutines start with the first operation and end with close.
 type session struct {
 	dsn     dsnFunc
 	conf    LockProviderConfig
@@ -44,36 +42,47 @@ type session struct {
 	watches watches
 	keys    keyLocks // with WithOriginalReplicas
 
-	mu       sync.Mutex                  // guards everything below, and what the workers say it guards; never held across I/O
-	disk     *worker                     // claims: announcements and acquires
-	swift    *worker                     // everything else
-	own      *line                       // the session's connection; nil while there is none
-	doom     error                       // why own was closed
-	trouble  error                       // why the session's connection could not be opened the last time; nil since it could
-	refusal  error                       // why a provider that has never worked was refused
-	retryAt  time.Time                   // refused: no attempt before
-	proven   bool                        // the provider has worked once
-	prepared bool                        // the schema was there when the session was opened the last time
-	admitted bool                        // the server lets the session's connection in
-	mute     bool                        // NOTIFY fails: statements go without, and holders learn from their rows
-	checking sessionRef                  // the session for which a check of rows is queued
-	proofs   map[uuid.UUID]chan struct{} // of notifications that are expected; closed when they arrive
-	listens  bool
-	deaf     error     // why the listener does not listen, the last time
-	unsure   time.Time // when the answer to a statement that may have taken keys was lost the last time
-	used     time.Time // when the provider was in use the last time
-	resting  bool      // the session has ended because the provider was idle
-	started  bool
-	closing  bool
+	// mu guards everything below, and the fields of the workers and operations that say so. It is
+	// not held across I/O.
+	mu    sync.Mutex
+	disk  *worker // for claims: announcements and acquires
+	swift *worker // for everything else
+	own   *line   // the session's connection; nil while there is none
+	doom  error   // the reason why own was closed
+	// The error of the last attempt to open the session's connection, or nil after a success.
+	trouble error
+	// The error with which a provider that has never worked was rejected.
+	refusal error
+	retryAt time.Time // with refusal: no attempt before this time
+	proven  bool      // whether the provider has worked once
+	// Whether the schema was complete when the session was opened the last time.
+	prepared bool
+	admitted bool // whether the server lets the session's connection in
+	// Whether NOTIFY fails. Then statements do not use it, and holders are notified by the check of
+	// their rows.
+	mute     bool
+	checking sessionRef // the session for which a check of rows is queued
+	// Notifications that are expected, whose channels are closed when they arrive.
+	proofs  map[uuid.UUID]chan struct{}
+	listens bool
+	deaf    error // the last error of the listener, or nil while it listens
+	// When the reply to a statement that may have taken keys was lost the last time.
+	unsure  time.Time
+	used    time.Time // when the provider was in use the last time
+	resting bool      // whether the session has ended because the provider was idle
+	started bool
+	closing bool
 
-	connections int64 // of the session, also attempts
+	// The number of attempts to connect the session, including those that have failed. Guarded by mu.
+	connections int64
 
-	cursor int // of the check of rows; the swift worker's own
+	// The position of the check of rows. Only the swift worker uses it.
+	cursor int
 
 	work    chan struct{} // capacity 1: the session's connection may be needed
 	listen  chan struct{} // capacity 1: the listener may be needed
 	running sync.WaitGroup
-	ctx     context.Context // ends with close, once the workers have ended
+	ctx     context.Context // canceled by close, once the workers have ended
 	stop    context.CancelFunc
 }
 
@@ -102,11 +111,12 @@ func (s *session) newID() uuid.UUID { return uuid.New() }
 func signal(ch chan struct{}) {
 	select {
 	case ch <- struct{}{}:
-	default: // it has been woken already
+	default:
+		// The receiver has been woken already.
 	}
 }
 
-// wakeUp lets every goroutine of the session look for what it can do.
+// wakeUp makes every goroutine of the session check whether it has something to do.
 func (s *session) wakeUp() {
 	signal(s.work)
 	signal(s.listen)
@@ -130,7 +140,8 @@ func (s *session) startLocked() {
 // wanted reports whether the provider is in use.
 func (s *session) wanted() bool {
 	s.mu.Lock()
-	busy := s.queuedLocked() + len(s.proofs) // a Ping is in no queue most of the time
+	// A Ping is in no queue most of the time.
+	busy := s.queuedLocked() + len(s.proofs)
 	s.mu.Unlock()
 	holds, waits := s.hub.counts()
 	return busy+holds+waits > 0
@@ -138,9 +149,8 @@ func (s *session) wanted() bool {
 
 func (s *session) queuedLocked() int { return s.disk.queuedLocked() + s.swift.queuedLocked() }
 
-// close returns when everything has been given back, and all connections and
-// goroutines have ended. Queued operations still run, for as long as a Release may
-// take.
+// close ends the session. It returns when everything was given back, and all connections and
+// goroutines have ended. Queued operations still run, for at most releaseTimeout.
 func (s *session) close() {
 	s.mu.Lock()
 	first := !s.closing
@@ -172,14 +182,15 @@ type kept struct {
 	name    string
 	wake    <-chan struct{}
 	way     *way
-	allowed func() bool // to be opened; when that changes, wake is signaled
+	allowed func() bool // whether it may be opened; when that changes, wake is signaled
 	open    func() (*line, error)
-	serve   func(*line) error                    // until it fails, or s.ctx ends
-	ended   func(err error)                      // after serve has failed
-	failed  func(err error, pause time.Duration) // after open has failed, and before the next attempt
+	serve   func(*line) error                    // returns when the connection fails, or s.ctx is done
+	ended   func(err error)                      // called after serve has failed
+	failed  func(err error, pause time.Duration) // called after open has failed, before the next attempt
 }
 
-// keep opens a connection whenever it is wanted and not open. It ends with s.ctx.
+// keep opens a connection whenever it is wanted and not open. It ends with s.ctx, which close
+// cancels.
 func (s *session) keep(k kept) {
 	defer s.running.Done()
 	var wait backoff
@@ -200,7 +211,8 @@ func (s *session) keep(k kept) {
 			l.close()
 			wait = backoff{}
 			k.way.connected()
-			if time.Since(opened) < reopenMax { // it does not last
+			// The connection did not last.
+			if time.Since(opened) < reopenMax {
 				pause = wait.next(err, s.urgent())
 			}
 			if s.ctx.Err() != nil {
@@ -233,8 +245,8 @@ func (s *session) keep(k kept) {
 	}
 }
 
-// urgent returns the session timeout if the session is suspended, otherwise zero. The
-// pauses are short then, since the session may have holds to lose.
+// urgent returns the session timeout if the session is suspended, and otherwise zero. Pauses are
+// shorter while the session is suspended, because it may have holds to lose.
 func (s *session) urgent() time.Duration {
 	if _, suspended, _ := s.trust.state(); suspended.IsZero() {
 		return 0
@@ -242,7 +254,7 @@ func (s *session) urgent() time.Duration {
 	return s.conf.sessionTimeout
 }
 
-// backoff is the pause before the next attempt to connect.
+// backoff computes the pause before the next attempt to connect.
 type backoff struct{ last time.Duration }
 
 func (b *backoff) next(err error, urgent time.Duration) time.Duration {
@@ -255,14 +267,15 @@ func (b *backoff) next(err error, urgent time.Duration) time.Duration {
 		most = min(most, urgent/20)
 	}
 	b.last = min(max(2*b.last, least), most)
-	return b.last*3/4 + rand.N(b.last/2) // so that the processes of a service do not connect all together
+	// It is random so that the processes of a service do not connect all together.
+	return b.last*3/4 + rand.N(b.last/2)
 }
 
-// isLogin reports whether the server has refused a login.
+// isLogin reports whether err means that the server has refused a login.
 func isLogin(err error) bool { return strings.HasPrefix(sqlState(err), "28") }
 
-// admit notes whether the server lets the session's connection in. As long as it does
-// not, no other connection is tried: too many attempts lock an account.
+// admit records whether the server lets the session's connection in. While it does not, no other
+// connection is tried, because too many attempts lock an account.
 func (s *session) admit(admitted bool) {
 	s.mu.Lock()
 	changed := s.admitted != admitted
@@ -284,7 +297,7 @@ func isRefusal(err error) bool {
 	return errors.As(err, &refusal)
 }
 
-// keepSession keeps the session's own connection.
+// keepSession keeps the session's own connection. It ends with close.
 func (s *session) keepSession() {
 	var ref sessionRef
 	way := &way{ask: s.dsn}
@@ -326,8 +339,8 @@ func (s *session) keepSession() {
 	})
 }
 
-// refuse fails every operation of a provider that has never worked, and those that
-// follow until the next attempt.
+// refuse fails all queued operations of a provider that has never worked, and those that follow
+// before the next attempt.
 func (s *session) refuse(err error, pause time.Duration) {
 	s.log.Error("locker: session refused", slog.String("error", err.Error()))
 	s.mu.Lock()
@@ -337,8 +350,8 @@ func (s *session) refuse(err error, pause time.Duration) {
 	finish(failed, err)
 }
 
-// openOwn opens the session's connection and makes the session known with a new
-// advisory lock: from the commit of its row on, others see it live.
+// openOwn opens the session's connection and makes the session known with a new advisory lock.
+// Others see the session live from the commit of its row on.
 func (s *session) openOwn(way *way) (_ *line, ref sessionRef, err error) {
 	s.mu.Lock()
 	proven, prepared := s.proven, s.prepared
@@ -364,7 +377,7 @@ func (s *session) openOwn(way *way) (_ *line, ref sessionRef, err error) {
 		}
 	}()
 	deadline := heartbeatDeadline(s.conf.sessionTimeout)
-	// Another statement: a pooler in transaction mode carries it out elsewhere.
+	// This is a separate statement: a pool in transaction mode runs it in another server session.
 	if err := l.exec(deadline, fmt.Sprintf(sqlHeartbeat, ref.lock)); err != nil {
 		return nil, ref, heartbeatError(err)
 	}
@@ -391,7 +404,8 @@ func (s *session) openOwn(way *way) (_ *line, ref sessionRef, err error) {
 		}
 	}
 	suspended, ok := s.trust.connect(ref, start)
-	if !ok { // its row is swept later
+	// Other processes will sweep its row.
+	if !ok {
 		return nil, ref, errors.New("locker: the session was lost while it reconnected")
 	}
 	s.trust.beat(ref, start)
@@ -406,7 +420,7 @@ func (s *session) openOwn(way *way) (_ *line, ref sessionRef, err error) {
 	return l, ref, nil
 }
 
-// prepare checks the server and creates the schema, on a connection of its own.
+// prepare checks the server and creates the schema, on a separate connection.
 func (s *session) prepare(way *way) error {
 	l, err := openLink(s.ctx, way.dsn, nil, s.conf.sessionTimeout)
 	if err != nil {
@@ -421,13 +435,14 @@ func (s *session) prepare(way *way) error {
 	}
 	var repo string
 	var pull int64
-	_ = l.each(ctx, sqlTwins, nil, []any{&repo, &pull}, func() { // a table that is too large to look through is fine
+	// An error is ignored: the table may be too large to read.
+	_ = l.each(ctx, sqlTwins, nil, []any{&repo, &pull}, func() {
 		s.log.Error("locker: two rows for one pull request", slog.String("repo", repo), slog.Int64("pull_request", pull))
 	})
 	return nil
 }
 
-// unprepare has the schema looked after before the session is opened again.
+// unprepare makes the next attempt to open the session call prepare.
 func (s *session) unprepare() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -464,9 +479,8 @@ func (s *session) serveOwn(l *line, ref sessionRef) error {
 	}
 }
 
-// rest ends the session if the provider has been idle for the idle timeout, and
-// reports whether it has. Nothing is under way then that the session could still be
-// needed for.
+// rest ends the session if the provider has been idle for the idle timeout, and reports whether it
+// has. At that moment no operation is in flight that could need the session.
 func (s *session) rest(ref sessionRef) bool {
 	if s.conf.idleTimeout == 0 {
 		return false
@@ -501,20 +515,21 @@ func heartbeatError(err error) error {
 
 var errPooler = refused("the session's advisory lock is not where it was taken: a proxy in between runs statements of one connection in several server sessions; connect to PostgreSQL directly or to a pool in session mode")
 
-// endOwn deletes the session's row, unless it is still needed: a hold that could
-// not be given back is taken over when its session is seen dead.
+// endOwn deletes the session's row, unless it is still needed: a hold that could not be given back
+// is taken over when its session is seen dead.
 func (s *session) endOwn(l *line, ref sessionRef) {
 	s.mu.Lock()
 	clean := s.resting || s.queuedLocked() == 0
 	s.mu.Unlock()
 	if clean {
-		_ = l.exec(heartbeatDeadline(s.conf.sessionTimeout), fmt.Sprintf(sqlSessionEnd, ref.id)) // what is left is swept by others
+		// If this fails, others sweep the row.
+		_ = l.exec(heartbeatDeadline(s.conf.sessionTimeout), fmt.Sprintf(sqlSessionEnd, ref.id))
 	}
 }
 
-// killOwn ends the server's end of a connection that was closed during a commit. If that
-// waits for a synchronous standby, the server does not notice that it was closed, and
-// each further attempt would leave another one behind.
+// killOwn ends the server's side of a connection that was closed during a commit. If the commit
+// waits for a synchronous standby, the server does not notice the close, and each further attempt
+// would leave another server process behind.
 func (s *session) killOwn(ref sessionRef) {
 	o := newOp(context.Background(), opCall, claim{})
 	o.once = true
@@ -527,7 +542,7 @@ func (s *session) killOwn(ref sessionRef) {
 	s.enqueueLocked(o)
 }
 
-// dropOwn closes the session's connection; keepSession opens another one.
+// dropOwn closes the session's connection. Then keepSession opens another one.
 func (s *session) dropOwn(cause error) {
 	s.mu.Lock()
 	l := s.own
