@@ -402,9 +402,9 @@ func (l *lock) leave(err error) {
 		l.backend.withdraw(l.claim)
 	}
 	switch {
-	// The claim was for the wrong key, and another lock is tried next.
 	case errors.Is(err, errKeyMoved):
 	case errors.Is(err, ErrLockPreempted):
+		// The claim was for the wrong key, and another lock is tried next.
 		l.observe(ObservedSuperseded, waited, err)
 	case errors.Is(err, ErrLockBusy):
 		l.observe(ObservedSkipped, waited, err)
@@ -900,8 +900,8 @@ func (l *lock) handleWaitingLocked(ev event) {
 	}
 	select {
 	case l.wake <- struct{}{}:
-	// The waiter has been woken already.
 	default:
+		// The waiter has been woken already.
 	}
 }
 

@@ -374,8 +374,8 @@ func (p *PreemptiveLocker) watch(ctx context.Context, ch <-chan NotificationPayl
 	case <-returned:
 	}
 	select {
-	// The holder was notified at the moment when f returned.
 	case n, ok := <-ch:
+		// The holder was notified at the moment when f returned.
 		return p.disturbed(n, ok)
 	default:
 	}
@@ -564,8 +564,8 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (Preemp
 			return nil, nil, err
 		}
 		return p.claim(ctx, p.abortable(ctx), key, call)
-	// The calls of this provider do not block.
 	case *FakeLockProvider:
+		// The calls of this provider do not block.
 		if key, err = own.LockKey(ctx, p.repo, p.pr); err != nil {
 			return nil, nil, err
 		}

@@ -125,8 +125,8 @@ func (e *doError) stopped() bool {
 	var command interface{ ExitCode() int } // an exec.ExitError
 	if errors.As(e.work, &command) && !isNil(command) {
 		switch command.ExitCode() {
-		// The command was ended by a signal, or it is a shell that reports one.
 		case -1, 128 + 2, 128 + 9, 128 + 15:
+			// The command was ended by a signal, or it is a shell that reports one.
 			return true
 		}
 	}
@@ -167,8 +167,8 @@ func classify(err error) Outcome {
 	var delayed *delayError
 	var conflict *ConflictError
 	switch {
-	// The function was never called.
 	case errors.As(err, &delayed):
+		// The function was never called.
 		if outcome == OutcomeLost {
 			outcome = OutcomeFailed
 		}

@@ -49,8 +49,8 @@ func connectError(err error) error {
 			e.Code == "08P01",      // a proxy that rejects the startup packet
 			e.Code.Class() == "22": // a value in the URI that the server does not accept
 			return refusedError{err}
-		// The server does not know a parameter, or a session cannot set it.
 		case e.Code == "42704", e.Code == "55P02":
+			// The server does not know a parameter, or a session cannot set it.
 			return refusedError{errors.WithMessage(err, "locker: a parameter of the postgres URI is no setting of a session")}
 		}
 		return err

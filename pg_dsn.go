@@ -278,9 +278,9 @@ func withoutService(cfg pq.Config) string {
 		}
 		text := fmt.Sprint(value)
 		switch v := value.Interface().(type) {
-		// An empty string is written as well, because otherwise the environment would count.
 		case string:
 		case bool:
+			// An empty string is written as well, because otherwise the environment would count.
 			text = "no"
 			if v {
 				text = "yes"
@@ -439,8 +439,8 @@ func checkParameters(cfg pq.Config) error {
 		switch lower := strings.ToLower(name); {
 		case slices.Contains(foreignParameters, lower), migrateParameter.MatchString(lower):
 			return errors.Errorf("locker: postgres URI has the parameter %s, which is for another driver or program: neither github.com/lib/pq nor PostgreSQL knows it; remove it", name)
-		// A URL with another scheme is parsed as a pair, and the server would quote its name.
 		case !settingName.MatchString(name):
+			// A URL with another scheme is parsed as a pair, and the server would quote its name.
 			return invalidURI(errors.New("no setting's name"))
 		}
 	}
