@@ -403,8 +403,8 @@ func (l *lock) leave(err error) {
 	}
 	switch {
 	case errors.Is(err, errKeyMoved):
-	case errors.Is(err, ErrLockPreempted):
 		// The claim was for the wrong key, and another lock is tried next.
+	case errors.Is(err, ErrLockPreempted):
 		l.observe(ObservedSuperseded, waited, err)
 	case errors.Is(err, ErrLockBusy):
 		l.observe(ObservedSkipped, waited, err)

@@ -279,8 +279,8 @@ func withoutService(cfg pq.Config) string {
 		text := fmt.Sprint(value)
 		switch v := value.Interface().(type) {
 		case string:
-		case bool:
 			// An empty string is written as well, because otherwise the environment would count.
+		case bool:
 			text = "no"
 			if v {
 				text = "yes"
