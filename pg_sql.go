@@ -10,33 +10,31 @@ import (
 	"github.com/lib/pq"
 )
 
-// SchemaSQL creates what the postgres provider needs in its database: the tables
-// env_locks, env_lock_state and env_lock_sessions, and the view env_lock_overview.
-// It also upgrades what an earlier version has created. The provider runs it on
-// first use. If the provider's role lacks the privilege, the provider returns an
-// error that names SchemaSQL, and an operator runs it once. Running it again is
-// harmless.
+// SchemaSQL is the SQL that creates what the postgres provider needs in its database: the tables
+// env_locks, env_lock_state and env_lock_sessions, and the view env_lock_overview. It also upgrades
+// the tables of an earlier version. It can be run again, and concurrently.
+//
+// The provider runs it on first use. If the provider's role lacks the privilege, the provider
+// returns an error that names SchemaSQL. Then a role that has the privilege must run it once.
 //
 //go:embed schema.sql
 var SchemaSQL string
 
-// Every statement takes arrays, so that it serves any number of locks. Those that
-// write take them sorted by key, so that two connections never lock rows in
-// opposite order. Every statement may be repeated: a repeat that finds its work
-// done changes nothing.
+// Every statement accepts arrays, so that it serves any number of locks. Statements that write need
+// them sorted by key, so that two connections never lock rows in opposite order. Every statement
+// can be repeated: a repeat that finds its work done changes nothing.
 const (
-	// A token and a claim's number are the server's clock in microseconds. The
-	// clock keeps them growing where the row cannot: after a crash that forgot
-	// claims, or after the row was deleted.
+	// A token and a claim's number are the server's clock in microseconds. The clock keeps them
+	// growing where the row cannot: after a crash that forgot claims, or after the row was deleted.
 	sqlClock = `(date_part('epoch', clock_timestamp()) * 1000000)::bigint`
 
 	// The commit does not wait for the disk.
 	sqlNoFlush = `set_config('synchronous_commit', 'off', true)`
 
-	// Whether the session of the newest claim lives: NULL without one.
+	// True if the session of the newest claim lives. NULL if it has no row.
 	sqlClaimerLives = `(SELECT NOT pg_try_advisory_xact_lock_shared(x.lock) FROM env_lock_sessions x WHERE x.id = s.claimer_session)`
 
-	// The newest claim and the holder, as decodeClaim reads them.
+	// The newest claim and the holder, in the form that decodeClaim reads.
 	sqlNewest = `(SELECT json_build_object('id', s.claim_id, 'event', s.claim_event, 'labels', s.claim_labels,
         'since', date_part('epoch', s.claimed_at), 'host', x.host, 'pid', x.pid)::text
     FROM (SELECT) one LEFT JOIN env_lock_sessions x ON x.id = s.claimer_session)`
@@ -44,8 +42,8 @@ const (
         'since', date_part('epoch', s.held_since), 'host', x.host, 'pid', x.pid, 'token', s.token)::text
     FROM (SELECT) one LEFT JOIN env_lock_sessions x ON x.id = s.holder_session)`
 
-	// How many holds in a row were ended by a newer claim, when the present one ends. A
-	// hold that no claim was to notify, because it was spared, is none.
+	// The number of holds in a row that were ended by a newer claim, after the present hold has
+	// ended. A spared hold that ends before claims may notify it does not count.
 	sqlStreak = `CASE WHEN s.holder_stop AND (s.spared_until IS NULL OR s.spared_until <= clock_timestamp()) THEN s.streak + 1 ELSE 0 END`
 
 	sqlLookup = `
@@ -53,7 +51,7 @@ SELECT w.ord, e.lock_key
 FROM unnest($1::text[], $2::integer[]) WITH ORDINALITY AS w(repo, pull_request, ord)
 JOIN env_locks e ON e.repo = w.repo AND e.pull_request = w.pull_request`
 
-	// Adds the row that the first claim will look for, too.
+	// Adds keys, and the rows that their first claims will need.
 	sqlAddKeys = `
 WITH added AS (
     INSERT INTO env_locks (repo, pull_request, lock_key)
@@ -64,11 +62,11 @@ WITH added AS (
 INSERT INTO env_lock_state (lock_key) SELECT lock_key FROM added
 ON CONFLICT DO NOTHING`
 
-	// Makes durable whatever was committed before. It locks nothing.
+	// Makes all earlier commits durable. It locks nothing.
 	sqlFlush = `SELECT pg_logical_emit_message(true, 'locker', '')`
 
-	// Returns why claims were not announced: the pull request has another key, the
-	// row is missing, or what the newest claim is.
+	// Returns why claims were not announced: the pull request has another key, the row is missing,
+	// or there is a newest claim that prevents it.
 	sqlWhyNot = `
 SELECT u.key, u.pull_request >= 0 AND NOT coalesce((
         SELECT e.repo = u.repo AND e.pull_request = u.pull_request FROM env_locks e WHERE e.lock_key = u.key), false),
@@ -76,25 +74,28 @@ SELECT u.key, u.pull_request >= 0 AND NOT coalesce((
 FROM unnest($1::bigint[], $2::text[], $3::integer[]) AS u(key, repo, pull_request)
 LEFT JOIN env_lock_state s ON s.lock_key = u.key`
 
-	// A claim that gave up no longer stands in the way of its own redelivery.
+	// Records that claims have given up, so that they no longer prevent their own redelivery.
 	sqlWithdraw = `
 UPDATE env_lock_state s SET claim_open = false
 FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
 WHERE s.lock_key = w.key AND s.claim_id = w.id AND s.claim_open
 RETURNING s.lock_key, ` + sqlNoFlush
 
-	// Takes free keys for claims that are not superseded. A key is free if its row
-	// names no holder, or this very claim of this very session (the answer to an earlier
-	// attempt was lost), or a holder whose session has the lock that this process has watched
-	// being dead ($7), and which is dead now. The key's own lock keeps out holders of
-	// the original library, and operators; $10 is set if lockKeys has tried it already. A
-	// claim that skips ($12) leaves a key that another claim waits for. $13 and $14 are
-	// WithProgress's.
+	// Takes free keys for claims that are not superseded. $8 and $9 are the session and its lock:
+	// without the lock nothing is taken. A key is free if its row
 	//
-	// The commit is flushed: that makes the token durable, and with it every claim
-	// before. For a key that was not taken the statement returns its newest claim's number, its
-	// holder's session and whether that lives. $8 and $9 are the session and its lock:
-	// without the lock nothing is taken.
+	//   1. names no holder, or
+	//   2. names this claim of this session, because the reply to an earlier attempt was lost, or
+	//   3. names a holder whose session has the lock that this process has watched being dead ($7),
+	//      and which is dead now.
+	//
+	// The key's own lock excludes holders of the original library and other programs. $10 is set if
+	// lockKeys has tried it already. A claim that skips ($12) leaves a key that another claim waits
+	// for. $13 and $14 are the arguments of WithProgress.
+	//
+	// The commit is flushed, which makes the token durable, and with it every claim before. For a
+	// key that was not taken the statement returns the number of its newest claim, its holder's
+	// session and whether that lives.
 	sqlAcquire = `
 WITH want AS MATERIALIZED (
     SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::bigint[], $4::uuid[], $5::boolean[], $6::text[], $7::bigint[], $10::boolean[], $11::text[], $12::boolean[])
@@ -141,11 +142,11 @@ LEFT JOIN taken t ON t.lock_key = w.key
 LEFT JOIN env_lock_state s ON s.lock_key = w.key AND t.lock_key IS NULL
 LEFT JOIN env_lock_sessions x ON x.id = s.holder_session`
 
-	// Whether a claim is not superseded.
+	// True if a claim is not superseded.
 	sqlValid = `(w.first OR s.claim < w.claim OR s.claim_id = w.id OR s.claim = w.claim AND s.claim_id = w.claim_id)`
 
-	// Who holds keys, who waits for them, and which other program has their advisory
-	// locks: for errors. The statements of this library have such a lock for moments.
+	// Returns who holds keys, who waits for them, and which other program has their advisory locks,
+	// for errors. The statements of this library have such a lock only for moments.
 	sqlExplain = `
 SELECT w.key, CASE WHEN s.claim_id <> '00000000-0000-0000-0000-000000000000' THEN ` + sqlNewest + ` END, s.claim_open AND ` + sqlClaimerLives + `,
     CASE WHEN s.holder_id IS NOT NULL THEN ` + sqlHolder + ` END,
@@ -161,7 +162,7 @@ LEFT JOIN LATERAL (
         AND a.query NOT LIKE '%env_lock_state%'
     LIMIT 1) f ON true`
 
-	// With WithOriginalReplicas: the keys whose rows let a claim try to take them.
+	// With WithOriginalReplicas: returns the keys whose rows allow a claim to try to take them.
 	sqlTakeable = `
 SELECT s.lock_key
 FROM unnest($1::bigint[], $2::uuid[], $3::bigint[]) AS w(key, id, dead)
@@ -169,10 +170,10 @@ JOIN env_lock_state s ON s.lock_key = w.key
 WHERE s.holder_id IS NULL OR s.holder_id = w.id
     OR w.dead = coalesce((SELECT x.lock FROM env_lock_sessions x WHERE x.id = s.holder_session), s.holder_session, 0)`
 
-	// Creates rows that are missing. A row of a key that env_locks knows was there and
-	// was deleted, perhaps while the key was held. It is created as held by a session
-	// that does not exist ($2): a successor waits the session timeout, and an old
-	// holder is notified by the check of its rows before that.
+	// Creates missing rows. If env_locks has the key, its row existed and was deleted, perhaps
+	// while the key was held. Such a row is created as held by a session that does not exist ($2).
+	// Then a successor waits for the session timeout, and an old holder is notified before that by
+	// the check of its rows.
 	sqlEnsure = `
 INSERT INTO env_lock_state (lock_key, holder_id, holder_session, holder_event, held_since)
 SELECT k.key, CASE WHEN k.known THEN gen_random_uuid() END, CASE WHEN k.known THEN k.session END,
@@ -183,11 +184,11 @@ FROM (
 ) k
 ON CONFLICT DO NOTHING`
 
-	// Asks for a "released" where the row itself does not show that a claim waits, and
-	// reports whether it had to. A holder that the row does not know is one of the
-	// original library: it listens on a channel that is named by the key, but only some
-	// time after it has the key, so it is notified again with every attempt, unless the claim
-	// lets it finish ($5). A claim that waits on in a new session writes that down, too.
+	// Records that a claim waits, where the row does not show it, so that the release sends a
+	// notification. Reports whether that was necessary. A holder that the row does not name is one
+	// of the original library: it listens on a channel that is named by the key, but only some time
+	// after it has the key. So it is notified with every attempt, unless the claim lets it finish
+	// ($5). A claim that continues to wait in a new session records that session.
 	sqlWait = `
 WITH asked AS (
     UPDATE env_lock_state s SET waiting = true,
@@ -205,7 +206,7 @@ FROM unnest($1::bigint[], $2::uuid[], $5::boolean[]) AS w(key, id, finish)
 JOIN env_lock_state s ON s.lock_key = w.key
 LEFT JOIN asked a ON a.lock_key = s.lock_key`
 
-	// Without the first key's row the commit is flushed, which is harmless.
+	// If the row of the first key does not match, the commit is flushed, which does no harm.
 	sqlRelease = `
 UPDATE env_lock_state s
 SET holder_id = NULL, holder_session = NULL, holder_event = NULL, holder_labels = NULL, held_since = NULL,
@@ -218,9 +219,8 @@ RETURNING s.lock_key,
     CASE WHEN NOT $3::boolean AND (s.waiting OR s.claim_id <> w.id) THEN
         pg_notify('` + notifyChannel + `', format('` + payloadReleased + `', s.lock_key))::text END`
 
-	// Returns the holds whose row does not name them any longer, or which a claim asks to
-	// stop: what repairs a lost NOTIFY. Its first row reports whether this server
-	// sees the session live.
+	// Returns the holds that their rows no longer name, and those that a claim has asked to stop.
+	// This repairs a lost NOTIFY. The first row reports whether this server sees the session live.
 	sqlCheck = `
 SELECT NOT pg_try_advisory_xact_lock_shared($4::bigint)
         AND EXISTS (SELECT FROM env_lock_sessions x WHERE x.id = $3::bigint AND x.lock = $4::bigint),
@@ -232,15 +232,15 @@ FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
 LEFT JOIN env_lock_state s ON s.lock_key = w.key
 WHERE s.holder_stop OR s.holder_id IS DISTINCT FROM w.id OR s.holder_session IS DISTINCT FROM $3::bigint`
 
-	// What a session holds and waits for according to the rows.
+	// Returns the keys that a session holds and waits for according to the rows.
 	sqlHolds = `
 SELECT lock_key, holder_id, true FROM env_lock_state WHERE holder_session = $1::bigint AND holder_id IS NOT NULL
 UNION ALL
 SELECT lock_key, claim_id, false FROM env_lock_state
 WHERE claimer_session = $1::bigint AND claim_open AND holder_id IS DISTINCT FROM claim_id`
 
-	// Sessions that are dead now, and the deletion of those that were watched being
-	// dead and hold nothing.
+	// sqlDeadSessions returns sessions that are dead now. sqlSweep deletes those that this process
+	// has watched being dead, and that hold nothing.
 	sqlDeadSessions = `
 SELECT x.lock, date_part('epoch', x.timeout) FROM env_lock_sessions x
 WHERE x.id <> $1::bigint AND pg_try_advisory_xact_lock_shared(x.lock)`
@@ -251,15 +251,15 @@ WHERE x.lock = ANY ($1::bigint[]) AND pg_try_advisory_xact_lock_shared(x.lock)
 
 	sqlTime = `SELECT date_part('epoch', clock_timestamp())`
 
-	// Writes, sees the session live, and sends a notification. It returns no row while the
+	// Writes, checks that the session lives, and sends a notification. It returns no row while the
 	// session is not connected.
 	sqlPing = `
 SELECT pg_notify('` + notifyChannel + `', $3) FROM env_lock_sessions x
 WHERE x.id = $1::bigint AND x.lock = $2::bigint AND NOT pg_try_advisory_xact_lock_shared(x.lock)
 FOR UPDATE`
-	// A pull request with two rows, if there is one: an index whose order is not that of
-	// the collation any longer does not find a row. It reads the table, not that index, and
-	// nothing at all if the order cannot change.
+	// Returns a pull request with two rows, if there is one: an index whose order is no longer that
+	// of its collation does not find a row. The statement reads the table and not that index. It
+	// reads nothing if the order cannot change.
 	sqlTwins = `
 SELECT e.repo COLLATE "C", e.pull_request FROM env_locks e
 WHERE (SELECT a.attcollation FROM pg_attribute a WHERE a.attrelid = to_regclass('env_locks') AND a.attname = 'repo')
@@ -298,41 +298,41 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
     AND has_table_privilege('env_lock_sessions', 'SELECT') AND has_table_privilege('env_lock_sessions', 'INSERT')
     AND has_table_privilege('env_lock_sessions', 'UPDATE') AND has_table_privilege('env_lock_sessions', 'DELETE')`
 
-	// Concurrent starts create the schema one after the other. The two-key space of
-	// advisory locks holds no user's key.
+	// Makes concurrent starts create the schema one after the other. No key of a user is in the
+	// two-key space of advisory locks.
 	sqlSchemaLock = `SELECT pg_advisory_xact_lock(1819239269, 1919116148)`
 
 	sqlListen    = `LISTEN ` + notifyChannel
 	sqlListening = `SELECT 1 / (EXISTS (SELECT FROM pg_listening_channels() c WHERE c = '` + notifyChannel + `'))::int`
 )
 
-// sqlAnnounce returns the statement by which claims become the newest of their
-// keys. It comes in two forms. The full one is for batches in which a claim has a sequence
-// number or labels or lets the holder finish, and for WithProgress: the server takes a
-// tenth of a cycle to set up what only these need.
+// sqlAnnounce returns the statement that makes claims the newest of their keys. It has two forms.
+// The full one is for batches in which a claim has a sequence number or labels or lets the holder
+// finish, and for WithProgress. What only these need takes the server a tenth of a cycle to set up.
 //
-//   - The claim's number is assigned under the row lock, so the row decides the order.
-//   - A claim that takes ($6) gets the key immediately if the row names no holder and
-//     no waiter. The row decides that, too; the key's own lock keeps out holders of the
-//     original library.
-//   - A claim that preempts writes into the row that the holder is to stop. A holder that
-//     announces its claim again is the newest, and goes on. What the row
-//     of a free key says about a hold does not count: an operator, or a replica of an
-//     earlier version, may have freed it.
-//   - Every copy of a claim carries the time at which its caller asked for it, on the
-//     server's clock ($7). A copy that arrives late, or is repeated ($12), makes nothing
-//     newer than it is: if the claim is the newest already, it stays as it is; if the
-//     newest claim was asked for later, it is superseded. A newest claim from the future
-//     is one of another clock, and does not count.
-//   - A claim with a sequence number is rejected if a higher one has been announced, or
-//     the same by a claim that still waits or holds.
-//   - A claim for a pull request that has another key is dropped.
+//  1. The claim's number is assigned under the row lock, so the row decides the order.
+//  2. A claim that takes ($6) gets the key immediately if the row names no holder and no waiter.
+//     The row decides that as well. The key's own lock excludes holders of the original library.
+//  3. A claim that preempts records in the row that the holder must stop. A holder that announces
+//     its claim again is the newest, and continues. In the row of a free key the columns of the
+//     hold do not count: an operator, or a replica of an earlier version, may have freed it.
+//  4. Every copy of a claim carries the time at which its caller asked for it, on the server's
+//     clock ($7). A copy that arrives late, or is repeated ($12), makes nothing newer than it is.
+//     If the claim is the newest already, it stays as it is. If the newest claim was asked for
+//     later, the copy is superseded. A newest claim from the future is one of another clock, and
+//     does not count.
+//  5. A claim with a sequence number is rejected if a claim with a higher one was announced, or if
+//     one with the same number still waits or holds.
+//  6. A claim for a pull request that has another key is dropped.
 //
-// A claim that is not announced has no row in the result; sqlWhyNot returns the
-// reason. A commit that only takes is flushed. One that notifies is not: notifying
-// transactions commit one after the other, server-wide. The fifth column is set if
-// the commit is not flushed. If it took a key nevertheless, sqlFlush follows.
+// A claim that is not announced has no row in the result, and sqlWhyNot returns the reason. A
+// commit that only takes keys is flushed. A commit that notifies is not, because notifying
+// transactions commit one after the other on the whole server. The fifth column is set if the
+// commit is not flushed. If that commit took a key nevertheless, sqlFlush follows.
 func sqlAnnounce(full bool) string {
+	// The statements of the session's own connection. That connection returns errors but no rows,
+	// so a condition that is false becomes an error: a division by zero if this backend does not
+	// have the session's lock, and the logarithm of zero if the server does not accept writes.
 	const (
 		takes = `(w.got AND s.holder_id IS NULL AND NOT s.waiting OR w.take AND s.holder_id = w.id AND s.holder_session = $8::bigint)`
 		again = `w.late AND s.claim_id = w.id`
@@ -392,9 +392,8 @@ RETURNING s.lock_key, s.claim, CASE WHEN w.take AND s.holder_id = w.id AND s.hol
         format(` + payload + `))::text END`
 }
 
-// sqlForOne has the statements of a cycle in the form for one row, by the form for any
-// number: with scalars instead of arrays. Setting up the arrays takes the server a tenth
-// of such a statement.
+// sqlForOne maps the statements of a cycle to their forms for one row, with scalars instead of
+// arrays. The server needs a tenth of such a statement to set up the arrays.
 var sqlForOne = func() map[string]string {
 	forms := map[string]string{}
 	for _, text := range []string{sqlAnnouncePlain, sqlAnnounceFull, sqlAcquire, sqlRelease} {
@@ -410,11 +409,14 @@ func forOne(text string) string {
 	})
 }
 
-// settings returns the query that sets up every connection of a session with the
-// timeout t. The server ends a connection that is silent, and one whose client does
-// not take what it is sent. A statement that waits for a locked row fails soon and is
-// repeated, so that other keys do not wait behind it. The plans are by index whatever
-// the statistics say. A token must be durable before it is given out.
+// settings returns the query that sets up every connection of a session with the timeout t:
+//
+//   - The server ends a connection that is silent, and one whose client does not receive what it is
+//     sent.
+//   - A statement that waits for a locked row fails soon and is repeated, so that other keys do not
+//     wait for it.
+//   - Plans use indexes, whatever the statistics are.
+//   - A commit is flushed, because a token must be durable before it is used.
 func settings(t time.Duration) string {
 	var columns []string
 	for _, s := range [][2]string{
@@ -451,15 +453,15 @@ SELECT 1 / (EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = p
         AND objsubid = 1 AND (classid::bigint << 32) | objid::bigint = %d))::int,
     ln(1 - (pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on')::int)`
 
-	// With WithOriginalReplicas. The error is about a text that is no number: it lists
-	// the keys that were refused.
+	// With WithOriginalReplicas. The statement fails with an error about a text that is not a
+	// number. The text lists the keys whose locks others have.
 	sqlKeyLock = `
 SELECT ('locks that others have: ' || string_agg(k::text, ',') || ';')::integer
 FROM unnest('{%s}'::bigint[]) AS k WHERE NOT pg_try_advisory_lock(k)`
 	sqlKeyUnlock = `SELECT pg_advisory_unlock(k) FROM unnest('{%s}'::bigint[]) AS k`
 
-	// Ends the connections that have the given session locks, and waits for that. Others
-	// have such a lock only for moments, and shared.
+	// sqlSessionKill ends the connections that have the given session locks, and sqlSessionDead
+	// waits for that. Other connections have such a lock only for moments, and shared.
 	sqlSessionKill = `
 SELECT pg_terminate_backend(pid) FROM pg_locks
 WHERE locktype = 'advisory' AND granted AND mode = 'ExclusiveLock' AND objsubid = 1
@@ -468,10 +470,9 @@ WHERE locktype = 'advisory' AND granted AND mode = 'ExclusiveLock' AND objsubid 
 	sqlSessionDead = `SELECT pg_advisory_xact_lock_shared(k) FROM unnest('{%s}'::bigint[]) AS k`
 )
 
-// sessionUpsert returns the statement that writes a session's row. That of a session
-// which has no holds is not flushed: the first key that is taken makes it durable. After
-// a reconnect it is, or a crash would bring the old lock back, which others may have
-// watched already.
+// sessionUpsert returns the statement that writes a session's row. For a session without holds it
+// is not flushed: the first key that is taken makes it durable. After a reconnect it is flushed.
+// Otherwise a crash could restore the old lock, which others may have watched already.
 func sessionUpsert(s sessionRef, connection int64, t time.Duration, reconnect bool) string {
 	text := fmt.Sprintf(sqlSessionUpsert, s.id, s.lock, connection, t.Milliseconds(), pq.QuoteLiteral(hostName), processID)
 	if !reconnect {
@@ -480,7 +481,7 @@ func sessionUpsert(s sessionRef, connection int64, t time.Duration, reconnect bo
 	return text
 }
 
-// statementNames are what a [Tracer] calls the statements of the links.
+// statementNames are the names of the links' statements for a [Tracer].
 var statementNames = map[string]string{
 	sqlLookup:        "look up keys",
 	sqlAddKeys:       "add keys",
