@@ -13,12 +13,12 @@ import (
 	"github.com/pkg/errors"
 )
 
-// lateAfter is how old a claim is that does not count as new: its place among the
-// claims of its key is where it was asked for, not where it arrives.
+// lateAfter is the age from which a claim does not count as new. Its place among the claims of its
+// key is then that of the time at which it was asked for, not of its arrival.
 const lateAfter = time.Second
 
-// clockFor is how long a measurement of the server's clock is used. After a step of
-// that clock claims may count as late for so long.
+// clockFor is how long a measurement of the server's clock is used. For that time after a step of
+// that clock, claims may count as late.
 const clockFor = 10 * time.Second
 
 // serverTime returns the time t on the server's clock, in seconds since 1970.
@@ -33,8 +33,8 @@ func (l *link) serverTime(ctx context.Context, t time.Time) (float64, error) {
 	return l.clock + t.Sub(l.clockAt).Seconds(), nil
 }
 
-// statement carries out a batch for the session ref. The results are with the
-// operations; an error is that of all.
+// statement runs a batch for the session ref. The results are stored in the operations. An error is
+// that of all of them.
 func (w *worker) statement(ctx context.Context, l *link, ref sessionRef, batch []*op) error {
 	quiet := w.quiet(batch)
 	switch batch[0].kind {
@@ -58,7 +58,7 @@ func (w *worker) statement(ctx context.Context, l *link, ref sessionRef, batch [
 	return batch[0].call(ctx, l)
 }
 
-// quiet reports whether the batch goes without NOTIFY.
+// quiet reports whether the batch runs without NOTIFY.
 func (w *worker) quiet(batch []*op) bool {
 	w.session.mu.Lock()
 	defer w.session.mu.Unlock()
@@ -82,7 +82,7 @@ func claimArrays(claims []claim) (keys, ids array) {
 	return keys, ids
 }
 
-// lookupKeys finds the keys of pull requests, and creates those that are missing.
+// lookupKeys looks up the keys of pull requests, and creates those that are missing.
 func lookupKeys(ctx context.Context, l *link, batch []*op) error {
 	todo := slices.Clone(batch)
 	for attempt := range 4 {
@@ -93,7 +93,8 @@ func lookupKeys(ctx context.Context, l *link, batch []*op) error {
 			prs.addInt32(int32(o.pull.pr))
 			keys.addInt64(randomKey())
 		}
-		if attempt > 0 { // the second time the rows are missing, later a random key was in use
+		// In the second attempt the rows are missing. In a later one a random key was in use.
+		if attempt > 0 {
 			if err := l.exec(ctx, sqlAddKeys, repos, prs, keys); err != nil {
 				return err
 			}
@@ -122,7 +123,8 @@ func lookupKeys(ctx context.Context, l *link, batch []*op) error {
 }
 
 func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
-	for range 3 { // the second time a row that was missing is there
+	// In the second attempt a row that was missing exists.
+	for range 3 {
 		now := time.Now()
 		clock, err := l.serverTime(ctx, now)
 		if err != nil {
@@ -162,9 +164,9 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 	return nil
 }
 
-// announceArgs are the statement by which the claims of a batch that are not found
-// yet are announced, and its arguments. An array that is too short goes on with NULLs,
-// and hardly any claim needs what is not in the plain statement, or the repeats.
+// announceArgs returns the statement that announces the claims of a batch which are not found yet,
+// and its arguments. An array that is shorter than the others ends with NULLs. The columns of the
+// full statement, and the repeats, are rarely needed.
 func announceArgs(ref sessionRef, batch []*op, quiet bool, p progress, encoding string, serverTime func(time.Time) float64) (string, []any) {
 	n := len(batch)
 	keys, ids := newArray(oid.T_int8, n, 8), newArray(oid.T_uuid, n, len(uuid.UUID{}))
@@ -207,7 +209,7 @@ func announceArgs(ref sessionRef, batch []*op, quiet bool, p progress, encoding 
 	return sqlAnnounceFull, append(args, sequences, labels, finishes, holds, max)
 }
 
-// args are the arguments of the statements that grant keys: NULL if it is off.
+// args returns the arguments of the statements that grant keys: NULL if p is off.
 func (p progress) args() (holds, max any) {
 	if p.n == 0 {
 		return nil, nil
@@ -219,8 +221,8 @@ var lateAfterInterval = milliseconds(lateAfter)
 
 var sqlAnnouncePlain, sqlAnnounceFull = sqlAnnounce(false), sqlAnnounce(true)
 
-// columns are the pull request as the statements expect it. One that is not given has
-// a number below zero.
+// columns returns the pull request in the form of the statements. Its number is negative if p is
+// nil.
 func (p *pullRequest) columns() (repo string, pr int32) {
 	if p == nil {
 		return "", -1
@@ -228,8 +230,8 @@ func (p *pullRequest) columns() (repo string, pr int32) {
 	return p.repo, int32(p.pr)
 }
 
-// whyNot gives the claims that were not announced their outcomes, and creates the rows
-// that are missing. It reports whether there were any.
+// whyNot sets the outcomes of the claims that were not announced, and creates the rows that are
+// missing. It reports whether rows were missing.
 func (w *worker) whyNot(ctx context.Context, l *link, batch []*op) (missing bool, err error) {
 	var keys, absentKeys []int64
 	var repos, pulls array
@@ -264,7 +266,8 @@ func (w *worker) whyNot(ctx context.Context, l *link, batch []*op) (missing bool
 			absentKeys = append(absentKeys, key)
 		case o.terms.sequence != nil && top.Valid && *o.terms.sequence <= top.Int64:
 			o.err = outdated(key, *o.terms.sequence, top.Int64, since.Time, decodeClaim(newest))
-		default: // a claim that was asked for later was announced before
+		default:
+			// A claim that was asked for later was announced before.
 			o.answer = answer{outcome: superseded, newest: standing{id: o.req.id}, winner: decodeClaim(newest)}
 		}
 	})
@@ -274,7 +277,7 @@ func (w *worker) whyNot(ctx context.Context, l *link, batch []*op) (missing bool
 	return len(absentKeys) > 0, err
 }
 
-// ensure creates rows that are missing.
+// ensure creates missing rows.
 func (w *worker) ensure(ctx context.Context, l *link, keys []int64) error {
 	sessions := newArray(oid.T_int8, len(keys), 8)
 	for range keys {
@@ -288,13 +291,13 @@ var (
 	errRowChanged = errors.New("locker: the key's row in env_lock_state is deleted or changed again and again")
 )
 
-// grant notes that the session ref holds the key.
+// grant records that the session ref holds the key.
 func (a *answer) grant(token int64, ref sessionRef, spared bool) {
 	a.outcome, a.token, a.session, a.spared = granted, token, ref.generation, spared
 }
 
-// decodeClaim reads what sqlNewest and sqlHolder return. It returns nil for NULL. An
-// operator may have written anything into the labels.
+// decodeClaim decodes the results of sqlNewest and sqlHolder. It returns nil for NULL. The labels
+// may be any JSON, because an operator can have written them.
 func decodeClaim(text sql.NullString) *ClaimInfo {
 	if !text.Valid {
 		return nil
@@ -398,7 +401,7 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 		err = w.ensure(ctx, l, missing)
 	}
 	if len(unheard) > 0 && err == nil {
-		// Try once more after asking to be notified: the release may have been just before.
+		// Try again after asking for a notification: the release may have happened just before.
 		var asked bool
 		err = l.each(ctx, sqlWait, []any{int64Array(unheard), unheardIDs, ref.id, quiet, finishes}, []any{&key, &asked, discard, discard}, func() {
 			if asked {
@@ -430,7 +433,7 @@ func (w *worker) releaseKeys(ctx context.Context, l *link, batch []*op, quiet bo
 	return nil
 }
 
-// explainKeys finds out who holds and waits for keys.
+// explainKeys looks up the holders and the newest claims of keys.
 func explainKeys(ctx context.Context, l *link, batch []*op) error {
 	keys, _ := claimArrays(claimsOf(batch))
 	var key int64
@@ -449,7 +452,7 @@ func explainKeys(ctx context.Context, l *link, batch []*op) error {
 
 var errReleaseLost = errors.WithMessage(ErrLockLost, "the row of the key does not name the hold any longer")
 
-// find returns key's operation in a batch that is sorted by key.
+// find returns the operation for key in a batch, which is sorted by key.
 func find(batch []*op, key int64) *op {
 	i, _ := slices.BinarySearchFunc(batch, key, func(o *op, key int64) int { return cmp.Compare(o.req.key, key) })
 	return batch[i]

@@ -23,35 +23,35 @@ const (
 	repeatMax = 2 * time.Second
 )
 
-// op is one operation of a caller. The caller waits on its channel; the worker
-// sends exactly once.
+// op is one operation of a caller. The caller receives from done. The worker sends to done exactly
+// once.
 type op struct {
 	kind  opKind
 	take  bool                               // announce: see announcement
-	ctx   context.Context                    // the caller's, for its span
+	ctx   context.Context                    // of the caller, for its span
 	pull  *pullRequest                       // lookup; announce: see announcement
 	terms terms                              // announce: see announcement
 	asked time.Time                          // announce: when its caller asked for it
 	req   request                            // acquire: all of it; announce, withdraw and release: the claim
-	call  func(context.Context, *link) error // call: what is carried out
-	once  bool                               // call: its caller gets the server's errors
+	call  func(context.Context, *link) error // call: the function to call
+	once  bool                               // call: the caller gets the server's errors
 
 	state   opState // guarded by session.mu
 	trouble error   // guarded by session.mu: why the last attempt failed
 
-	// The worker's own, like result until done.
-	attempts  int       // that failed
-	notBefore time.Time // of the next attempt
-	alone     bool      // it was in a batch that failed: it goes alone
-	quiet     bool      // without NOTIFY
-	doubt     bool      // the answer to an attempt was lost: it may have been carried out
+	// Used only by the worker, like result before done.
+	attempts  int       // the number of those that failed
+	notBefore time.Time // the earliest time of the next attempt
+	alone     bool      // its batch has failed, so it runs alone
+	quiet     bool      // it runs without NOTIFY
+	doubt     bool      // the reply to an attempt was lost, so it may have been carried out
 	keyLocked bool      // acquire: see lockKeys
 	result
 	done chan struct{} // capacity 1
 }
 
 type result struct {
-	found    bool     // a row was about it
+	found    bool     // whether a row was about the operation
 	key      int64    // lookup
 	answer   answer   // announce and acquire
 	keyState keyState // explain
@@ -66,10 +66,9 @@ func newOp(ctx context.Context, kind opKind, c claim) *op {
 	return o
 }
 
-// recycle returns the operation's result and puts the operation back into the pool.
-// Call it only after receiving from o.done: then no queue and no worker has the
-// operation any longer. An operation that no caller waits for is left to the
-// collector.
+// recycle returns the operation's result and puts the operation back into the pool. Call it only
+// after receiving from o.done: then no queue and no worker has the operation any longer. Calling it
+// is optional: an operation for which no caller waits is garbage collected.
 func (o *op) recycle() result {
 	r := o.result
 	*o = op{done: o.done}
@@ -86,7 +85,7 @@ const (
 	opAcquire
 	opWithdraw
 	opExplain
-	opCall // anything else, alone
+	opCall // any other operation, always alone in its batch
 	opKinds
 )
 
@@ -136,7 +135,8 @@ func (s *session) release(ctx context.Context, c claim) *op {
 	o := newOp(context.WithoutCancel(ctx), opRelease, c)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.started { // nothing was ever taken
+	// Nothing was ever taken.
+	if !s.started {
 		o.done <- struct{}{}
 		return o
 	}
@@ -144,9 +144,8 @@ func (s *session) release(ctx context.Context, c claim) *op {
 	return o
 }
 
-// enqueueCheck has f carried out by the worker for everything that does not wait
-// for the disk. If f fails, it is repeated until it succeeds or ref is no longer the
-// connected session.
+// enqueueCheck makes the swift worker call f. If f fails, the worker calls it again until it
+// succeeds or ref is no longer the connected session.
 func (s *session) enqueueCheck(ref sessionRef, f func(context.Context, *link) error) {
 	o := newOp(context.Background(), opCall, claim{})
 	o.call = func(ctx context.Context, l *link) error {
@@ -162,9 +161,9 @@ func (s *session) enqueueCheck(ref sessionRef, f func(context.Context, *link) er
 	}
 }
 
-// do has a worker carry out an operation. It returns early, with stopped, when the
-// operation's context or stop ends. An operation that is still queued then is
-// dropped; a key that one in flight takes is released.
+// do makes a worker run an operation, and returns its result. It returns early, with stopped, when
+// the operation's context or stop ends. An operation that is still queued then is dropped. If one
+// in flight takes a key, the key is released.
 func (s *session) do(stop <-chan struct{}, o *op) result {
 	ctx := o.ctx
 	s.mu.Lock()
@@ -218,8 +217,8 @@ func (s *session) enqueueLocked(o *op) {
 	signal(w.wake)
 }
 
-// workerOf returns the worker that carries out an operation. All announcements take
-// one way: one whose caller has left must not overtake the caller's next.
+// workerOf returns the worker that runs an operation. All announcements go to one worker, so that
+// an announcement whose caller has left does not overtake the caller's next one.
 func (s *session) workerOf(o *op) *worker {
 	if o.kind == opAcquire || o.kind == opAnnounce {
 		return s.disk
@@ -227,27 +226,27 @@ func (s *session) workerOf(o *op) *worker {
 	return s.swift
 }
 
-// worker carries out operations on a connection of its own. It takes whatever has
-// queued up while the last statement ran and sends it as one.
+// worker runs operations on a separate connection. It sends all operations that have queued up
+// during the last statement as one statement.
 type worker struct {
 	session *session
 	wake    chan struct{}   // capacity 1: there may be something to do
 	done    chan struct{}   // closed when run has ended
-	ctx     context.Context // ends with abort
+	ctx     context.Context // canceled by abort
 	cancel  context.CancelFunc
 
 	// Guarded by the session's mu.
 	queues  [opKinds][]*op
-	begun   time.Time // when the batch in flight was taken; zero: there is none
-	link    *link     // nil: none is open
-	trouble error     // why the connection could not be opened the last time
-	ended   bool      // run has ended
+	begun   time.Time // when the batch in flight was taken; zero if there is none
+	link    *link     // nil if none is open
+	trouble error     // the error of the last attempt to open the connection
+	ended   bool      // whether run has ended
 
-	// The goroutine's own.
-	next  opKind    // whose turn it is
-	waits time.Time // see together: the batch that is waited for, and for how long
+	// Used only by the worker's goroutine.
+	next  opKind    // the kind whose turn it is
+	waits time.Time // see together: when the statement that is waited for began
 	until time.Time
-	batch []*op // in flight; the next one is made in the same place
+	batch []*op // the batch in flight; the next one reuses its memory
 	keys  map[int64]bool
 	wait  backoff
 	way   way
@@ -266,7 +265,7 @@ func (w *worker) queuedLocked() (n int) {
 	return n
 }
 
-// drainLocked returns everything that is queued.
+// drainLocked removes and returns all queued operations.
 func (w *worker) drainLocked() (all []*op) {
 	for k, q := range w.queues {
 		all = append(all, q...)
@@ -278,7 +277,7 @@ func (w *worker) drainLocked() (all []*op) {
 	return all
 }
 
-// finish hands out a result that is the same for all.
+// finish delivers one error to all operations.
 func finish(all []*op, err error) {
 	for _, o := range all {
 		o.result = result{err: err}
@@ -286,7 +285,7 @@ func finish(all []*op, err error) {
 	}
 }
 
-// abort ends what is in flight, and run.
+// abort ends the statement in flight, and run.
 func (w *worker) abort() {
 	w.cancel()
 	w.session.mu.Lock()
@@ -297,8 +296,8 @@ func (w *worker) abort() {
 	}
 }
 
-// run ends with close, when nothing is queued any longer or close does not wait any
-// longer.
+// run takes and runs batches. It ends after close was called, when nothing is queued or close has
+// stopped waiting.
 func (w *worker) run() {
 	defer close(w.done)
 	defer w.cancel()
@@ -331,14 +330,15 @@ func (w *worker) run() {
 		}
 		if l := w.open(batch); l != nil {
 			w.execute(l, ref, batch)
-			clear(batch) // others own them now
+			// The callers own the operations now.
+			clear(batch)
 			w.gather()
 		}
 	}
 }
 
-// end notes that run has ended. What a caller that has left may have taken is released
-// by the other worker, which ends last.
+// end records that run has ended. If a caller that has left may have taken a key, the swift worker
+// releases it, so that worker ends last.
 func (w *worker) end() {
 	w.session.mu.Lock()
 	defer w.session.mu.Unlock()
@@ -346,9 +346,9 @@ func (w *worker) end() {
 	signal(w.session.swift.wake)
 }
 
-// gather lets callers queue their next operations, so that these go into one batch: it
-// yields for as long as the queues grow. A batch of the other worker that is done may
-// just have woken its callers, one after the other.
+// gather lets callers queue their next operations, so that these go into one batch. It yields as
+// long as the queues grow. A batch of the other worker may just have woken its callers, one after
+// the other.
 func (w *worker) gather() {
 	for before := -1; ; {
 		w.session.mu.Lock()
@@ -362,11 +362,11 @@ func (w *worker) gather() {
 	}
 }
 
-// take returns the next batch, and the session that it is for: operations of one kind,
-// one for each key, since the statements identify rows by key. The kinds take turns.
-// Without a batch it returns how long to wait for one, and reports whether none will
-// come. No key is taken while the session is not connected, and nothing is done before
-// it was for the first time.
+// take returns the next batch, and the session that it is for. A batch has operations of one kind,
+// and only one for each key, because the statements identify rows by key. The kinds take turns.
+// Without a batch, take returns how long to wait for one, and reports whether there will be none.
+// No key is taken while the session is not connected, and no operation runs before it was connected
+// for the first time.
 func (w *worker) take() (batch []*op, ref sessionRef, wait time.Duration, over bool) {
 	s := w.session
 	now := time.Now()
@@ -379,7 +379,8 @@ func (w *worker) take() (batch []*op, ref sessionRef, wait time.Duration, over b
 		return nil, ref, 0, true
 	}
 	if w == s.disk {
-		if s.swift.queuedLocked() > 0 { // it may have waited
+		// The swift worker may have waited for this one.
+		if s.swift.queuedLocked() > 0 {
 			signal(s.swift.wake)
 		}
 	} else if pause := w.together(now); pause > 0 {
@@ -421,7 +422,8 @@ func (w *worker) take() (batch []*op, ref sessionRef, wait time.Duration, over b
 		w.begun, w.waits = now, time.Time{}
 	}
 	slices.SortFunc(batch, func(a, b *op) int {
-		if a.kind == opLookup && b.kind == opLookup { // no keys yet
+		// These have no keys yet.
+		if a.kind == opLookup && b.kind == opLookup {
 			return cmp.Or(cmp.Compare(a.pull.repo, b.pull.repo), cmp.Compare(a.pull.pr, b.pull.pr))
 		}
 		return cmp.Compare(a.req.key, b.req.key)
@@ -430,10 +432,10 @@ func (w *worker) take() (batch []*op, ref sessionRef, wait time.Duration, over b
 	return batch, ref, wait, len(batch) == 0 && over
 }
 
-// together returns how long the swift worker waits for the statement of the disk's, if it
-// has only little to do: the callers that get their results then come with their
-// releases, and go on in step, so that a statement serves all of them. Many providers
-// with few callers each would otherwise spend their time on small statements.
+// together returns how long the swift worker should wait for the statement of the disk worker if it
+// has only a few operations. The callers that get their results from that statement then queue
+// their releases, and continue in step, so that one statement serves all of them. Otherwise many
+// providers with few callers each would spend their time on small statements.
 func (w *worker) together(now time.Time) time.Duration {
 	begun := w.session.disk.begun
 	switch {
@@ -441,13 +443,14 @@ func (w *worker) together(now time.Time) time.Duration {
 		return 0
 	case w.waits.IsZero():
 		w.waits, w.until = begun, now.Add(maxTogether)
-	case w.waits != begun: // that statement has ended, and another one follows
+	case w.waits != begun:
+		// That statement has ended, and another one follows.
 		return 0
 	}
 	return max(0, w.until.Sub(now))
 }
 
-// hangUpAfter is how long a worker keeps its connection without work.
+// hangUpAfter returns how long a worker keeps its connection without work.
 func (s *session) hangUpAfter() time.Duration {
 	if idle := s.conf.idleTimeout; idle > 0 {
 		return min(idle, s.conf.sessionTimeout)
@@ -455,8 +458,8 @@ func (s *session) hangUpAfter() time.Duration {
 	return s.conf.sessionTimeout
 }
 
-// open returns the worker's connection. If it cannot be opened, open puts the batch
-// back, waits and returns nil.
+// open returns the worker's connection. If it cannot be opened, open puts the batch back, waits and
+// returns nil.
 func (w *worker) open(batch []*op) *link {
 	s := w.session
 	s.mu.Lock()
@@ -492,7 +495,7 @@ func (w *worker) pause(err error) {
 	w.way.rest(w.ctx, w.wait.next(err, w.session.urgent()), err)
 }
 
-// hangUp closes the worker's connection.
+// hangUp closes the worker's connection, if there is one.
 func (w *worker) hangUp() {
 	s := w.session
 	s.mu.Lock()
@@ -504,15 +507,16 @@ func (w *worker) hangUp() {
 	}
 }
 
-// execute carries out a batch. If the statement fails, the operations are repeated:
-// together on a new connection if the connection is at fault, otherwise one by one.
+// execute runs a batch. If the statement fails, the operations are repeated: together on a new
+// connection if the connection is at fault, and otherwise one by one.
 func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 	s := w.session
 	for _, o := range batch {
 		o.result = result{}
 	}
 	limit := statementTimeout
-	if batch[0].kind == opCall { // many statements, perhaps
+	// The call may send many statements.
+	if batch[0].kind == opCall {
 		limit = callTimeout
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(batch[0].ctx), limit)
@@ -525,8 +529,8 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 		w.way.connected()
 		w.finish(batch)
 	case late || broken(err):
-		// A commit that was canceled is not known to have reached a standby, so even an
-		// answer does not count: the repeat finds what was done, and commits again.
+		// It is not known whether a commit that was canceled has reached a standby, so even a
+		// result does not count. The repeat finds what was done, and commits again.
 		if late {
 			err = errors.Errorf("locker: no answer within %v", limit)
 		}
@@ -548,7 +552,8 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 		}
 	case sqlState(err) == "54000":
 		s.muted(err)
-		if o := batch[0]; o.kind == opCall { // it cannot go without
+		// A call cannot do without NOTIFY.
+		if o := batch[0]; o.kind == opCall {
 			o.notBefore = time.Now().Add(min(repeatMin<<min(o.attempts, 10), repeatMax))
 		}
 		w.requeue(batch, err)
@@ -562,7 +567,7 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 	}
 }
 
-// requeue puts operations back to be repeated.
+// requeue puts operations back into their queue, to be repeated.
 func (w *worker) requeue(batch []*op, err error) {
 	w.session.mu.Lock()
 	defer w.session.mu.Unlock()
@@ -575,9 +580,9 @@ func (w *worker) requeue(batch []*op, err error) {
 	signal(w.wake)
 }
 
-// failed decides what follows an operation that the server rejected. Its caller gets
-// the error if the input is at fault. Everything else passes, so it is repeated until
-// the caller leaves. If NOTIFY may be at fault, it goes without.
+// failed handles an operation that the server has rejected. The caller gets the error if the input
+// is at fault. Every other fault may pass, so the operation is repeated until the caller leaves. If
+// NOTIFY may be at fault, it is repeated without.
 func (w *worker) failed(o *op, err error) {
 	switch {
 	case badInput(err), o.once:
@@ -595,8 +600,8 @@ func (w *worker) failed(o *op, err error) {
 	w.requeue([]*op{o}, err)
 }
 
-// passing reports whether an error has nothing to do with NOTIFY, but with locks,
-// canceled statements, privileges or resources.
+// passing reports whether an error comes from locks, canceled statements, privileges or resources,
+// and not from NOTIFY.
 func passing(err error) bool {
 	state := sqlState(err)
 	switch state {
@@ -606,7 +611,7 @@ func passing(err error) bool {
 	return strings.HasPrefix(state, "53")
 }
 
-// repair creates tables that have vanished.
+// repair creates tables that are missing.
 func (w *worker) repair(err error) {
 	s := w.session
 	s.mu.Lock()
@@ -621,11 +626,12 @@ func (w *worker) repair(err error) {
 	if err := l.check(ctx); err != nil {
 		s.log.Warn("locker: tables could not be created", slog.String("error", err.Error()))
 	}
-	w.hangUp() // its statements were prepared for other tables
+	// Its statements were prepared for other tables.
+	w.hangUp()
 	s.dropOwn(errors.WithMessage(err, "the session's row is gone"))
 }
 
-// finish hands out the results of a batch.
+// finish delivers the results of a batch.
 func (w *worker) finish(batch []*op) {
 	s := w.session
 	for _, o := range batch {
@@ -643,12 +649,13 @@ func (w *worker) finish(batch []*op) {
 	}
 	s.mu.Unlock()
 	for _, o := range batch {
-		o.done <- struct{}{} // and then it may be recycled
+		// Afterwards the caller may recycle the operation.
+		o.done <- struct{}{}
 	}
 }
 
-// followUpLocked undoes what an operation whose caller has left has done, or may have
-// done.
+// followUpLocked undoes the effect of an operation whose caller has left, if it has or may have
+// one.
 func (s *session) followUpLocked(o *op) {
 	granted := o.answer.outcome == granted
 	if granted || o.doubt && (o.kind == opAcquire || o.take) {
