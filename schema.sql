@@ -1,11 +1,11 @@
--- The schema of github.com/preemptable/locker. The library runs this itself on
--- first use if a part is missing and its role has the privilege. It also
--- upgrades the tables of an earlier version. It is safe to run again, and
+-- The schema of github.com/preemptable/locker. The library runs this file on
+-- first use if a part is missing and its role has the privilege. The file also
+-- upgrades the tables of an earlier version. It can be run again, and
 -- concurrently. The first of the two locks is for a client that commits each
 -- statement, the second for one that commits all of them together.
 SELECT pg_advisory_lock(1819239269, 1919116148), pg_advisory_xact_lock(1819239269, 1919116148);
 
--- The key of each pull request. Rows belong to the operator: a row that is
+-- The key of each pull request. Rows belong to the operator. A row that is
 -- deleted is created again, with another key.
 CREATE TABLE IF NOT EXISTS env_locks (
     lock_key     bigint  NOT NULL UNIQUE,
@@ -20,10 +20,11 @@ CREATE TABLE IF NOT EXISTS env_locks (
 CREATE TABLE IF NOT EXISTS env_lock_sessions (
     id          bigint PRIMARY KEY,
     lock        bigint NOT NULL,
-    -- The number of the present connection among those of the session. A late
-    -- statement of an earlier connection changes nothing.
+    -- The number of the present connection among those of the session. Because
+    -- of it a late statement of an earlier connection changes nothing.
     connection  bigint NOT NULL DEFAULT 0,
-    -- How long a successor has to watch the session being dead.
+    -- The session timeout: how long a successor has to watch the session being
+    -- dead.
     timeout     interval NOT NULL,
     host        text NOT NULL DEFAULT '',
     pid         integer NOT NULL DEFAULT 0,
@@ -41,7 +42,7 @@ CREATE TABLE IF NOT EXISTS env_lock_state (
     claim_id     uuid    NOT NULL DEFAULT '00000000-0000-0000-0000-000000000000',
     claim_event  text    NOT NULL DEFAULT '',
     claim_labels json,
-    -- When its caller asked for it.
+    -- When the caller asked for the newest claim.
     claimed_at   timestamptz,
     -- The sequence number that the caller gave the newest claim, if any, and the
     -- highest one that any claim was given.
@@ -51,10 +52,10 @@ CREATE TABLE IF NOT EXISTS env_lock_state (
     -- session lives.
     claim_open   boolean NOT NULL DEFAULT false,
     claimer_session bigint,
-    -- Whether a waiter has to be notified of a release that would not be announced
-    -- otherwise.
+    -- Whether a release must send a notification although the rest of the row
+    -- shows no waiter.
     waiting      boolean NOT NULL DEFAULT false,
-    -- The fencing token of the last hold, numbered like the claims.
+    -- The fencing token of the last hold. Tokens are numbered like the claims.
     token        bigint  NOT NULL DEFAULT 0,
     -- The hold. All are NULL while the key is free.
     holder_id    uuid,
@@ -64,13 +65,13 @@ CREATE TABLE IF NOT EXISTS env_lock_state (
     holder_labels json,
     -- Whether a claim has asked the holder to stop.
     holder_stop  boolean NOT NULL DEFAULT false,
-    -- No claim notifies the holder before this time. See WithProgress.
+    -- Claims do not notify the holder before this time. See WithProgress.
     spared_until timestamptz,
     -- How many holds in a row were ended by a newer claim.
     streak       integer NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50);
 
--- The columns that an earlier version did not have.
+-- Columns that an earlier version did not have.
 ALTER TABLE env_lock_state ADD COLUMN IF NOT EXISTS claimer_session bigint;
 ALTER TABLE env_lock_state ADD COLUMN IF NOT EXISTS holder_session bigint;
 ALTER TABLE env_lock_state
@@ -78,12 +79,13 @@ ALTER TABLE env_lock_state
     ADD COLUMN IF NOT EXISTS holder_stop boolean NOT NULL DEFAULT false, ADD COLUMN IF NOT EXISTS spared_until timestamptz,
     ADD COLUMN IF NOT EXISTS streak integer NOT NULL DEFAULT 0;
 
--- That version had no sessions. Its holds are given to a session that does not
--- exist, so that a successor waits for the session timeout.
+-- That version had no sessions. Its holds are assigned to a session that does
+-- not exist, so that a successor waits for its own session timeout, but at
+-- least 10 s.
 UPDATE env_lock_state SET holder_session = (random() * 9000000000000000000)::bigint + 1
 WHERE holder_id IS NOT NULL AND holder_session IS NULL;
 
--- The keys of the original library start free. Later a key without a row is a
+-- The keys of the original library start free. A key that has no row later is a
 -- key whose row was deleted.
 INSERT INTO env_lock_state (lock_key)
 SELECT e.lock_key FROM env_locks e WHERE NOT EXISTS (SELECT FROM env_lock_sessions)
@@ -113,7 +115,7 @@ LEFT JOIN sessions h ON h.id = s.holder_session
 LEFT JOIN sessions c ON c.id = s.claimer_session
 WHERE s.holder_id IS NOT NULL OR s.claim_open AND coalesce(c.alive, false);
 
--- The columns that an earlier version had.
+-- Columns that an earlier version had.
 ALTER TABLE env_lock_state
     DROP COLUMN IF EXISTS claim_session, DROP COLUMN IF EXISTS claim_host, DROP COLUMN IF EXISTS claim_pid,
     DROP COLUMN IF EXISTS holder_host, DROP COLUMN IF EXISTS holder_pid, DROP COLUMN IF EXISTS unclean_at;
