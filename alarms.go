@@ -10,10 +10,12 @@ import (
 // timer. A deadline later than that for which the timer is set does not touch the timer, so a cycle
 // that ends in time does not set it.
 type alarms struct {
-	mu    sync.Mutex // guards everything below, and the locks' alarm and queued; taken after a lock's mu
+	// mu guards everything below, and the fields alarm and queued of the locks. It may be locked
+	// while a lock's mu is held, but not the other way round.
+	mu    sync.Mutex
 	queue alarmQueue
 	timer *time.Timer
-	fires time.Time // when the timer fires; zero if it is not set
+	fires time.Time // when the timer fires, or zero if it is not set
 }
 
 // set sets the alarm of a lock, instead of an earlier one.

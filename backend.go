@@ -39,7 +39,7 @@ type claim struct {
 	key    int64
 	id     uuid.UUID
 	event  string
-	labels string // as JSON; "" if there are none
+	labels string // as JSON, or "" if there are none
 }
 
 // announcement is a claim that should become the newest.
@@ -47,8 +47,11 @@ type announcement struct {
 	claim
 	asked time.Time // when its caller asked for it
 	terms terms
-	take  bool         // the key may be granted immediately if it is free and not waited for, as the next acquire would do
-	pull  *pullRequest // if it is set and has another key, the claim is dropped with errKeyMoved
+	// If the key is free and not waited for, it may be granted immediately, as the next acquire
+	// would do.
+	take bool
+	// If pull is set and has another key, the claim is dropped with errKeyMoved.
+	pull *pullRequest
 }
 
 // pullRequest identifies a pull request, which has a key.
@@ -84,23 +87,23 @@ const (
 	again                     // undecided: try again immediately
 )
 
-// answer is the database's answer to an announcement or a request.
+// answer is the result of an announcement or a request.
 type answer struct {
 	outcome outcome
 	newest  standing   // the newest claim of the key
-	winner  *ClaimInfo // superseded, in the answer to an announcement: the newest claim
+	winner  *ClaimInfo // superseded, after an announcement: the newest claim
 	// granted only:
 	token   int64
 	session uint64 // the generation of the session that holds the key
 	spared  bool   // no claim notifies the holder before the max of WithProgress
-	// busy only: the holder's session is dead, and may be taken over at that time
+	// busy only: the session of the holder is dead, and may be taken over at retryAt
 	blocker int64
 	retryAt time.Time
-	// doubt is set if the key may have been granted by an attempt whose answer was lost.
+	// doubt reports whether an attempt whose reply was lost can have been granted the key.
 	doubt bool
 }
 
-// keyState is a key as an error describes it.
+// keyState is the state of a key, for an error.
 type keyState struct {
 	newest  *ClaimInfo
 	open    bool       // whether the newest claim waits or holds
@@ -118,20 +121,21 @@ type event struct {
 	claim   *ClaimInfo // claimed, newest: the same claim
 	finish  bool       // claimed: it lets the holder finish
 	message string     // manual: the operator's text
-	session uint64     // lost: generation of the session
+	session uint64     // lost: the generation of the session
 	cause   error      // lost, gone: the reason
 }
 
 type eventKind int
 
 const (
-	evClaimed  eventKind = iota + 1 // hint: a claim was announced
-	evNewest                        // from the row: a claim has asked the holder to stop, and this is the newest claim
-	evReleased                      // hint: trying again may succeed
-	evManual                        // an operator asks the holder to stop
-	evLost                          // the session is lost, with all its holds
-	evGone                          // the row no longer names the hold
-	evClosed                        // the provider is closing
+	evClaimed eventKind = iota + 1 // a hint: a claim was announced
+	// From the row: a claim has asked the holder to stop. The event has the newest claim.
+	evNewest
+	evReleased // a hint: another attempt may succeed
+	evManual   // an operator asks the holder to stop
+	evLost     // the session is lost, with all its holds
+	evGone     // the row no longer names the hold
+	evClosed   // the provider is closing
 )
 
 // within calls f with a channel that is closed after bound, and returns the error of f. If f has

@@ -59,9 +59,10 @@ func (m *ClaimMode) UnmarshalText(text []byte) error {
 type terms struct {
 	sequence *int64
 	mode     ClaimMode
-	moded    bool          // mode was set
-	labels   string        // as JSON; "" if there are none
-	wait     time.Duration // of PreemptiveLocker.Wait, for a lock behind a provider of another kind; 0 if it was not set
+	moded    bool   // mode was set
+	labels   string // as JSON, or "" if there are none
+	// Set by PreemptiveLocker.Wait, for a lock behind a provider of another kind. Otherwise 0.
+	wait time.Duration
 }
 
 type termsKey struct{}

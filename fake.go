@@ -103,7 +103,7 @@ type memoryRow struct {
 	newest standing
 	// The newest claim, as other claims see it.
 	claim    ClaimInfo
-	sequence *int64 // of the newest claim, if it was given one
+	sequence *int64 // of the newest claim, or nil if it has none
 	top      *int64 // the highest sequence number of all claims
 	open     bool   // whether the newest claim's lock still waits or holds
 	claimer  int64  // the newest claim's session
@@ -114,8 +114,8 @@ type memoryRow struct {
 	holder  uuid.UUID
 	session int64
 	hold    ClaimInfo
-	stop    bool      // a claim asks the holder to stop
-	spared  time.Time // no claim notifies the holder before; zero if it is not spared
+	stop    bool      // whether a claim has asked the holder to stop
+	spared  time.Time // claims do not notify the holder before, or zero if it is not spared
 }
 
 // end ends the hold.
@@ -197,7 +197,7 @@ type memorySession struct {
 
 	mu       sync.Mutex    // guards everything below
 	up       chan struct{} // closed while the session is connected
-	releases []claim       // wait for the connection
+	releases []claim       // releases that wait for the connection
 }
 
 // open returns a new session, which is connected.

@@ -11,12 +11,15 @@ import (
 type hub struct {
 	alarms alarms
 
-	mu     sync.Mutex // guards everything below, and next, prev and place of the locks; not held while a lock handles an event
+	// mu guards everything below, and the fields next, prev and place of the locks. It is not held
+	// while a lock handles an event.
+	mu     sync.Mutex
 	locks  map[int64]*lock
 	count  int
 	holds  []*lock
 	closed bool
-	empty  chan struct{} // created by close; closed when the last lock has left
+	// Created by close, and closed when the last lock has left.
+	empty chan struct{}
 }
 
 func newHub() *hub { return &hub{locks: map[int64]*lock{}} }

@@ -32,21 +32,25 @@ const (
 type lock struct {
 	// These are set when the lock is created.
 	backend backend
-	conf    *LockProviderConfig // of the provider; never changed
+	conf    *LockProviderConfig // of the provider, never changed
 	claim   claim
-	pull    *pullRequest // of the PreemptiveLocker, for errors; otherwise nil
-	onOver  func()       // closes what belongs to this lock alone; nil for the locks of a provider
+	pull    *pullRequest // of the PreemptiveLocker, for errors, or nil
+	onOver  func()       // closes what belongs to this lock alone, or nil for the locks of a provider
 
-	next, prev *lock     // the hub's list of the key's locks; guarded by the hub's mu
-	place      int       // the place among the hub's holds, from 1; guarded by the hub's mu
-	alarm      time.Time // when expire is called, if queued is not 0; guarded by the alarms' mu
-	queued     int       // the place in the alarms' queue, from 1; guarded by the alarms' mu
+	// The list of the key's locks. It is guarded by the hub's mu.
+	next, prev *lock
+	// The place among the hub's holds, from 1. It is guarded by the hub's mu.
+	place int
+	// When expire is called, if queued is not 0. It is guarded by the alarms' mu.
+	alarm time.Time
+	// The place in the alarms' queue, from 1. It is guarded by the alarms' mu.
+	queued int
 
 	// mu guards everything below. It is not held across I/O or a statement. The hub's mu and the
 	// alarms' mu may be locked while it is held, but not the other way round.
 	mu        sync.Mutex
 	phase     phase
-	announced bool // by Notify
+	announced bool // whether the claim was announced
 	// The labels of the claim, by Notify or Lock.
 	labels string
 	// Whether the claim lets the holder finish.
@@ -200,11 +204,13 @@ func (l *lock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
 
 // lockCall is a call of Lock.
 type lockCall struct {
-	asked    time.Time     // when the caller called
-	wait     time.Duration // how long to wait; 0 means the lock timeout
-	terms    terms
-	announce bool         // whether the call is Notify and Lock in one: a key that is free then costs one statement
-	pull     *pullRequest // with announce: the call fails with errKeyMoved if this pull request has another key
+	asked time.Time     // when the caller called
+	wait  time.Duration // how long to wait, or 0 for the lock timeout
+	terms terms
+	// Whether the call is Notify and Lock in one. A key that is free then costs one statement.
+	announce bool
+	// With announce: the call fails with errKeyMoved if this pull request has another key.
+	pull *pullRequest
 }
 
 func (l *lock) lockKey(ctx context.Context, call lockCall) (<-chan NotificationPayload, error) {

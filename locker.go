@@ -65,24 +65,27 @@ func (p *PreemptiveLocker) owner(lock PreemptableLock) any {
 // methods are safe for concurrent use. The methods of the zero value return errors.
 type PreemptiveLocker struct {
 	provider LockProvider
-	conf     *PreemptiveLockerConfig // of the factory; never changed
+	conf     *PreemptiveLockerConfig // of the factory, never changed
 	repo     string
 	pr       uint
 	event    string
 
-	mu      sync.Mutex // guards everything below; never held across a call to the provider
+	// mu guards everything below. It is not held across a call to the provider.
+	mu      sync.Mutex
 	terms   terms
 	wait    time.Duration // 0 means the provider's lock timeout
-	misuse  error         // an error that Release reports: a setting was made too late
+	misuse  error         // reported by Release: a setting was made too late
 	stage   stage
 	aborted bool                    // locking: Release was called
-	calls   context.Context         // see abortable; nil before it is needed
+	calls   context.Context         // see abortable
 	cancel  context.CancelCauseFunc // ends calls
-	lock    PreemptableLock         // nil until it exists; locking: it waits
-	left    chan struct{}           // locking: closed when Lock has returned; created by the Release that waits for it
-	gone    context.Context         // inside Do: ends when the hold does
-	key     int64
-	token   int64
+	// Nil until it exists. While locking, the lock may be waiting.
+	lock PreemptableLock
+	// Locking: closed when Lock has returned. The Release that waits for it creates it.
+	left  chan struct{}
+	gone  context.Context // inside Do: ends when the hold does
+	key   int64
+	token int64
 }
 
 // stage is the state of a PreemptiveLocker. It only moves forward.
@@ -364,7 +367,8 @@ func (p *PreemptiveLocker) watch(ctx context.Context, ch <-chan NotificationPayl
 		cancel(cause)
 		if ok {
 			select {
-			case <-ch: // closed
+			// The channel was closed, so the hold has ended.
+			case <-ch:
 			case <-returned:
 				return cause
 			}

@@ -34,8 +34,9 @@ const (
 // LockProviderConfig is the configuration of a [LockProvider]. The [LockProviderOption] functions
 // fill it. The zero value is valid and means the default of every option.
 type LockProviderConfig struct {
-	lockTimeout       time.Duration
-	finishTimeout     time.Duration // the lock timeout of claims that let the holder finish
+	lockTimeout time.Duration
+	// The lock timeout of claims that let the holder finish.
+	finishTimeout     time.Duration
 	maxLockDuration   time.Duration
 	preemptionTimeout time.Duration
 	sessionTimeout    time.Duration
@@ -275,7 +276,8 @@ func newLockProviderConfig(options []LockProviderOption) (LockProviderConfig, er
 // checked returns the configuration with its defaults filled in, or an error if a value is not
 // valid. It may be called again with its own result.
 func (c LockProviderConfig) checked() (LockProviderConfig, error) {
-	waits := c.lockTimeout // 0 if it was not set
+	// It is 0 if no option has set it.
+	waits := c.lockTimeout
 	for _, d := range []struct {
 		name  string
 		value *time.Duration

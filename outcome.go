@@ -122,7 +122,8 @@ func (e *doError) stopped() bool {
 	if e.cause == nil {
 		return false
 	}
-	var command interface{ ExitCode() int } // an exec.ExitError
+	// An exec.ExitError has this method.
+	var command interface{ ExitCode() int }
 	if errors.As(e.work, &command) && !isNil(command) {
 		switch command.ExitCode() {
 		case -1, 128 + 2, 128 + 9, 128 + 15:
@@ -192,7 +193,7 @@ type doError struct {
 	hold    string // describes the hold, for the text
 	work    error  // the function's error
 	cause   error  // why the function was notified
-	told    error  // the cause of the function's context, which is the caller's own if that was canceled
+	told    error  // the cause of the function's context, which is that of the caller's context if that was canceled
 	release error
 }
 

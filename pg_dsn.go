@@ -27,8 +27,10 @@ type uriSource struct {
 }
 
 const (
-	maxAsks    = 4 // calls of a uriSource at a time: one for each connection of a provider
-	freshTries = 5 // how often other credentials are tried soon after a failed login
+	// The calls of a uriSource at a time: one for each connection of a provider.
+	maxAsks = 4
+	// How often other credentials are tried soon after a failed login.
+	freshTries = 5
 )
 
 // dsnOf returns the source of a provider's connection strings.
@@ -262,7 +264,8 @@ func withoutService(cfg pq.Config) string {
 	hosts, addresses, ports := []string{cfg.Host}, []string{cfg.Hostaddr.String()}, []string{strconv.Itoa(int(cfg.Port))}
 	for _, m := range cfg.Multi {
 		hosts, ports = append(hosts, m.Host), append(ports, strconv.Itoa(int(m.Port)))
-		address := "" // the host is looked up
+		// Without an address the host is looked up.
+		address := ""
 		if m.Hostaddr.IsValid() {
 			address = m.Hostaddr.String()
 		}

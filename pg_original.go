@@ -68,7 +68,8 @@ func (s *session) lockKeys(ctx context.Context, l *link, ref sessionRef, batch [
 	}
 	wanted := s.keys.own(free)
 	var failed error
-	refused := wanted // until the connection has taken them
+	// All are refused until the connection has taken them.
+	refused := wanted
 	s.onOwn(func(own *line) {
 		if s.keys.ref == ref {
 			refused, failed = s.tryKeys(own, wanted)

@@ -26,8 +26,8 @@ const (
 // session is the backend of a postgres provider's locks. It consists of
 //
 //   - the session's own connection, which has the advisory lock that shows others that this process
-//     lives, and carries only heartbeats;
-//   - the listener, on which notifications arrive;
+//     lives, and carries only heartbeats,
+//   - the listener, on which notifications arrive, and
 //   - two workers, which run operations, each on a connection that is opened when it is needed and
 //     closed when it is idle: one for statements that wait for the disk, one for all others.
 //
@@ -47,13 +47,13 @@ type session struct {
 	mu    sync.Mutex
 	disk  *worker // for claims: announcements and acquires
 	swift *worker // for everything else
-	own   *line   // the session's connection; nil while there is none
+	own   *line   // the session's connection, or nil while there is none
 	doom  error   // the reason why own was closed
 	// The error of the last attempt to open the session's connection, or nil after a success.
 	trouble error
 	// The error with which a provider that has never worked was rejected.
 	refusal error
-	retryAt time.Time // with refusal: no attempt before this time
+	retryAt time.Time // with refusal: the time of the next attempt
 	proven  bool      // whether the provider has worked once
 	// Whether the schema was complete when the session was opened the last time.
 	prepared bool
@@ -179,10 +179,11 @@ func (s *session) close() {
 
 // kept is one of the two connections that are open as long as the provider is in use.
 type kept struct {
-	name    string
-	wake    <-chan struct{}
-	way     *way
-	allowed func() bool // whether it may be opened; when that changes, wake is signaled
+	name string
+	wake <-chan struct{}
+	way  *way
+	// Whether the connection may be opened. When that changes, wake is signaled.
+	allowed func() bool
 	open    func() (*line, error)
 	serve   func(*line) error                    // returns when the connection fails, or s.ctx is done
 	ended   func(err error)                      // called after serve has failed

@@ -15,9 +15,11 @@ import (
 )
 
 const (
-	maxBatch    = 512                   // operations in one statement
-	fewOps      = 16                    // see together
-	maxTogether = 20 * time.Millisecond // see together
+	maxBatch = 512 // operations in one statement
+	// With fewer operations than this, the swift worker waits for the disk worker, for no longer
+	// than maxTogether. See together.
+	fewOps      = 16
+	maxTogether = 20 * time.Millisecond
 
 	repeatMin = 100 * time.Millisecond // before an operation that the server rejected is repeated, doubled with each
 	repeatMax = 2 * time.Second
@@ -26,18 +28,22 @@ const (
 // op is one operation of a caller. The caller receives from done. The worker sends to done exactly
 // once.
 type op struct {
-	kind  opKind
-	take  bool                               // announce: see announcement
-	ctx   context.Context                    // of the caller, for its span
-	pull  *pullRequest                       // lookup; announce: see announcement
-	terms terms                              // announce: see announcement
-	asked time.Time                          // announce: when its caller asked for it
-	req   request                            // acquire: all of it; announce, withdraw and release: the claim
-	call  func(context.Context, *link) error // call: the function to call
-	once  bool                               // call: the caller gets the server's errors
+	kind opKind
+	take bool            // announce: see announcement
+	ctx  context.Context // of the caller, for its span
+	// For a lookup. For an announcement see announcement.
+	pull  *pullRequest
+	terms terms     // announce: see announcement
+	asked time.Time // announce: when its caller asked for it
+	// For an acquire, all of it. For announce, withdraw and release, the claim.
+	req  request
+	call func(context.Context, *link) error // call: the function to call
+	once bool                               // call: the caller gets the server's errors
 
-	state   opState // guarded by session.mu
-	trouble error   // guarded by session.mu: why the last attempt failed
+	// Guarded by the session's mu.
+	state opState
+	// Guarded by the session's mu: why the last attempt has failed.
+	trouble error
 
 	// Used only by the worker, like result before done.
 	attempts  int       // the number of those that failed
@@ -237,16 +243,18 @@ type worker struct {
 
 	// Guarded by the session's mu.
 	queues  [opKinds][]*op
-	begun   time.Time // when the batch in flight was taken; zero if there is none
+	begun   time.Time // when the batch in flight was taken, or zero if there is none
 	link    *link     // nil if none is open
 	trouble error     // the error of the last attempt to open the connection
 	ended   bool      // whether run has ended
 
 	// Used only by the worker's goroutine.
-	next  opKind    // the kind whose turn it is
-	waits time.Time // see together: when the statement that is waited for began
+	next opKind // the kind whose turn it is
+	// For together: when the awaited statement began, and until when to wait for it.
+	waits time.Time
 	until time.Time
-	batch []*op // the batch in flight; the next one reuses its memory
+	// The batch in flight. The next one reuses its memory.
+	batch []*op
 	keys  map[int64]bool
 	wait  backoff
 	way   way

@@ -20,13 +20,16 @@ import (
 type trust struct {
 	conf *LockProviderConfig
 	hub  *hub
-	lost func() // called after a session was lost, without mu; may be nil
+	// Called after a session was lost, without mu. It may be nil.
+	lost func()
 
 	mu        sync.Mutex // guards everything below
 	session   sessionRef
 	connected bool
-	good      time.Time   // when the last good heartbeat began
-	suspended time.Time   // when the session was suspended; zero while it is connected, and before the first connection
+	good      time.Time // when the last good heartbeat began
+	// When the session was suspended. It is zero while the session is connected, and before the
+	// first connection.
+	suspended time.Time
 	expiry    *time.Timer // calls expire when good is too long ago
 	armed     bool        // whether a call of expire counts
 	ended     bool
