@@ -234,9 +234,9 @@ func (l *lock) lockKey(ctx context.Context, call lockCall) (<-chan NotificationP
 	return ch, nil
 }
 
-// Unlock ends the hold, or the wait of a Lock that has not returned. It returns when the key is
-// free, but after 5 s and when ctx is done at the latest. The key is given back in any case: even
-// if ctx is done already, the release continues in the background.
+// Unlock ends the hold, or the wait of a Lock that has not returned. It blocks until the key is
+// free, but no longer than 5 s and no longer than ctx. If it returns an error because of that, the
+// release continues in the background. The key is given back even if ctx is done already.
 //
 // Unlock before Lock returns an error. If the hold had ended by loss or revocation, the first
 // Unlock returns an error that matches [ErrLockLost]. Every further Unlock returns nil. Unlock may
@@ -775,7 +775,7 @@ func (l *lock) unlock(ctx context.Context) error {
 	switch l.phase {
 	case fresh:
 		announced := l.announced
-		// What belongs to this lock alone is closed now, so a later Lock must fail.
+		// The lock's own session is closed now, so a later Lock must fail.
 		if l.onOver != nil {
 			l.ended = ErrProviderClosed
 		}

@@ -102,9 +102,9 @@ const (
 // The event is the reason for the claim. It is shown to the holders and waiters that lose to the
 // claim.
 //
-// Repo may be any name, and is compared byte by byte. docs/webhook.md in the repository says which
-// name to take, and what to do without a pull request. The factory returns no error: Lock returns
-// one if repo or pr is not valid.
+// Repo may be any name, and is compared byte by byte. See docs/webhook.md in the repository for the
+// choice of a name, and for locks without a pull request. The factory returns no error: Lock
+// returns one if repo or pr is not valid.
 //
 // A factory is safe for concurrent use. Create one for each process.
 type PreemptiveLockerFactory func(repo string, pr uint, event string) *PreemptiveLocker
@@ -253,13 +253,14 @@ func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayl
 	return ch, nil
 }
 
-// Release ends the hold, or the wait of a Lock that has not returned. It returns when the key is
-// free, but after 5 s and when ctx is done at the latest. The key is given back in any case: even
-// if ctx is done already, the release continues in the background.
+// Release ends the hold, or the wait of a Lock that has not returned. It blocks until the key is
+// free, but no longer than 5 s and no longer than ctx. If it returns an error because of that, the
+// release continues in the background. The key is given back even if ctx is done already.
 //
 // Release before Lock returns an error. If the hold had ended by loss or revocation, the first
-// Release returns an error that matches [ErrLockLost]. A second Release, and one after a Lock that
-// failed, return nil.
+// Release returns an error that matches [ErrLockLost]. If Sequence, Mode, Labels or Wait was called
+// after Lock, the first Release returns an error that says so. A second Release, and one after a
+// Lock that failed, return nil.
 func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 	if err := p.usable(ctx); err != nil {
 		return err
@@ -392,7 +393,8 @@ func (p *PreemptiveLocker) watch(ctx context.Context, ch <-chan NotificationPayl
 // Shield calls f, a step that must not be cut in half, such as a schema migration. Call it inside
 // Do's function, with that function's context. A notification does not cancel the context that f
 // gets before limit has passed. It cancels ctx immediately as usual, and the function should return
-// after f. Until f has returned, but no longer than limit, the lock is not revoked.
+// after f. Until f has returned, but no longer than limit, the lock is not revoked. If the
+// preemption timeout has passed by then, it is revoked at that moment.
 //
 // If the holder has been notified already, Shield does not call f and returns the cause. When limit
 // passes after a notification, f's context is canceled with the cause. A loss of the hold cannot be

@@ -51,8 +51,8 @@ type LockStatus struct {
 }
 
 // ListLocks returns all keys of the database that are held or waited for, by any process. These are
-// the rows of the view env_lock_overview. It waits for a server that cannot be reached, within ctx
-// and the lock timeout. Then its error matches ctx's error or [ErrLockTimeout].
+// the rows of the view env_lock_overview. If the server cannot be reached, it waits, within ctx and
+// the lock timeout, and then returns an error that matches ctx's error or [ErrLockTimeout].
 func (plp *PostgresLockProvider) ListLocks(ctx context.Context) ([]LockStatus, error) {
 	var result []LockStatus
 	err := plp.operate(ctx, func(ctx context.Context, l *link) error {
@@ -84,8 +84,9 @@ func (plp *PostgresLockProvider) ListLocks(ctx context.Context) ([]LockStatus, e
 // passed.
 //
 // RequestStop sends a message that no row keeps: a holder whose listener is not connected at that
-// moment does not get it. It does not keep new claims out: one may follow immediately. It waits for
-// a server that cannot be reached, within ctx and the lock timeout.
+// moment does not get it. It does not keep new claims out: one may follow immediately. If the
+// server cannot be reached, it waits, within ctx and the lock timeout, and then returns an error
+// that matches ctx's error or [ErrLockTimeout].
 func (plp *PostgresLockProvider) RequestStop(ctx context.Context, repo string, pr uint, reason string) (asked bool, err error) {
 	var found bool
 	err = plp.operateOn(ctx, "stop the holder of", repo, pr, func(ctx context.Context, l *link) error {
@@ -117,8 +118,9 @@ func (plp *PostgresLockProvider) RequestStop(ctx context.Context, repo string, p
 //
 // Use it when claims fail with [ErrClaimOutdated] because a number was wrong: one from a wrong
 // clock, or one in a smaller unit. The call itself notifies no holder and supersedes no waiter. The
-// next claim does, whatever its number is. ResetSequence waits for a server that cannot be reached,
-// within ctx and the lock timeout.
+// next claim does, whatever its number is. If the server cannot be reached, ResetSequence waits,
+// within ctx and the lock timeout, and then returns an error that matches ctx's error or
+// [ErrLockTimeout].
 func (plp *PostgresLockProvider) ResetSequence(ctx context.Context, repo string, pr uint) (known bool, err error) {
 	var found bool
 	err = plp.operateOn(ctx, "reset the sequence of", repo, pr, func(ctx context.Context, l *link) error {

@@ -72,9 +72,9 @@ type LockProviderOption func(*LockProviderConfig)
 // [ErrLockTimeout]. Zero means the default. A negative duration is an error.
 //
 // The default is 20 s. It is longer for claims that may wait for a holder that is not notified.
-// With [WithProgress] it is max and 20 s. For a claim in the mode [LetFinish] it is the max lock
-// duration, the preemption timeout and 20 s together. [PreemptiveLocker.Wait] bounds the wait of
-// one claim.
+// With [WithProgress] it is max plus 20 s. For a claim in the mode [LetFinish] it is the max lock
+// duration plus the preemption timeout plus 20 s. [PreemptiveLocker.Wait] bounds the wait of one
+// claim.
 func WithLockTimeout(lockWait time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.lockTimeout = lockWait }
 }
@@ -156,7 +156,8 @@ func WithOriginalReplicas() LockProviderOption {
 // accepts. It may name several hosts (postgres://a:5432,b:5433/db): the provider uses the one that
 // accepts writes, and finds it again after a failover. Connections use TLS unless the URI or the
 // environment has a setting for it (sslmode). docs/connect.md in the repository has all forms. With
-// [WithPostgresURI] postgresURI is empty.
+// [WithPostgresURI] postgresURI must be empty. An invalid string is an error, which never quotes
+// the string.
 //
 // With a non-empty apmServiceName the SQL statements that serve a traced Lock or Release are
 // recorded as Datadog APM spans of that service. In a program that was built with the tag nodatadog
@@ -241,8 +242,8 @@ const (
 	// ObservedRevoked means that the lock was revoked. After is the duration of the hold, and Err
 	// is the cause of the notification.
 	ObservedRevoked
-	// ObservedLost means that the hold was lost: its session was lost, or the row of its key no
-	// longer names it. After is the duration of the hold.
+	// ObservedLost means that the hold was lost: its session was lost, or the key was taken from
+	// it. After is the duration of the hold.
 	ObservedLost
 	// ObservedSuspended means that the session has lost its connection. Its holds continue.
 	ObservedSuspended

@@ -61,10 +61,10 @@ func (o Outcome) String() string {
 // harmless.
 //
 // An error of the function is a failure, unless the function was notified and has stopped because
-// of that. It has if its error matches the cause, [context.Canceled] or [context.DeadlineExceeded],
-// or is that of a command which a signal has ended (exec.CommandContext in os/exec). If the
-// function has completed, and only its release was not confirmed in time, the outcome is
-// [OutcomeCompleted]: the key is given back in the background, and err is worth a line in a log.
+// of that: then the error matches the cause, [context.Canceled] or [context.DeadlineExceeded], or
+// is that of a command which a signal has ended (exec.CommandContext in os/exec). If the function
+// has completed, and only its release was not confirmed in time, the outcome is [OutcomeCompleted]:
+// the key is given back in the background, and err is worth a line in a log.
 //
 // OutcomeOf also accepts the errors of Lock, Unlock, Release and Notify, the cause of a context of
 // Do, the error of an [Observation], and errors that wrap or join any of these. For these, finished

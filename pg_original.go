@@ -68,7 +68,7 @@ func (s *session) lockKeys(ctx context.Context, l *link, ref sessionRef, batch [
 	}
 	wanted := s.keys.own(free)
 	var failed error
-	// All are refused until the connection has taken them.
+	// No lock counts as taken until the connection has it.
 	refused := wanted
 	s.onOwn(func(own *line) {
 		if s.keys.ref == ref {
@@ -138,7 +138,8 @@ func (k *keyLocks) own(claims []claim) (wanted []int64) {
 	return wanted
 }
 
-// disown removes the owners of the refused keys, which are among those that own has returned.
+// disown removes the owners of the given refused keys, whose locks others have. These are among
+// those that own has returned.
 func (k *keyLocks) disown(wanted, refused []int64) {
 	if len(wanted) == 0 {
 		return

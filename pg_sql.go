@@ -308,7 +308,7 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
 
 // sqlAnnounce returns the statement that makes claims the newest of their keys. It has two forms.
 // The full one is for batches in which a claim has a sequence number or labels or lets the holder
-// finish, and for WithProgress. What only these need takes the server a tenth of a cycle to set up.
+// finish, and for WithProgress. The server takes a tenth of a cycle to set up its additional parts.
 //
 //  1. The claim's number is assigned under the row lock, so the row decides the order.
 //  2. A claim that takes ($6) gets the key immediately if the row names no holder and no waiter.

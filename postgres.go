@@ -105,9 +105,11 @@ func (plp *PostgresLockProvider) New(ctx context.Context, key int64, event strin
 
 // LockKey returns the key of a repo's pull request. It is not zero, is the same for the same pair
 // in every process, and differs between pairs. LockKey writes to the database only when a pair is
-// seen for the first time. It waits for a server that cannot be reached, within ctx and the lock
-// timeout. Then its error matches ctx's error or [ErrLockTimeout]. It returns an error immediately
-// if repo or pr is not valid.
+// seen for the first time.
+//
+// It returns an error immediately if repo or pr is not valid. If the server cannot be reached, it
+// waits, within ctx and the lock timeout, and then returns an error that matches ctx's error or
+// [ErrLockTimeout]. It returns [ErrProviderClosed] after Close.
 func (plp *PostgresLockProvider) LockKey(ctx context.Context, repo string, pr uint) (int64, error) {
 	key, err := plp.lockKey(ctx, repo, pr, 0)
 	return key, annotate(err, "locker: lock key of %q#%d", repo, pr)

@@ -56,7 +56,7 @@ const (
 	// UnknownLockProviderKind is the zero value. [NewLockProvider] returns an error for it.
 	UnknownLockProviderKind = iota
 	// PostgresLockProviderKind selects the implementation that uses PostgreSQL, a
-	// [PostgresLockProvider].
+	// [PostgresLockProvider]. It needs [WithPostgresBackend] or [WithPostgresURI].
 	PostgresLockProviderKind
 	// FakeLockProviderKind selects the implementation in memory, a [FakeLockProvider]. It is for
 	// unit tests.
@@ -98,9 +98,9 @@ func NewLockProvider(kind LockProviderKind, options ...LockProviderOption) (Lock
 }
 
 // NewPostgresProvider returns a provider that uses the PostgreSQL server that uri names.
-// [WithPostgresBackend] describes uri. With [WithPostgresURI] uri is empty. The options are applied
-// afterwards. Like [NewLockProvider] it returns an error if an argument is not valid, and needs no
-// server. Close the provider when the service ends.
+// [WithPostgresBackend] describes uri. With [WithPostgresURI] uri must be empty. The options are
+// applied afterwards. Like [NewLockProvider] it returns an error if an argument is not valid, and
+// needs no server. Close the provider when the service ends.
 func NewPostgresProvider(uri string, options ...LockProviderOption) (*PostgresLockProvider, error) {
 	conf, err := newLockProviderConfig(append([]LockProviderOption{WithPostgresBackend(uri, "")}, options...))
 	if err != nil {
