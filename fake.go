@@ -144,6 +144,7 @@ func newMemory() *memory {
 	}
 }
 
+// lockKey returns the key of a pull request. It creates the key if there is none.
 func (m *memory) lockKey(repo string, pr uint) int64 {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -157,6 +158,7 @@ func (m *memory) lockKey(repo string, pr uint) int64 {
 	return key
 }
 
+// rowLocked returns the row of a key. It creates the row if there is none.
 func (m *memory) rowLocked(key int64) *memoryRow {
 	row := m.rows[key]
 	if row == nil {
@@ -379,6 +381,7 @@ func (m *memory) waitsLocked(row *memoryRow) bool {
 	return row.open && m.live[m.lockOfLocked(row.claimer)]
 }
 
+// grantLocked writes into the row that the claim holds the key, and into a that it was granted.
 func (m *memory) grantLocked(row *memoryRow, c claim, ref sessionRef, p progress, a *answer) {
 	if row.holder != c.id {
 		// The session of the old holder is dead.

@@ -148,6 +148,7 @@ func (l *lock) Notify(ctx context.Context) error {
 	return annotate(err, "locker: announce %q on key %d", l.claim.event, l.claim.key)
 }
 
+// announce announces the claim, and records its standing.
 func (l *lock) announce(ctx context.Context, stop <-chan struct{}, how announcement) (answer, error) {
 	how.claim = l.labeled(how.terms)
 	a, err := l.backend.announce(ctx, stop, how)
@@ -213,6 +214,7 @@ type lockCall struct {
 	pull *pullRequest
 }
 
+// lockKey is Lock, with the settings of a call, and without a description of the call in its error.
 func (l *lock) lockKey(ctx context.Context, call lockCall) (<-chan NotificationPayload, error) {
 	if err := call.terms.check(); err != nil {
 		return nil, err
@@ -273,6 +275,7 @@ func (l *lock) Cause() error {
 	return l.cause
 }
 
+// usable returns an error for a lock with a zero value, or if ctx is nil.
 func (l *lock) usable(ctx context.Context) error {
 	if l.backend == nil {
 		return errLockZero
@@ -283,6 +286,7 @@ func (l *lock) usable(ctx context.Context) error {
 	return nil
 }
 
+// begin moves the lock from fresh to waiting, and sets the deadline of the wait.
 func (l *lock) begin(call lockCall) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -370,6 +374,7 @@ func (l *lock) Shield(limit time.Duration) error {
 	return annotate(l.shield(limit), "locker: shield key %d", l.claim.key)
 }
 
+// shield is Shield, without a description of the call in its error.
 func (l *lock) shield(limit time.Duration) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -637,6 +642,7 @@ func (l *lock) waitEnded(ctx context.Context, trouble error) error {
 	return err
 }
 
+// request returns the next attempt to acquire the key.
 func (l *lock) request(t terms, blocker int64) request {
 	c := l.labeled(t)
 	l.mu.Lock()
@@ -732,6 +738,7 @@ func (l *lock) notifyLocked(cause error, payload NotificationPayload) func() {
 	return func() { l.observe(ObservedNotified, after, cause) }
 }
 
+// observe calls the observer, if there is one. It must be called without mu.
 func (l *lock) observe(kind ObservationKind, after time.Duration, err error) {
 	if f := l.conf.observer; f != nil {
 		f(Observation{Kind: kind, Key: l.claim.key, Event: l.claim.event, Labels: decodeLabels(l.labeled(terms{}).labels), After: after, Err: err})
@@ -747,6 +754,7 @@ func (l *lock) endLocked() {
 	close(l.ch)
 }
 
+// unwatchLocked stops watching the caller's context.
 func (l *lock) unwatchLocked() {
 	if l.unwatch != nil {
 		l.unwatch()
@@ -770,6 +778,7 @@ func (l *lock) revoke() {
 	}
 }
 
+// unlock is Unlock, without a description of the call in its error.
 func (l *lock) unlock(ctx context.Context) error {
 	l.mu.Lock()
 	switch l.phase {
@@ -830,6 +839,7 @@ func (l *lock) unlock(ctx context.Context) error {
 	}
 }
 
+// endWaitLocked ends the wait with an error, unless it has ended already.
 func (l *lock) endWaitLocked(reason error) {
 	if l.ended == nil {
 		l.ended = reason
@@ -837,6 +847,7 @@ func (l *lock) endWaitLocked(reason error) {
 	}
 }
 
+// stopLocked closes stop, unless it is closed.
 func (l *lock) stopLocked() {
 	select {
 	case <-l.stop:
@@ -877,6 +888,7 @@ func (l *lock) handle(ev event) {
 	}
 }
 
+// handleWaitingLocked ends the wait, or wakes it if another attempt may succeed.
 func (l *lock) handleWaitingLocked(ev event) {
 	switch ev.kind {
 	case evClosed:
@@ -967,6 +979,7 @@ func await(ctx context.Context, bound time.Duration, done <-chan struct{}) error
 	return awaitUntil(ctx, limit, done)
 }
 
+// awaitUntil waits for done, until ctx is done or limit is closed.
 func awaitUntil(ctx context.Context, limit, done <-chan struct{}) error {
 	if ctx.Err() != nil {
 		return contextError(ctx)

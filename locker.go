@@ -28,6 +28,7 @@ func nested(ctx context.Context, owner any, key int64) bool {
 	return false
 }
 
+// holds reports whether p is inside a Do and holds the key for that owner.
 func (p *PreemptiveLocker) holds(owner any, key int64) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -191,6 +192,7 @@ func (p *PreemptiveLocker) Wait(d time.Duration) *PreemptiveLocker {
 	return p.set("Wait", func() { p.wait = d })
 }
 
+// set calls f before Lock. After Lock it records that the method was called too late.
 func (p *PreemptiveLocker) set(method string, f func()) *PreemptiveLocker {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -491,6 +493,7 @@ func TokenFromContext(ctx context.Context) int64 {
 	return 0
 }
 
+// usable returns an error for a locker with a zero value, or if ctx is nil.
 func (p *PreemptiveLocker) usable(ctx context.Context) error {
 	if p.provider == nil {
 		return errors.New("locker: PreemptiveLocker was not made by a factory")
@@ -501,6 +504,7 @@ func (p *PreemptiveLocker) usable(ctx context.Context) error {
 	return nil
 }
 
+// begin moves p from unlocked to locking, or returns an error if Lock was called before.
 func (p *PreemptiveLocker) begin() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -599,6 +603,8 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (Preemp
 	return lock, ch, err
 }
 
+// claim creates the lock, announces the claim and waits for the key. It returns the lock if it was
+// created, even with an error.
 func (p *PreemptiveLocker) claim(ctx, calls context.Context, key int64, call lockCall) (PreemptableLock, <-chan NotificationPayload, error) {
 	p.mu.Lock()
 	p.key = key

@@ -9,7 +9,9 @@ import (
 	"github.com/pkg/errors"
 )
 
-// lookAfterRows queues a check of some rows of holds. It is called with each heartbeat.
+// lookAfterRows queues the checks that follow a heartbeat: whether NOTIFY works again, some rows of
+// holds, holds and claims that the rows name wrongly, and at times dead sessions. It queues nothing
+// if there are no holds, NOTIFY works and no reply was lost.
 func (s *session) lookAfterRows(ref sessionRef, beats int) {
 	holds, _ := s.hub.counts()
 	s.mu.Lock()

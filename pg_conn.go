@@ -33,6 +33,7 @@ type refusedError struct{ error }
 
 func (e refusedError) Unwrap() error { return e.error }
 
+// refused returns a refusedError with the given text.
 func refused(format string, args ...any) error {
 	return refusedError{errors.Errorf("locker: "+format, args...)}
 }
@@ -184,6 +185,7 @@ func (l *link) check(ctx context.Context) error {
 	return nil
 }
 
+// createSchema runs SchemaSQL in one transaction. user is for the text of an error.
 func (l *link) createSchema(ctx context.Context, user string) error {
 	tx, err := l.conn.BeginTx(ctx, nil)
 	if err != nil {
@@ -308,6 +310,7 @@ func (l *link) kill() {
 	}
 }
 
+// close closes the connection.
 func (l *link) close() {
 	if l.conn != nil {
 		_ = l.conn.Close()

@@ -48,6 +48,7 @@ func dsnOf(c *LockProviderConfig) (dsnFunc, error) {
 	return c.postgresURI.dsn, nil
 }
 
+// staticDSN returns a source that always returns the same connection string.
 func staticDSN(uri string) (dsnFunc, error) {
 	dsn, err := sessionDSN(uri)
 	if err != nil {

@@ -58,8 +58,8 @@ func (s *session) keepListener() {
 	})
 }
 
-// serveListener checks with each heartbeat interval that the channel is registered. Notifications
-// arrive on another goroutine of the connection.
+// serveListener checks once in each heartbeat interval that the channel is registered.
+// Notifications arrive on another goroutine of the connection.
 func (s *session) serveListener(l *line) error {
 	tick := time.NewTicker(heartbeatInterval(s.conf.sessionTimeout))
 	defer tick.Stop()

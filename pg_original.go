@@ -25,7 +25,7 @@ import (
 // session's connection takes advisory locks and gives them back, so no mutex is held while a
 // statement runs.
 type keyLocks struct {
-	mu     sync.Mutex          // guards everything below
+	mu     sync.Mutex          // guards owners and back
 	owners map[int64]uuid.UUID // the claims that have the locks of keys, or are about to take them
 	back   []int64             // keys whose claims have given up the lock
 
@@ -202,6 +202,7 @@ func (s *session) settleKeys(own *line) {
 	s.giveBack(own, back)
 }
 
+// giveBack gives back advisory locks. If that fails, it closes the connection.
 func (s *session) giveBack(own *line, keys []int64) {
 	if len(keys) == 0 {
 		return

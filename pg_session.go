@@ -42,8 +42,8 @@ type session struct {
 	watches watches
 	keys    keyLocks // with WithOriginalReplicas
 
-	// mu guards everything below, and the fields of the workers and operations that say so. It is
-	// not held across I/O.
+	// mu guards the fields from here to connections, and the fields of the workers and operations
+	// that say so. It is not held across I/O.
 	mu    sync.Mutex
 	disk  *worker // for claims: announcements and acquires
 	swift *worker // for everything else
@@ -73,7 +73,7 @@ type session struct {
 	started bool
 	closing bool
 
-	// The number of attempts to connect the session, including those that have failed. Guarded by mu.
+	// The number of attempts to connect the session, including those that have failed.
 	connections int64
 
 	// The position of the check of rows. Only the swift worker uses it.
@@ -86,6 +86,7 @@ type session struct {
 	stop    context.CancelFunc
 }
 
+// newSession returns a session that has no connection and no goroutine yet.
 func newSession(dsn dsnFunc, conf LockProviderConfig) *session {
 	s := &session{
 		dsn:    dsn,
@@ -147,6 +148,7 @@ func (s *session) wanted() bool {
 	return busy+holds+waits > 0
 }
 
+// queuedLocked returns the number of operations that are queued.
 func (s *session) queuedLocked() int { return s.disk.queuedLocked() + s.swift.queuedLocked() }
 
 // close ends the session. It returns when everything was given back, and all connections and
@@ -258,6 +260,7 @@ func (s *session) urgent() time.Duration {
 // backoff computes the pause before the next attempt to connect.
 type backoff struct{ last time.Duration }
 
+// next returns the next pause. urgent is the result of session.urgent.
 func (b *backoff) next(err error, urgent time.Duration) time.Duration {
 	least, most := reopenMin, reopenMax
 	if isLogin(err) {
@@ -287,12 +290,14 @@ func (s *session) admit(admitted bool) {
 	}
 }
 
+// isAdmitted reports whether the server lets the session's connection in.
 func (s *session) isAdmitted() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.admitted
 }
 
+// isRefusal reports whether err is a reason why a session cannot work on this server.
 func isRefusal(err error) bool {
 	var refusal refusedError
 	return errors.As(err, &refusal)

@@ -65,6 +65,7 @@ func (w *worker) quiet(batch []*op) bool {
 	return w.session.mute || batch[0].quiet
 }
 
+// claimsOf returns the claims of a batch.
 func claimsOf(batch []*op) []claim {
 	claims := make([]claim, len(batch))
 	for i, o := range batch {
@@ -73,6 +74,7 @@ func claimsOf(batch []*op) []claim {
 	return claims
 }
 
+// claimArrays returns the keys and the IDs of claims as arrays.
 func claimArrays(claims []claim) (keys, ids array) {
 	keys, ids = newArray(oid.T_int8, len(claims), 8), newArray(oid.T_uuid, len(claims), len(uuid.UUID{}))
 	for _, c := range claims {
@@ -122,6 +124,7 @@ func lookupKeys(ctx context.Context, l *link, batch []*op) error {
 	return nil
 }
 
+// announceClaims runs the announcements of a batch, and creates the rows that are missing.
 func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
 	// In the second attempt a row that was missing exists.
 	for range 3 {
@@ -321,6 +324,8 @@ func decodeClaim(text sql.NullString) *ClaimInfo {
 	return info
 }
 
+// acquireKeys makes the attempts of a batch to acquire keys. For a key that is not free it asks for
+// a notification of the release.
 func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
 	s := w.session
 	n := len(batch)
@@ -412,6 +417,8 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 	return err
 }
 
+// releaseKeys runs the releases of a batch. The error of a release whose row does not name the hold
+// matches ErrLockLost, unless an earlier attempt may have released it.
 func (w *worker) releaseKeys(ctx context.Context, l *link, batch []*op, quiet bool) error {
 	claims := claimsOf(batch)
 	if w.session.conf.originalReplicas {

@@ -66,6 +66,7 @@ type result struct {
 
 var ops = sync.Pool{New: func() any { return &op{done: make(chan struct{}, 1)} }}
 
+// newOp returns an operation of the pool.
 func newOp(ctx context.Context, kind opKind, c claim) *op {
 	o := ops.Get().(*op)
 	o.ctx, o.kind, o.req.claim = ctx, kind, c
@@ -208,6 +209,7 @@ func (s *session) do(stop <-chan struct{}, o *op) result {
 	return result{err: stopped{trouble}}
 }
 
+// enqueueLocked queues an operation. It starts the goroutines, and wakes those that it needs.
 func (s *session) enqueueLocked(o *op) {
 	w := s.workerOf(o)
 	w.queues[o.kind] = append(w.queues[o.kind], o)
@@ -260,12 +262,14 @@ type worker struct {
 	way   way
 }
 
+// newWorker returns a worker that does not run yet.
 func newWorker(s *session) *worker {
 	w := &worker{session: s, wake: make(chan struct{}, 1), done: make(chan struct{}), keys: map[int64]bool{}, way: way{ask: s.dsn}}
 	w.ctx, w.cancel = context.WithCancel(context.Background())
 	return w
 }
 
+// queuedLocked returns the number of operations that are queued for the worker.
 func (w *worker) queuedLocked() (n int) {
 	for _, q := range w.queues {
 		n += len(q)
@@ -682,6 +686,7 @@ func sqlState(err error) string {
 	return ""
 }
 
+// isMissingTable reports whether a table or a column does not exist.
 func isMissingTable(err error) bool {
 	state := sqlState(err)
 	return state == "42P01" || state == "42703"

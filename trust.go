@@ -72,6 +72,8 @@ func (t *trust) current() (s sessionRef, connected bool) {
 	return t.session, t.connected
 }
 
+// state returns whether the session is connected, since when it is suspended, and when its last
+// good heartbeat began.
 func (t *trust) state() (connected bool, suspended, good time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -103,6 +105,8 @@ func (t *trust) beat(s sessionRef, start time.Time) {
 	}
 }
 
+// armLocked sets the timer to the moment at which the session is lost without another good
+// heartbeat.
 func (t *trust) armLocked() {
 	t.armed = true
 	left := time.Until(t.good.Add(patience(t.conf.sessionTimeout)))
@@ -179,6 +183,7 @@ func (t *trust) nextLocked() {
 	t.connected, t.good, t.suspended, t.armed = false, time.Time{}, time.Time{}, false
 }
 
+// observe calls the observer, if there is one. It must be called without mu.
 func (t *trust) observe(o Observation) {
 	if f := t.conf.observer; f != nil {
 		f(o)
