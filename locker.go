@@ -28,7 +28,7 @@ func nested(ctx context.Context, owner any, key int64) bool {
 	return false
 }
 
-// holds reports whether p is inside a Do and holds the key for that owner.
+// holds reports whether the Do of p holds the key, and the owner is the same.
 func (p *PreemptiveLocker) holds(owner any, key int64) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -325,7 +325,7 @@ func decodeClaim(text sql.NullString) *ClaimInfo {
 }
 
 // acquireKeys makes the attempts of a batch to acquire keys. For a key that is not free it asks for
-// a notification of the release.
+// a notification of the release, unless the row has the request already.
 func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
 	s := w.session
 	n := len(batch)
