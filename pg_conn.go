@@ -364,7 +364,8 @@ func openLine(ctx context.Context, dsn dsnFunc, timeout time.Duration, lock int6
 	if err != nil {
 		return nil, err
 	}
-	// The service file has been read, and the driver must not read it again.
+	// The service file has been read. Without the service its values do not override the bound for
+	// connecting.
 	if cfg.Service != "" {
 		uri = withoutService(cfg)
 	}
