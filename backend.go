@@ -49,7 +49,7 @@ type announcement struct {
 	terms terms
 	// If the key is free and not waited for, it may be granted immediately, as the next acquire
 	// would do.
-	take bool
+	acquire bool
 	// If pull is set and has another key, the claim is dropped with errKeyMoved.
 	pull *pullRequest
 }

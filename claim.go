@@ -81,8 +81,8 @@ func contextWithTerms(ctx context.Context, t terms) context.Context {
 	return context.WithValue(ctx, termsKey{}, &t)
 }
 
-// over returns the terms t. Settings that t does not have are those of others.
-func (t terms) over(others terms) terms {
+// orElse returns the terms t. Settings that t does not have are those of others.
+func (t terms) orElse(others terms) terms {
 	if t.sequence == nil {
 		t.sequence = others.sequence
 	}

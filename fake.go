@@ -357,7 +357,7 @@ func (s *memorySession) announce(ctx context.Context, stop <-chan struct{}, n an
 	row.sequence, row.open, row.claimer = sequence, true, ref.id
 	a := answer{outcome: again, newest: row.newest}
 	switch {
-	case n.take && row.holder == uuid.Nil:
+	case n.acquire && row.holder == uuid.Nil:
 		m.grantLocked(row, c, ref, s.conf.progress, &a)
 	case row.holder == c.id:
 		// The holder's claim is the newest again.
@@ -413,7 +413,7 @@ func (s *memorySession) acquire(ctx context.Context, stop <-chan struct{}, r req
 	row := m.rowLocked(r.key)
 	a := answer{newest: row.newest}
 	lock := m.lockOfLocked(row.session)
-	free := row.holder == uuid.Nil || row.holder == r.id || lock == r.blocker && s.watches.over(lock) && !m.live[lock]
+	free := row.holder == uuid.Nil || row.holder == r.id || lock == r.blocker && s.watches.expired(lock) && !m.live[lock]
 	switch {
 	case !r.first && row.newest != r.standing && row.newest.number >= r.standing.number && row.newest.id != r.id:
 		a.outcome = superseded

@@ -23,7 +23,7 @@ const (
 	waiting
 	held
 	notified
-	over
+	ended
 )
 
 // lock is the state machine of both providers' locks. It has no goroutine. Timers, the caller's
@@ -79,8 +79,8 @@ type lock struct {
 	cause error
 	// The error that the next Unlock returns, once.
 	lost error
-	// Over: the row may still name the hold, until Unlock.
-	taken bool
+	// Ended: the row may still name the hold, until Unlock.
+	unreleased bool
 	// Sessions up to this generation are lost.
 	lostUpTo uint64
 	// When expire ends the phase.
@@ -88,11 +88,11 @@ type lock struct {
 	// Held: stops watching the caller's context.
 	unwatch func() bool
 	// Waiting: why the wait has ended, or nil.
-	ended error
-	// Waiting: closed when ended is set. Over: closed when Unlock has waited for long enough.
+	waitError error
+	// Waiting: closed when waitError is set. Ended: closed when Unlock has waited for long enough.
 	stop chan struct{}
 	// Waiting: the key was taken from the claim, so a grant since the last request does not count.
-	gone bool
+	keyLost bool
 	// A claim that asks the holder to stop. Waiting: the newest that is known, which may be newer
 	// than the grant. Held: the one that waits for spared.
 	missed *event
@@ -102,7 +102,7 @@ type lock struct {
 	// first time.
 	wake chan struct{}
 	// Waiting: closed when Lock has returned. The Unlock that waits for it creates it.
-	left chan struct{}
+	returned chan struct{}
 }
 
 // Notify announces the lock's claim. From then on no older claim can acquire the key, waiters with
@@ -290,9 +290,9 @@ func (l *lock) usable(ctx context.Context) error {
 func (l *lock) begin(call lockCall) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.ended != nil {
+	if l.waitError != nil {
 		// The lock was abandoned.
-		return l.ended
+		return l.waitError
 	}
 	if l.phase != fresh {
 		return errLockTwice
@@ -315,7 +315,7 @@ func (l *lock) begin(call lockCall) error {
 func (l *lock) abandon() {
 	l.mu.Lock()
 	if l.phase == fresh {
-		l.ended = errReleasedWait
+		l.waitError = errReleasedWait
 	}
 	withdraw := l.phase == fresh && l.announced
 	l.mu.Unlock()
@@ -338,16 +338,16 @@ func (l *lock) expire() {
 		l.mu.Unlock()
 		return
 	}
-	var news func()
+	var report func()
 	switch l.phase {
 	case waiting:
 		l.endWaitLocked(ErrLockTimeout)
 	case held:
 		// The holder was spared until now.
 		if time.Since(l.began) < l.conf.maxLockDuration {
-			news = l.preemptLocked(*l.missed)
+			report = l.preemptLocked(*l.missed)
 		} else {
-			news = l.notifyLocked(ErrMaxLockDuration, l.ownPayload(ErrMaxLockDuration))
+			report = l.notifyLocked(ErrMaxLockDuration, l.ownPayload(ErrMaxLockDuration))
 		}
 	case notified:
 		if time.Now().Before(l.shielded) {
@@ -356,13 +356,13 @@ func (l *lock) expire() {
 		}
 		l.lost = annotate(ErrLockLost, "revoked %v after it was notified", l.conf.preemptionTimeout)
 		l.endLocked()
-		news = l.revoke
-	case over:
+		report = l.revoke
+	case ended:
 		l.stopLocked()
 	}
 	l.mu.Unlock()
-	if news != nil {
-		news()
+	if report != nil {
+		report()
 	}
 }
 
@@ -404,10 +404,10 @@ func (l *lock) Unshield() {
 // leave ends a wait that has failed.
 func (l *lock) leave(err error) {
 	l.mu.Lock()
-	l.phase = over
+	l.phase = ended
 	waited := time.Since(l.began)
 	l.backend.events().alarms.drop(l)
-	left, announced := l.left, l.announced
+	returned, announced := l.returned, l.announced
 	l.mu.Unlock()
 	if announced && !errors.Is(err, ErrLockPreempted) {
 		l.backend.withdraw(l.claim)
@@ -425,8 +425,8 @@ func (l *lock) leave(err error) {
 	if l.onOver != nil {
 		l.onOver()
 	}
-	if left != nil {
-		close(left)
+	if returned != nil {
+		close(returned)
 	}
 }
 
@@ -462,11 +462,11 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 		ripe := blocker != 0 && !time.Now().Before(retryAt)
 		if announce && !skip {
 			announce = false
-			a, err = l.announce(ctx, l.stop, announcement{asked: call.asked, terms: call.terms, take: true, pull: call.pull})
+			a, err = l.announce(ctx, l.stop, announcement{asked: call.asked, terms: call.terms, acquire: true, pull: call.pull})
 			if s := (stopped{}); err != nil && !errors.As(err, &s) {
 				// The reason that has ended the wait decides, and the error explains it.
-				if ended := l.waitEnded(ctx, err); ended != nil {
-					err = ended
+				if reason := l.waitEnded(ctx, err); reason != nil {
+					err = reason
 				}
 				return nil, 0, doubt || a.doubt, annotate(err, "announce %q", l.claim.event)
 			}
@@ -631,7 +631,7 @@ func (l *lock) sleep(ctx context.Context, retryAt time.Time) {
 // waitEnded returns why a wait has ended before the database has decided, or nil if it has not.
 func (l *lock) waitEnded(ctx context.Context, trouble error) error {
 	l.mu.Lock()
-	err := l.ended
+	err := l.waitError
 	l.mu.Unlock()
 	if ctx.Err() != nil {
 		err = contextError(ctx)
@@ -647,7 +647,7 @@ func (l *lock) request(t terms, blocker int64) request {
 	c := l.labeled(t)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.gone = false
+	l.keyLost = false
 	return request{claim: c, standing: l.standing, first: !l.placed, skip: t.mode == SkipIfBusy, finish: l.finish, blocker: blocker}
 }
 
@@ -666,19 +666,19 @@ func (l *lock) adopt(newest standing) {
 // the key is lost already, or if the key was taken from the claim. It returns an error if the wait
 // has ended meanwhile: then the key must be given back.
 func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload, waited time.Duration, _ error) {
-	var news func()
+	var report func()
 	defer func() {
-		if news != nil {
-			news()
+		if report != nil {
+			report()
 		}
 	}()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
-	case a.session <= l.lostUpTo, l.gone:
+	case a.session <= l.lostUpTo, l.keyLost:
 		return nil, 0, nil
-	case l.ended != nil:
-		return nil, 0, l.ended
+	case l.waitError != nil:
+		return nil, 0, l.waitError
 	case ctx.Err() != nil:
 		return nil, 0, contextError(ctx)
 	}
@@ -701,7 +701,7 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 	}
 	if missed := l.missed; missed != nil {
 		l.missed = nil
-		_, news = l.handleHeldLocked(*missed)
+		_, report = l.handleHeldLocked(*missed)
 	}
 	return l.ch, waited, nil
 }
@@ -709,13 +709,13 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 // tell notifies the holder of a cause that is not another claim.
 func (l *lock) tell(cause error) {
 	l.mu.Lock()
-	var news func()
+	var report func()
 	if l.phase == held {
-		news = l.notifyLocked(cause, l.ownPayload(cause))
+		report = l.notifyLocked(cause, l.ownPayload(cause))
 	}
 	l.mu.Unlock()
-	if news != nil {
-		news()
+	if report != nil {
+		report()
 	}
 }
 
@@ -748,7 +748,7 @@ func (l *lock) observe(kind ObservationKind, after time.Duration, err error) {
 // endLocked moves a hold to over and closes the channel. Neither the alarm nor the context has an
 // effect from then on.
 func (l *lock) endLocked() {
-	l.phase = over
+	l.phase = ended
 	l.backend.events().alarms.drop(l)
 	l.unwatchLocked()
 	close(l.ch)
@@ -786,7 +786,7 @@ func (l *lock) unlock(ctx context.Context) error {
 		announced := l.announced
 		// The lock's own session is closed now, so a later Lock must fail.
 		if l.onOver != nil {
-			l.ended = ErrProviderClosed
+			l.waitError = ErrProviderClosed
 		}
 		l.mu.Unlock()
 		if announced {
@@ -795,13 +795,13 @@ func (l *lock) unlock(ctx context.Context) error {
 		return errNotLocked
 
 	case waiting:
-		if l.left == nil {
-			l.left = make(chan struct{})
+		if l.returned == nil {
+			l.returned = make(chan struct{})
 		}
-		left := l.left
+		returned := l.returned
 		l.endWaitLocked(errReleasedWait)
 		l.mu.Unlock()
-		return await(ctx, releaseTimeout, left)
+		return await(ctx, releaseTimeout, returned)
 
 	case held, notified:
 		l.endLocked()
@@ -827,12 +827,12 @@ func (l *lock) unlock(ctx context.Context) error {
 		}
 		return release.recycle().err
 
-	default: // over
-		err, taken := l.lost, l.taken
-		l.lost, l.taken = nil, false
+	default: // ended
+		err, unreleased := l.lost, l.unreleased
+		l.lost, l.unreleased = nil, false
 		l.mu.Unlock()
 		// Then the successor does not have to wait any longer.
-		if taken {
+		if unreleased {
 			l.backend.release(ctx, l.claim)
 		}
 		return err
@@ -841,8 +841,8 @@ func (l *lock) unlock(ctx context.Context) error {
 
 // endWaitLocked ends the wait with an error, unless it has ended already.
 func (l *lock) endWaitLocked(reason error) {
-	if l.ended == nil {
-		l.ended = reason
+	if l.waitError == nil {
+		l.waitError = reason
 		l.stopLocked()
 	}
 }
@@ -860,17 +860,17 @@ func (l *lock) stopLocked() {
 func (l *lock) handle(ev event) {
 	l.mu.Lock()
 	lost := false
-	var news func()
+	var report func()
 	switch l.phase {
 	case waiting:
 		l.handleWaitingLocked(ev)
 	case held, notified:
-		lost, news = l.handleHeldLocked(ev)
+		lost, report = l.handleHeldLocked(ev)
 	}
 	cause := l.lost
 	l.mu.Unlock()
-	if news != nil {
-		news()
+	if report != nil {
+		report()
 	}
 	if !lost {
 		return
@@ -897,7 +897,7 @@ func (l *lock) handleWaitingLocked(ev event) {
 	case evManual:
 		return
 	case evGone:
-		l.gone = l.gone || ev.hold == l.claim.id
+		l.keyLost = l.keyLost || ev.hold == l.claim.id
 		return
 	case evLost:
 		l.lostUpTo = max(l.lostUpTo, ev.session)
@@ -925,32 +925,32 @@ func (l *lock) handleWaitingLocked(ev event) {
 
 // handleHeldLocked reports whether the hold is lost. It returns a function that the caller must
 // call after releasing mu, or nil.
-func (l *lock) handleHeldLocked(ev event) (lost bool, news func()) {
+func (l *lock) handleHeldLocked(ev event) (lost bool, report func()) {
 	switch {
 	case ev.kind == evLost && ev.session < l.session, (ev.kind == evGone || ev.kind == evNewest) && ev.hold != l.claim.id:
 		return false, nil
 	case ev.kind == evLost, ev.kind == evGone:
 		what := "key taken away"
 		if ev.kind == evLost {
-			what, l.taken = "session lost", true
+			what, l.unreleased = "session lost", true
 		}
 		l.lost = annotate(ErrLockLost, "%s (%v)", what, ev.cause)
 		if l.phase == held {
-			news = l.notifyLocked(l.lost, l.ownPayload(l.lost))
+			report = l.notifyLocked(l.lost, l.ownPayload(l.lost))
 		}
 		l.endLocked()
-		return true, news
+		return true, report
 	case l.phase == notified:
 	case ev.kind == evClosed:
-		news = l.notifyLocked(ErrProviderClosed, l.ownPayload(ErrProviderClosed))
+		report = l.notifyLocked(ErrProviderClosed, l.ownPayload(ErrProviderClosed))
 	case ev.kind == evManual:
-		news = l.notifyLocked(annotate(ErrStopRequested, "%q", ev.message),
+		report = l.notifyLocked(annotate(ErrStopRequested, "%q", ev.message),
 			NotificationPayload{ID: l.claim.id, Message: ev.message, LockKey: l.claim.key})
 	case ev.from.id == l.claim.id:
 	case ev.kind == evNewest, ev.kind == evClaimed && !ev.finish && ev.from.number > l.standing.number:
-		news = l.preemptLocked(ev)
+		report = l.preemptLocked(ev)
 	}
-	return false, news
+	return false, report
 }
 
 // preemptLocked notifies the holder of a claim. While the holder is spared, it remembers the claim

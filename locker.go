@@ -32,7 +32,7 @@ func nested(ctx context.Context, owner any, key int64) bool {
 func (p *PreemptiveLocker) holds(owner any, key int64) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.stage == locked && p.gone.Err() == nil && p.key == key && p.owner(p.lock) == owner
+	return p.stage == locked && p.holdCtx.Err() == nil && p.key == key && p.owner(p.lock) == owner
 }
 
 // owner returns a value that is equal for all claims of one provider. For a lock of this package it
@@ -83,10 +83,10 @@ type PreemptiveLocker struct {
 	// Nil until it exists. While locking, the lock may be waiting.
 	lock PreemptableLock
 	// Locking: closed when Lock has returned. The Release that waits for it creates it.
-	left  chan struct{}
-	gone  context.Context // inside Do: ends when the hold does
-	key   int64
-	token int64
+	returned chan struct{}
+	holdCtx  context.Context // inside Do: ends when the hold does
+	key      int64
+	token    int64
 }
 
 // stage is the state of a PreemptiveLocker. It only moves forward.
@@ -272,17 +272,17 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 
 	p.mu.Lock()
 	stage := p.stage
-	var left chan struct{}
+	var returned chan struct{}
 	lock, misuse := p.lock, p.misuse
 	if stage != unlocked {
 		p.misuse = nil
 	}
 	switch stage {
 	case locking:
-		if p.left == nil {
-			p.left = make(chan struct{})
+		if p.returned == nil {
+			p.returned = make(chan struct{})
 		}
-		left = p.left
+		returned = p.returned
 		p.aborted = true
 	case locked:
 		p.stage = released
@@ -302,7 +302,7 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 			// The error does not matter: Lock cleans up after itself.
 			_ = unlockBounded(ctx, lock)
 		}
-		err = await(ctx, releaseTimeout-time.Since(start), left)
+		err = await(ctx, releaseTimeout-time.Since(start), returned)
 	case locked:
 		err = unlockBounded(ctx, lock)
 		p.abort(nil)
@@ -338,9 +338,9 @@ func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) e
 	}
 	outer, _ := ctx.Value(enclosingKey{}).(*enclosing)
 	fctx, cancel := context.WithCancelCause(context.WithValue(ctx, enclosingKey{}, &enclosing{p, outer}))
-	gone, lose := context.WithCancelCause(context.Background())
+	holdCtx, lose := context.WithCancelCause(context.Background())
 	p.mu.Lock()
-	p.gone = gone
+	p.holdCtx = holdCtx
 	p.mu.Unlock()
 	returned := make(chan struct{})
 	watched := make(chan error, 1)
@@ -418,9 +418,9 @@ func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f fu
 		return fmt.Errorf("locker: shield limit is not positive: %v", limit)
 	}
 	p.mu.Lock()
-	gone, lock, stage := p.gone, p.lock, p.stage
+	holdCtx, lock, stage := p.holdCtx, p.lock, p.stage
 	p.mu.Unlock()
-	if gone == nil || stage != locked {
+	if holdCtx == nil || stage != locked {
 		return errors.New("locker: Shield outside of Do")
 	}
 	shield, ok := lock.(interface {
@@ -446,7 +446,7 @@ func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f fu
 	end := time.Now().Add(limit)
 	fctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cancel(nil)
-	defer context.AfterFunc(gone, func() { cancel(context.Cause(gone)) })()
+	defer context.AfterFunc(holdCtx, func() { cancel(context.Cause(holdCtx)) })()
 	// The goroutine ends at the limit, or when f has returned.
 	defer context.AfterFunc(ctx, func() {
 		timer := time.NewTimer(time.Until(end))
@@ -544,7 +544,7 @@ func (p *PreemptiveLocker) abort(cause error) {
 func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (PreemptableLock, <-chan NotificationPayload, error) {
 	p.mu.Lock()
 	call := lockCall{asked: asked, wait: p.wait, announce: true,
-		terms: p.terms.over(termsFromContext(ctx)).over(terms{mode: p.conf.mode})}
+		terms: p.terms.orElse(termsFromContext(ctx)).orElse(terms{mode: p.conf.mode})}
 	p.mu.Unlock()
 	if err := checkRepo(p.repo, p.pr); err != nil {
 		return nil, nil, err
@@ -697,8 +697,8 @@ func (p *PreemptiveLocker) leave() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.stage = released
-	if p.left != nil {
-		close(p.left)
+	if p.returned != nil {
+		close(p.returned)
 	}
 }
 

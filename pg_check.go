@@ -64,13 +64,13 @@ func (s *session) reconcile(ref sessionRef, suspended time.Time, lost int) {
 		if suspended.IsZero() {
 			return s.sweep(ctx, l, ref)
 		}
-		taken, err := s.checkRows(ctx, l, ref, true)
+		away, err := s.checkRows(ctx, l, ref, true)
 		if err == nil {
 			err = s.releaseForgotten(ctx, l, ref)
 		}
 		if err == nil {
 			holds, _ := s.hub.counts()
-			s.trust.reconnected(after, holds, lost+taken)
+			s.trust.reconnected(after, holds, lost+away)
 		}
 		return err
 	})
@@ -173,15 +173,15 @@ func (s *session) releaseForgotten(ctx context.Context, l *link, ref sessionRef)
 func (s *session) sweep(ctx context.Context, l *link, ref sessionRef) error {
 	var lock int64
 	var timeout float64
-	var over []int64
+	var expired []int64
 	err := l.each(ctx, sqlDeadSessions, []any{ref.id}, []any{&lock, &timeout}, func() {
 		s.watches.dead(lock, seconds(timeout))
-		if s.watches.over(lock) {
-			over = append(over, lock)
+		if s.watches.expired(lock) {
+			expired = append(expired, lock)
 		}
 	})
-	if err == nil && len(over) > 0 {
-		err = l.exec(ctx, sqlSweep, int64Array(over))
+	if err == nil && len(expired) > 0 {
+		err = l.exec(ctx, sqlSweep, int64Array(expired))
 	}
 	return err
 }

@@ -396,9 +396,9 @@ func openLine(ctx context.Context, dsn dsnFunc, timeout time.Duration, lock int6
 }
 
 // exec runs one statement, and closes the connection if the server does not respond within d.
-func (l *line) exec(d time.Duration, query string) error {
-	limit := time.AfterFunc(d, l.end)
-	executed, err := l.conn.ExecSimpleQuery(query)
+func (c *line) exec(d time.Duration, query string) error {
+	limit := time.AfterFunc(d, c.end)
+	executed, err := c.conn.ExecSimpleQuery(query)
 	if !limit.Stop() && !executed {
 		return noAnswerError(d)
 	}
@@ -413,14 +413,14 @@ func (e noAnswerError) Error() string { return fmt.Sprintf("no answer within %v"
 // await waits for the next tick, and meanwhile calls the functions that do passes to it. It reports
 // whether there will be no tick, because ctx or the connection has ended. If the connection has
 // ended, it returns that error.
-func (l *line) await(ctx context.Context, tick *time.Ticker) (over bool, err error) {
+func (c *line) await(ctx context.Context, tick *time.Ticker) (closing bool, err error) {
 	for {
 		select {
 		case <-ctx.Done():
 			return true, nil
-		case <-l.down:
-			return true, errors.Wrap(l.conn.Err(), "the connection ended")
-		case f := <-l.calls:
+		case <-c.down:
+			return true, errors.Wrap(c.conn.Err(), "the connection ended")
+		case f := <-c.calls:
 			f()
 		case <-tick.C:
 			return false, nil
@@ -430,23 +430,22 @@ func (l *line) await(ctx context.Context, tick *time.Ticker) (over bool, err err
 
 // do makes the goroutine that serves the connection call f, and returns when f has returned. If the
 // connection ends first, f is not called.
-func (l *line) do(f func()) {
+func (c *line) do(f func()) {
 	called := make(chan struct{})
 	select {
-	case l.calls <- func() { defer close(called); f() }:
+	case c.calls <- func() { defer close(called); f() }:
 		<-called
-	case <-l.down:
+	case <-c.down:
 	}
 }
 
-// end closes the connection.
 // end closes the connection. Close fails only if the connection has ended already.
-func (l *line) end() { _ = l.conn.Close() }
+func (c *line) end() { _ = c.conn.Close() }
 
 // close closes the connection, and returns when its goroutines have ended.
-func (l *line) close() {
-	l.end()
-	<-l.down
+func (c *line) close() {
+	c.end()
+	<-c.down
 }
 
 // applicationName returns the name that pg_stat_activity shows, unless the URI sets another one.

@@ -60,14 +60,14 @@ func (s *session) keepListener() {
 
 // serveListener checks once in each heartbeat interval that the channel is registered.
 // Notifications arrive on another goroutine of the connection.
-func (s *session) serveListener(l *line) error {
+func (s *session) serveListener(c *line) error {
 	tick := time.NewTicker(heartbeatInterval(s.conf.sessionTimeout))
 	defer tick.Stop()
 	for {
-		if over, err := l.await(s.ctx, tick); over {
+		if closing, err := c.await(s.ctx, tick); closing {
 			return err
 		}
-		err := l.exec(max(heartbeatDeadline(s.conf.sessionTimeout), time.Second), sqlListening)
+		err := c.exec(max(heartbeatDeadline(s.conf.sessionTimeout), time.Second), sqlListening)
 		if sqlState(err) == "22012" {
 			return errors.New("the channel is not registered in this server session any longer")
 		}

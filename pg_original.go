@@ -55,7 +55,7 @@ func (s *session) lockKeys(ctx context.Context, l *link, ref sessionRef, batch [
 	var dead array
 	for i, o := range batch {
 		o.keyLocked = false
-		if s.watches.over(o.req.blocker) {
+		if s.watches.expired(o.req.blocker) {
 			dead.addAt(i, oid.T_int8).addInt64(o.req.blocker)
 		}
 	}

@@ -316,8 +316,8 @@ func (s *session) keepSession() {
 			l, ref, err = s.openOwn(way)
 			return l, err
 		},
-		serve: func(l *line) error {
-			err := s.serveOwn(l, ref)
+		serve: func(c *line) error {
+			err := s.serveOwn(c, ref)
 			s.mu.Lock()
 			if s.doom != nil {
 				err = s.doom
@@ -325,7 +325,7 @@ func (s *session) keepSession() {
 			s.own, s.doom = nil, nil
 			s.mu.Unlock()
 			if s.ctx.Err() != nil || err == errIdle {
-				s.endOwn(l, ref)
+				s.endOwn(c, ref)
 			}
 			return err
 		},
@@ -465,7 +465,7 @@ func (s *session) serveOwn(l *line, ref sessionRef) error {
 		s.settleKeys(l)
 	}
 	for beats := 1; ; beats++ {
-		if over, err := l.await(s.ctx, tick); over {
+		if closing, err := l.await(s.ctx, tick); closing {
 			return err
 		}
 		// The monotonic clock stands still while the machine is suspended.

@@ -248,7 +248,7 @@ func TestReconnectRestartsTheWatch(t *testing.T) {
 	second := pgSession(p)
 	require.Equal(t, first.id, second.id)
 	require.NotEqual(t, first.lock, second.lock)
-	pgUntil(t, "the first watch is over", func() bool { return q.session.watches.over(first.lock) })
+	pgUntil(t, "the first watch is over", func() bool { return q.session.watches.expired(first.lock) })
 	asked := func() string {
 		return pgGet[string](t, db, `SELECT max(query_start)::text FROM pg_stat_activity WHERE datname = current_database() AND query LIKE '%want AS MATERIALIZED%'`)
 	}

@@ -100,7 +100,7 @@ RETURNING s.lock_key, ` + sqlNoFlush
 WITH want AS MATERIALIZED (
     SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::bigint[], $4::uuid[], $5::boolean[], $6::text[], $7::bigint[], $10::boolean[], $11::text[], $12::boolean[])
         AS w(key, id, claim, claim_id, first, event, dead, locked, labels, skip)
-), taken AS (
+), granted AS (
     UPDATE env_lock_state s SET
         claim = CASE WHEN w.first THEN s.claim ELSE greatest(s.claim, w.claim) END,
         claim_id = CASE WHEN w.first THEN s.claim_id ELSE w.claim_id END,
@@ -138,7 +138,7 @@ SELECT w.key, t.token, t.spared, t.lock_key IS NULL AND s.lock_key IS NULL,
     CASE WHEN s.holder_id IS NOT NULL THEN NOT pg_try_advisory_xact_lock_shared(coalesce(x.lock, s.holder_session, 0)) END,
     (SELECT NOT pg_try_advisory_xact_lock_shared($9::bigint))
 FROM want w
-LEFT JOIN taken t ON t.lock_key = w.key
+LEFT JOIN granted t ON t.lock_key = w.key
 LEFT JOIN env_lock_state s ON s.lock_key = w.key AND t.lock_key IS NULL
 LEFT JOIN env_lock_sessions x ON x.id = s.holder_session`
 
@@ -334,8 +334,8 @@ func sqlAnnounce(full bool) string {
 	// so a condition that is false becomes an error: a division by zero if this backend does not
 	// have the session's lock, and the logarithm of zero if the server does not accept writes.
 	const (
-		takes = `(w.got AND s.holder_id IS NULL AND NOT s.waiting OR w.take AND s.holder_id = w.id AND s.holder_session = $8::bigint)`
-		again = `w.late AND s.claim_id = w.id`
+		grants = `(w.got AND s.holder_id IS NULL AND NOT s.waiting OR w.acquire AND s.holder_id = w.id AND s.holder_session = $8::bigint)`
+		again  = `w.late AND s.claim_id = w.id`
 	)
 	names, arrays, columns := "", "", ""
 	set, labels, stops := "claim_order = NULL, spared_until = CASE WHEN s.holder_id IS NOT NULL THEN s.spared_until END", "NULL", "true"
@@ -346,7 +346,7 @@ func sqlAnnounce(full bool) string {
 		names, arrays, columns = ", ord, labels, finish", ", $13::bigint[], $14::text[], $15::boolean[]", " u.ord, u.labels::json AS labels, u.finish,"
 		set, labels, stops = `claim_order = w.ord, top_order = coalesce(w.ord, s.top_order),
     spared_until = CASE WHEN s.holder_id IS NOT NULL THEN s.spared_until
-        WHEN `+takes+` AND $16::integer <= s.streak THEN statement_timestamp() + $17::interval END`, "w.labels", "w.finish IS NOT TRUE"
+        WHEN `+grants+` AND $16::integer <= s.streak THEN statement_timestamp() + $17::interval END`, "w.labels", "w.finish IS NOT TRUE"
 		payload = pq.QuoteLiteral(payloadFull) + `, s.lock_key, s.claim, s.claim_id, to_json(s.claim_event),
             coalesce(s.claim_labels::text, 'null'), to_json(w.finish IS TRUE)`
 		condition = strings.Replace(condition, "(NOT w.late", "(w.ord IS NOT NULL OR NOT w.late", 1) +
@@ -356,12 +356,12 @@ func sqlAnnounce(full bool) string {
 	}
 	return `
 WITH want AS MATERIALIZED (
-    SELECT u.key, u.id, u.event, u.take, least(to_timestamp(u.asked), statement_timestamp()) AS asked,
+    SELECT u.key, u.id, u.event, u.acquire, least(to_timestamp(u.asked), statement_timestamp()) AS asked,
         coalesce(u.repeated, false) OR statement_timestamp() - to_timestamp(u.asked) > $11::interval AS late,` + columns + `
-        CASE WHEN u.take AND s.holder_id IS NULL AND NOT s.waiting AND (SELECT NOT pg_try_advisory_xact_lock_shared($9::bigint))
+        CASE WHEN u.acquire AND s.holder_id IS NULL AND NOT s.waiting AND (SELECT NOT pg_try_advisory_xact_lock_shared($9::bigint))
             THEN pg_try_advisory_xact_lock(u.key) ELSE false END AS got
     FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::float8[], $12::boolean[]` + arrays + `)
-        AS u(key, id, event, repo, pull_request, take, asked, repeated` + names + `)
+        AS u(key, id, event, repo, pull_request, acquire, asked, repeated` + names + `)
     JOIN env_lock_state s ON s.lock_key = u.key
     LEFT JOIN env_locks e ON e.lock_key = u.key
     WHERE u.pull_request < 0 OR e.repo = u.repo AND e.pull_request = u.pull_request
@@ -375,17 +375,17 @@ UPDATE env_lock_state s SET
     ` + set + `,
     claim_open = true,
     claimer_session = $8::bigint,
-    token = CASE WHEN ` + takes + ` AND s.holder_id IS NULL THEN greatest(s.token + 1, ` + sqlClock + `) ELSE s.token END,
-    held_since = CASE WHEN ` + takes + ` AND s.holder_id IS NULL THEN statement_timestamp() ELSE s.held_since END,
-    holder_id = CASE WHEN ` + takes + ` THEN w.id ELSE s.holder_id END,
-    holder_session = CASE WHEN ` + takes + ` THEN $8::bigint ELSE s.holder_session END,
-    holder_event = CASE WHEN ` + takes + ` THEN w.event ELSE s.holder_event END,
-    holder_labels = CASE WHEN ` + takes + ` THEN ` + labels + ` ELSE s.holder_labels END,
+    token = CASE WHEN ` + grants + ` AND s.holder_id IS NULL THEN greatest(s.token + 1, ` + sqlClock + `) ELSE s.token END,
+    held_since = CASE WHEN ` + grants + ` AND s.holder_id IS NULL THEN statement_timestamp() ELSE s.held_since END,
+    holder_id = CASE WHEN ` + grants + ` THEN w.id ELSE s.holder_id END,
+    holder_session = CASE WHEN ` + grants + ` THEN $8::bigint ELSE s.holder_session END,
+    holder_event = CASE WHEN ` + grants + ` THEN w.event ELSE s.holder_event END,
+    holder_labels = CASE WHEN ` + grants + ` THEN ` + labels + ` ELSE s.holder_labels END,
     holder_stop = s.holder_id IS NOT NULL AND CASE WHEN ` + again + ` THEN s.holder_stop
         ELSE s.holder_id <> w.id AND (s.holder_stop OR ` + stops + `) END
 FROM want w
 WHERE s.lock_key = w.key` + condition + `
-RETURNING s.lock_key, s.claim, CASE WHEN w.take AND s.holder_id = w.id AND s.holder_session = $8::bigint THEN s.token END,
+RETURNING s.lock_key, s.claim, CASE WHEN w.acquire AND s.holder_id = w.id AND s.holder_session = $8::bigint THEN s.token END,
     s.spared_until IS NOT NULL,
     CASE WHEN s.waiting OR s.holder_id IS DISTINCT FROM w.id THEN ` + sqlNoFlush + ` END,
     CASE WHEN NOT $10::boolean AND (s.waiting OR s.holder_id <> w.id) THEN pg_notify('` + notifyChannel + `',

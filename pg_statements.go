@@ -134,7 +134,7 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 			return err
 		}
 		text, args := announceArgs(ref, batch, quiet, w.session.conf.progress, l.encoding, func(t time.Time) float64 { return clock - now.Sub(t).Seconds() })
-		var taken, unflushed, spared bool
+		var granted, unflushed, spared bool
 		var key, number int64
 		var token sql.NullInt64
 		var noFlush sql.NullString
@@ -144,11 +144,11 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 			o.answer.outcome, o.answer.newest = again, standing{number, o.req.id}
 			if token.Valid {
 				o.answer.grant(token.Int64, ref, spared)
-				taken = true
+				granted = true
 			}
 			unflushed = unflushed || noFlush.Valid
 		})
-		if err == nil && taken && unflushed {
+		if err == nil && granted && unflushed {
 			err = l.exec(ctx, sqlFlush)
 		}
 		var missing bool
@@ -174,7 +174,7 @@ func announceArgs(ref sessionRef, batch []*op, quiet bool, p progress, encoding 
 	n := len(batch)
 	keys, ids := newArray(oid.T_int8, n, 8), newArray(oid.T_uuid, n, len(uuid.UUID{}))
 	events, repos := newArray(oid.T_text, n, 32), newArray(oid.T_text, n, 32)
-	pulls, takes := newArray(oid.T_int4, n, 4), newArray(oid.T_bool, n, 1)
+	pulls, acquires := newArray(oid.T_int4, n, 4), newArray(oid.T_bool, n, 1)
 	asked := newArray(oid.T_float8, n, 8)
 	var sequences, labels, finishes, repeats array
 	i := 0
@@ -188,7 +188,7 @@ func announceArgs(ref sessionRef, batch []*op, quiet bool, p progress, encoding 
 		events.addText(storable(o.req.event, encoding))
 		repos.addText(repo)
 		pulls.addInt32(pr)
-		takes.addBool(o.take)
+		acquires.addBool(o.acquire)
 		asked.addFloat64(serverTime(o.asked))
 		if o.doubt {
 			repeats.addAt(i, oid.T_bool).addBool(true)
@@ -204,7 +204,7 @@ func announceArgs(ref sessionRef, batch []*op, quiet bool, p progress, encoding 
 		}
 		i++
 	}
-	args := []any{keys, ids, events, repos, pulls, takes, asked, ref.id, ref.lock, quiet, lateAfterInterval, repeats}
+	args := []any{keys, ids, events, repos, pulls, acquires, asked, ref.id, ref.lock, quiet, lateAfterInterval, repeats}
 	if sequences == nil && labels == nil && finishes == nil && p.n == 0 {
 		return sqlAnnouncePlain, args
 	}
@@ -338,7 +338,7 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 		claimIDs.addUUID(o.req.standing.id)
 		firsts.addBool(o.req.first)
 		events.addText(storable(o.req.event, l.encoding))
-		if s.watches.over(o.req.blocker) {
+		if s.watches.expired(o.req.blocker) {
 			dead.addAt(i, oid.T_int8).addInt64(o.req.blocker)
 		}
 		if s.conf.originalReplicas {

@@ -28,9 +28,9 @@ const (
 // op is one operation of a caller. The caller receives from done. The worker sends to done exactly
 // once.
 type op struct {
-	kind opKind
-	take bool            // announce: see announcement
-	ctx  context.Context // of the caller, for its span
+	kind    opKind
+	acquire bool            // announce: see announcement
+	ctx     context.Context // of the caller, for its span
 	// For a lookup. For an announcement see announcement.
 	pull  *pullRequest
 	terms terms     // announce: see announcement
@@ -113,7 +113,7 @@ func (s *session) lookup(ctx context.Context, stop <-chan struct{}, repo string,
 
 func (s *session) announce(ctx context.Context, stop <-chan struct{}, a announcement) (answer, error) {
 	o := newOp(ctx, opAnnounce, a.claim)
-	o.terms, o.take, o.pull, o.asked = a.terms, a.take && !s.conf.originalReplicas, a.pull, a.asked
+	o.terms, o.acquire, o.pull, o.asked = a.terms, a.acquire && !s.conf.originalReplicas, a.pull, a.asked
 	r := s.do(stop, o)
 	return r.answer, r.err
 }
@@ -319,9 +319,9 @@ func (w *worker) run() {
 	idle := time.NewTimer(time.Hour)
 	defer idle.Stop()
 	for {
-		batch, ref, wait, over := w.take()
+		batch, ref, wait, closed := w.nextBatch()
 		switch {
-		case over:
+		case closed:
 			s.mu.Lock()
 			rest := w.drainLocked()
 			s.mu.Unlock()
@@ -379,7 +379,7 @@ func (w *worker) gather() {
 // Without a batch, take returns how long to wait for one, and reports whether there will be none.
 // No key is taken while the session is not connected, and no operation runs before it was connected
 // for the first time.
-func (w *worker) take() (batch []*op, ref sessionRef, wait time.Duration, over bool) {
+func (w *worker) nextBatch() (batch []*op, ref sessionRef, wait time.Duration, closed bool) {
 	s := w.session
 	now := time.Now()
 	wait = s.hangUpAfter()
@@ -440,8 +440,8 @@ func (w *worker) take() (batch []*op, ref sessionRef, wait time.Duration, over b
 		}
 		return cmp.Compare(a.req.key, b.req.key)
 	})
-	over = s.closing && (w.queuedLocked() == 0 && (w == s.disk || s.disk.ended) || !s.proven)
-	return batch, ref, wait, len(batch) == 0 && over
+	closed = s.closing && (w.queuedLocked() == 0 && (w == s.disk || s.disk.ended) || !s.proven)
+	return batch, ref, wait, len(batch) == 0 && closed
 }
 
 // together returns how long the swift worker should wait for the statement of the disk worker if it
@@ -670,7 +670,7 @@ func (w *worker) finish(batch []*op) {
 // one.
 func (s *session) followUpLocked(o *op) {
 	granted := o.answer.outcome == granted
-	if granted || o.doubt && (o.kind == opAcquire || o.take) {
+	if granted || o.doubt && (o.kind == opAcquire || o.acquire) {
 		s.enqueueLocked(newOp(context.WithoutCancel(o.ctx), opRelease, o.req.claim))
 	}
 	if !granted && o.kind == opAnnounce && (o.doubt || o.found) {

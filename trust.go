@@ -228,9 +228,9 @@ func (w *watches) dead(lock int64, timeout time.Duration) time.Time {
 	return at
 }
 
-// over reports whether the session with a lock may be taken over, provided that the lock is still
+// expired reports whether the session with a lock may be taken over, provided that the lock is still
 // dead.
-func (w *watches) over(lock int64) bool {
+func (w *watches) expired(lock int64) bool {
 	if lock == 0 {
 		return false
 	}

@@ -30,7 +30,7 @@ func (n *run) plot() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 %[1]g" width="900" height="%[1]g" role="img" `+
 		`font-family="system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif" font-size="12" fill="%[2]s">`+"\n", height, ink)
-	b.WriteString("<title>Locks beside each other: cycles a second, hand-over, the time after a crash</title>\n")
+	b.WriteString("<title>Locks compared: cycles per second, hand-over, the time after a crash</title>\n")
 	for i, p := range rows {
 		weight := ""
 		if p.ID == "locker" {
@@ -39,7 +39,7 @@ func (n *run) plot() string {
 		fmt.Fprintf(&b, `<text x="%.1f" y="%.1f" text-anchor="end"%s>%s</text>`+"\n", names-8, top+line*float64(i)+16, weight, strings.ReplaceAll(p.Name, "`", ""))
 	}
 	for i, q := range []bars{
-		{"Cycles a second, 256 callers", "more is better", "/s", func(p *peerResult) *figure { return p.Rates[256] }},
+		{"Cycles per second, 256 callers", "more is better", "/s", func(p *peerResult) *figure { return p.Rates[256] }},
 		{"Release → the waiter has it", "less is better", "ms", func(p *peerResult) *figure { return p.HandOverMS }},
 		{"SIGKILL → the next may work", "less is better", "s", func(p *peerResult) *figure {
 			if p.Kill == nil {

@@ -127,7 +127,7 @@ func render(out string) error {
 	if len(r.Runs) == 0 {
 		return fmt.Errorf("no run in %s.json", out)
 	}
-	err = errors.Join(os.WriteFile(out+".md", []byte("# Beside the peers\n\n"+r.markdown()), 0o644),
+	err = errors.Join(os.WriteFile(out+".md", []byte("# Comparison with other locks\n\n"+r.markdown()), 0o644),
 		os.WriteFile(out+".svg", []byte(r.Runs[0].plot()), 0o644))
 	if out != defaultOut || err != nil {
 		return err
@@ -169,7 +169,7 @@ func (r *results) markdown() string {
 		}
 	}
 	section("Speed", func(p *peerResult) bool { return p.CycleMS != nil }, r.table([]column{
-		{"on disk before the answers to `Lock`; `Unlock`", func(p *peerResult) string { return p.Durable }},
+		{"on disk before `Lock` returns; before `Unlock` returns", func(p *peerResult) string { return p.Durable }},
 		{"cycle alone", func(p *peerResult) string { return p.CycleMS.show("ms") }},
 		{"16 callers", func(p *peerResult) string { return p.Rates[16].show("/s") }},
 		{"256 callers", func(p *peerResult) string { return p.Rates[256].show("/s") }},

@@ -37,10 +37,10 @@ func (b *bench) cut() {
 	}
 	group := fmt.Sprintf("%d busy callers, whose connections are ended %d times", callers, times)
 	b.result.add(
-		row{Group: group, Name: "errors", Ours: value(float64(cut.errors)), Floor: value(float64(undisturbed.errors)), What: "undisturbed", Target: atMost(0)},
+		row{Group: group, Name: "errors", Ours: value(float64(cut.errors)), Floor: value(float64(undisturbed.errors)), What: "without cuts", Target: atMost(0)},
 		row{Group: group, Name: "connections ended", Ours: value(float64(ended))},
-		row{Group: group, Name: "cycles a second", Unit: "/s", Ours: value(cut.rate), Floor: value(undisturbed.rate), What: "undisturbed"},
-		row{Group: group, Name: "longest cycle", Unit: "ms", Ours: value(ms(cut.longest)), Floor: value(ms(undisturbed.longest)), What: "undisturbed"},
+		row{Group: group, Name: "cycles per second", Unit: "/s", Ours: value(cut.rate), Floor: value(undisturbed.rate), What: "without cuts"},
+		row{Group: group, Name: "longest cycle", Unit: "ms", Ours: value(ms(cut.longest)), Floor: value(ms(undisturbed.longest)), What: "without cuts"},
 	)
 }
 
@@ -115,7 +115,7 @@ func (b *bench) connected() {
 		row{Group: group, Name: "256 callers, at most", Ours: value(float64(most)), Target: atMost(4)},
 		row{Group: group, Name: "idle, nothing held", Ours: value(float64(idle)), Target: atMost(2)},
 		row{
-			Group: group, Name: "transactions a second, idle, nothing held", Unit: "/s", Ours: value(b.transactions(admin, uri, 9*time.Second)),
+			Group: group, Name: "transactions per second, idle, nothing held", Unit: "/s", Ours: value(b.transactions(admin, uri, 9*time.Second)),
 			Floor: value(2 / heartbeat.Seconds()), What: "a heartbeat on each of 2 connections",
 		},
 	)

@@ -41,8 +41,8 @@ func (b *bench) fake() {
 	const group = "The fake"
 	b.result.add(
 		row{Group: group, Name: "Lock + Release", Unit: "ns", Ours: spread(c.ours), Floor: spread(c.floor), What: "sync.Mutex", Target: atMost(2000)},
-		row{Group: group, Name: "the same to its parts", Unit: "ns", Ours: spread(bare.ours), Floor: spread(bare.floor), What: "an ID, 2 channels, 2 structs, 3 looks at the clock, a map entry"},
-		row{Group: group, Name: "allocations a cycle", Ours: value(c.allocations), Target: atMost(12)},
+		row{Group: group, Name: "Lock + Release, against its parts", Unit: "ns", Ours: spread(bare.ours), Floor: spread(bare.floor), What: "an ID, 2 channels, 2 structs, 3 looks at the clock, a map entry"},
+		row{Group: group, Name: "allocations per cycle", Ours: value(c.allocations), Target: atMost(12)},
 	)
 
 	// In the contended case each Lock notifies the other worker, which releases.
@@ -51,9 +51,9 @@ func (b *bench) fake() {
 		c.contended(b, f, n/2)
 	}
 	b.result.add(
-		row{Group: group, Name: "contended: Lock, be told, Release", Unit: "ns", Ours: spread(c.ours), Floor: spread(c.floor), What: "two goroutines, two channels"},
-		row{Group: group, Name: "allocations a contended cycle", Ours: value(c.allocations)},
-		row{Group: group, Name: "holders that were not told", Ours: value(float64(c.deaf.Load())), Target: atMost(0)},
+		row{Group: group, Name: "contended: Lock, be notified, Release", Unit: "ns", Ours: spread(c.ours), Floor: spread(c.floor), What: "two goroutines, two channels"},
+		row{Group: group, Name: "allocations per contended cycle", Ours: value(c.allocations)},
+		row{Group: group, Name: "holders that were not notified", Ours: value(float64(c.deaf.Load())), Target: atMost(0)},
 	)
 }
 

@@ -118,7 +118,7 @@ func (h *heldBench) level(level, top int) {
 		h.addIdle(level)
 	}
 	if level == top {
-		h.result.add(row{Group: heldGroup(level), Name: "taken a second, 256 workers", Unit: "/s", Ours: value(float64(before) / took.Seconds())})
+		h.result.add(row{Group: heldGroup(level), Name: "acquired per second, 256 workers", Unit: "/s", Ours: value(float64(before) / took.Seconds())})
 	}
 	runtime.KeepAlive(h.locks)
 }
@@ -168,7 +168,7 @@ func (h *heldBench) addCycles(level int, first, toOne, toRaw *comparison) {
 			Floor: toOne.floor.figure(), What: "with 1 held", Ratio: toOne.ratio(), Target: t, Extra: &worst,
 		},
 		row{
-			Group: heldGroup(level), Name: "the same to a raw pair", X: float64(level), Unit: "ms", Ours: toRaw.ours.figure(),
+			Group: heldGroup(level), Name: "one more Lock + Release, against a raw pair", X: float64(level), Unit: "ms", Ours: toRaw.ours.figure(),
 			Floor: toRaw.floor.figure(), What: "pg_advisory_lock + unlock", Ratio: toRaw.ratio(),
 		},
 	)
@@ -201,7 +201,7 @@ func (h *heldBench) addSizes(level, top, most, goroutines int, bytes float64) {
 	}
 	h.result.add(
 		row{
-			Group: group, Name: "memory a lock", Unit: "B", Ours: value(bytes), Floor: value(h.rawBytes),
+			Group: group, Name: "memory per lock", Unit: "B", Ours: value(bytes), Floor: value(h.rawBytes),
 			What: "a channel, a timer, two map entries", Target: last(atMost(1.3 * 1024)),
 		},
 		row{
@@ -219,7 +219,7 @@ func (h *heldBench) addIdle(level int) {
 	// Earlier work has ended by then.
 	time.Sleep(time.Second)
 	h.result.add(row{
-		Group: heldGroup(level), Name: "transactions a second, idle", Unit: "/s", Ours: value(h.transactions(h.admin, h.uri, idle)),
+		Group: heldGroup(level), Name: "transactions per second, idle", Unit: "/s", Ours: value(h.transactions(h.admin, h.uri, idle)),
 		Floor: value(1), What: "one in 3 s on each of 3 connections",
 	})
 }

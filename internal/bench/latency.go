@@ -41,7 +41,7 @@ func (b *bench) cycle() {
 	}
 	const raw2 = "pg_advisory_lock + unlock"
 	add("Lock + Release, alternating with the floor", raw2, alternating, ratioAtMost(4.2))
-	add("the same to a raw lock in a row, which is durable", "two one-row UPDATEs, one flush", durable, nil)
+	add("Lock + Release, against a raw lock in a row, which is durable", "two one-row UPDATEs, one flush", durable, nil)
 	// A backend that does nothing else stays in the processor's caches and responds faster.
 	add("Lock + Release, each many times in a row", raw2, blocks, nil)
 }
@@ -203,7 +203,7 @@ func (b *bench) events() {
 	check(holder.lock.Unlock(b.ctx))
 	check(old.Release(b.ctx))
 
-	const group = "News between two providers"
+	const group = "Notifications between two providers"
 	add := func(name string, c *comparison, t *target) {
 		b.result.add(row{
 			Group: group, Name: name, Unit: "ms", Ours: c.ours.figure(), Floor: c.floor.figure(),
@@ -211,7 +211,7 @@ func (b *bench) events() {
 		})
 	}
 	add("preemption: claim → holder's channel", preemption, ratioAtMost(2.1))
-	add("the same from PreemptiveLocker.Lock on", whole, nil)
-	add("displacement: claim → older waiter is back", displacement, ratioAtMost(3.3))
+	add("preemption, from PreemptiveLocker.Lock on", whole, nil)
+	add("superseding: claim → older waiter is back", displacement, ratioAtMost(3.3))
 	add("hand-over: release → waiter is back", handOver, ratioAtMost(4.5))
 }

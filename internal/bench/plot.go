@@ -28,14 +28,14 @@ func plotFile(out string) {
 	b.WriteString(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 380" width="860" height="380" role="img" ` +
 		`font-family="system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif" font-size="12" fill="` + ink + `">` + "\n")
 	b.WriteString("<title>Throughput by workers, and the cost of one more cycle by locks held</title>\n")
-	left := panel{x: 66, y: 64, w: 340, h: 250, title: "Cycles a second, one provider", axis: "workers, each on a key of its own"}
+	left := panel{x: 66, y: 64, w: 340, h: 250, title: "Cycles per second, one provider", axis: "workers, each on its own key"}
 	right := panel{x: 496, y: 64, w: 340, h: 250, title: "One more Lock + Release, in ms", axis: "locks held by the same provider"}
 	left.draw(&b,
-		r.curve("ours, four connections", blue, "", "Cycles a second, one provider", "", func(w row) *figure { return w.Ours }),
-		r.curve("raw advisory-lock pairs, 64 connections", amber, "6 4", "Cycles a second, one provider", "", func(w row) *figure { return w.Floor }))
+		r.curve("ours, four connections", blue, "", "Cycles per second, one provider", "", func(w row) *figure { return w.Ours }),
+		r.curve("raw advisory-lock pairs, 64 connections", amber, "6 4", "Cycles per second, one provider", "", func(w row) *figure { return w.Floor }))
 	right.draw(&b,
 		r.curve("ours", blue, "", "held by one provider", "one more Lock + Release", func(w row) *figure { return w.Ours }),
-		r.curve("raw advisory-lock pair", amber, "6 4", "held by one provider", "the same to a raw pair", func(w row) *figure { return w.Floor }))
+		r.curve("raw advisory-lock pair", amber, "6 4", "held by one provider", "one more Lock + Release, against a raw pair", func(w row) *figure { return w.Floor }))
 	fmt.Fprintf(&b, `<text x="430" y="372" text-anchor="middle" font-size="11">PostgreSQL %s with stock settings, %d CPUs for server and benchmark together, %s. Bars: the rounds' smallest and largest.</text>`+"\n",
 		strings.Fields(r.Postgres)[0], r.CPUs, strings.Fields(r.When)[0])
 	b.WriteString("</svg>\n")

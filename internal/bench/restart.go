@@ -17,7 +17,7 @@ import (
 func (b *bench) restarts() {
 	server, err := pgserver.Start(b.ctx, pgserver.Options{})
 	if errors.Is(err, pgserver.ErrNoBinaries) {
-		fmt.Fprintln(os.Stderr, "bench: restart needs a server of its own:", err)
+		fmt.Fprintln(os.Stderr, "bench: restart needs a separate server:", err)
 		return
 	}
 	check(err)
@@ -78,7 +78,7 @@ func (r *restarted) measure(mode string) {
 	time.Sleep(r.span(5 * time.Second))
 	group := fmt.Sprintf("%s restart of the server, %s held by one provider", mode, plural(len(r.channels), "lock"))
 	r.result.add(
-		row{Group: group, Name: "holds disturbed", Ours: value(float64(r.disturbed())), Target: atMost(0)},
+		row{Group: group, Name: "holds notified or lost", Ours: value(float64(r.disturbed())), Target: atMost(0)},
 		row{
 			Group: group, Name: "server takes connections → reconnected", Unit: "ms", Ours: spread(millis(c.ours)), Floor: spread(millis(c.floor)),
 			What: "one raw connection", Ratio: c.ratio(), Target: atMost(1000),

@@ -167,7 +167,7 @@ func (r *result) table() string {
 		fmt.Fprintf(&b, ", commit %s", r.Commit)
 	}
 	fmt.Fprintf(&b, ". A commit that waits for the disk takes %s ms longer than one that does not. The run took %d s.\n\n", short(r.FlushMS), r.Seconds)
-	b.WriteString("The floor is raw PostgreSQL in the same run, in turns with ours. A figure is the median of its rounds' medians, in brackets\n" +
+	b.WriteString("The floor is raw PostgreSQL in the same run, interleaved with ours. A figure is the median of its rounds' medians, in brackets\n" +
 		"the smallest and the largest of them; p99 and worst are of all samples.\n\n")
 	b.WriteString(table.Align(lines))
 	return b.String()

@@ -67,7 +67,7 @@ FROM pg_stat_user_tables WHERE relname = 'env_lock_state'`).Scan(&s.locks, &s.st
 		f.Min, f.Max = min(f.Value, m), max(f.Value, m)
 		b.result.add(row{Group: group, Name: name, Unit: unit, Ours: f, Floor: value(get(first) / div), Target: t})
 	}
-	b.result.add(row{Group: group, Name: fmt.Sprintf("cycles a second, %d workers", workers), Unit: "/s", Ours: value(float64(n-warm) / busy.Seconds())})
+	b.result.add(row{Group: group, Name: fmt.Sprintf("cycles per second, %d workers", workers), Unit: "/s", Ours: value(float64(n-warm) / busy.Seconds())})
 	flat("size of env_locks with indexes", "KiB", ratioAtMost(1.5), func(s state) float64 { return s.locks }, 1024)
 	flat("size of env_lock_state with index", "KiB", ratioAtMost(1.5), func(s state) float64 { return s.states }, 1024)
 	flat("dead tuples", "", nil, func(s state) float64 { return s.dead }, 1)

@@ -45,7 +45,7 @@ func (b *bench) throughput() {
 		if n != 256 {
 			t = nil
 		}
-		add("Cycles a second, one provider", plural(n, "worker"), n, results[i], fmt.Sprintf("pairs on %d connections", pooled), t)
+		add("Cycles per second, one provider", plural(n, "worker"), n, results[i], fmt.Sprintf("pairs on %d connections", pooled), t)
 	}
 
 	pool.close()
@@ -59,9 +59,9 @@ func (b *bench) throughput() {
 		if n == 16 {
 			t = ratioAtLeast(1.1)
 		}
-		add("Cycles a second, several providers", fmt.Sprintf("256 workers on %d providers", n), n, r,
+		add("Cycles per second, several providers", fmt.Sprintf("256 workers on %d providers", n), n, r,
 			fmt.Sprintf("pairs on %d connections", pooled), t)
-		add("Cycles a second, several providers", "the same to raw locks in rows, which are durable", n, durable,
+		add("Cycles per second, several providers", fmt.Sprintf("256 workers on %d providers, against raw locks in rows, which are durable", n), n, durable,
 			fmt.Sprintf("two one-row UPDATEs, one flush, on %d connections", pooled), nil)
 	}
 	b.fights(d)
@@ -150,7 +150,7 @@ func (b *bench) fights(d time.Duration) {
 		r.floor = append(r.floor, perSecond(senders, d, func(w int) error { return stmts[w].run("x") }))
 	}
 	b.result.add(row{
-		Group: "Cycles a second, contended", Name: fmt.Sprintf("claims on %d keys, each fought over by two providers", keys), Unit: "/s",
+		Group: "Cycles per second, contended", Name: fmt.Sprintf("claims on %d keys, two providers on each", keys), Unit: "/s",
 		Ours: spread(r.ours), Floor: spread(r.floor), What: fmt.Sprintf("pg_notify on %d connections", senders), Ratio: r.ratio(),
 	})
 }

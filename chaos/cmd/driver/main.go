@@ -30,7 +30,7 @@ func main() {
 	flag.IntVar(&c.keys, "keys", 8, "keys")
 	names := flag.String("fault", "", "only the faults whose name contains one of these words, separated by commas, each alone (\"mixed\" is one, and so is each loss of a server of two); empty: each alone for half of the time, in a random order, then mixed")
 	flag.IntVar(&c.rounds, "rounds", 0, "how often each fault is run alone; 0: as often as fits into 40 s")
-	timeouts := flag.String("session-timeout", "10s", "of the workers, in turns if there are several, separated by commas")
+	timeouts := flag.String("session-timeout", "10s", "of the workers; several are separated by commas, and used one after the other")
 	flag.IntVar(&c.progress, "progress", 2, "how many holds of a key in a row claims may end; 0: any number")
 	flag.DurationVar(&c.spared, "spared", 5*time.Second, "for how long the next hold is let finish")
 	list := flag.Bool("list", false, "run nothing: list the faults")
