@@ -36,17 +36,16 @@ type backend interface {
 
 // claim is a request for a key.
 type claim struct {
-	key    int64
-	id     uuid.UUID
-	event  string
-	labels string // as JSON, or "" if there are none
+	key   int64
+	id    uuid.UUID
+	event string
 }
 
 // announcement is a claim that should become the newest.
 type announcement struct {
 	claim
 	asked time.Time // when its caller asked for it
-	terms terms
+	terms terms     // with the labels of the lock
 	// If the key is free and not waited for, it may be granted immediately, as the next acquire
 	// would do.
 	acquire bool
@@ -72,10 +71,11 @@ type standing struct {
 type request struct {
 	claim
 	standing standing
-	first    bool  // no standing yet: any newest claim is accepted
-	skip     bool  // the key is not taken if another claim waits for it
-	finish   bool  // the claim lets the holder finish
-	blocker  int64 // the advisory lock of the holder's session, if the last attempt found it dead
+	labels   string // as JSON, or "" if there are none
+	first    bool   // no standing yet: any newest claim is accepted
+	skip     bool   // the key is not taken if another claim waits for it
+	finish   bool   // the claim lets the holder finish
+	blocker  int64  // the advisory lock of the holder's session, if the last attempt found it dead
 }
 
 type outcome int

@@ -61,7 +61,7 @@ type terms struct {
 	mode     ClaimMode
 	moded    bool   // mode was set
 	labels   string // as JSON, or "" if there are none
-	// Set by PreemptiveLocker.Wait, for a lock behind a provider of another kind. Otherwise 0.
+	// How long to wait for the key, by PreemptiveLocker.Wait. 0 means the lock timeout.
 	wait time.Duration
 }
 

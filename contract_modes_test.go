@@ -546,7 +546,7 @@ func TestStopBeforeTheAnswer(t *testing.T) {
 			s := p.session
 			ref, _ := s.trust.current()
 			s.db.mu.Lock()
-			s.db.grantLocked(s.db.rowLocked(7), lockOf(holder).claim, ref, progress{}, new(answer))
+			s.db.grantLocked(s.db.rowLocked(7), lockOf(holder).claim, "", ref, progress{}, new(answer))
 			s.db.mu.Unlock()
 			require.NoError(t, newer.Notify(ctx))
 			ch, err := holder.Lock(ContextWithMode(ctx, mode))

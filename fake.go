@@ -353,12 +353,12 @@ func (s *memorySession) announce(ctx context.Context, stop <-chan struct{}, n an
 		row.top = sequence
 	}
 	m.counter++
-	row.newest, row.claim = standing{m.counter, c.id}, c.info(n.asked)
+	row.newest, row.claim = standing{m.counter, c.id}, c.info(n.terms.labels, n.asked)
 	row.sequence, row.open, row.claimer = sequence, true, ref.id
 	a := answer{outcome: again, newest: row.newest}
 	switch {
 	case n.acquire && row.holder == uuid.Nil:
-		m.grantLocked(row, c, ref, s.conf.progress, &a)
+		m.grantLocked(row, c, n.terms.labels, ref, s.conf.progress, &a)
 	case row.holder == c.id:
 		// The holder's claim is the newest again.
 		row.stop = false
@@ -371,9 +371,9 @@ func (s *memorySession) announce(ctx context.Context, stop <-chan struct{}, n an
 	return a, nil
 }
 
-// info returns the claim as other claims see it. It was made, or granted the key, at since.
-func (c claim) info(since time.Time) ClaimInfo {
-	return ClaimInfo{ID: c.id, Event: c.event, Labels: decodeLabels(c.labels), Host: hostName, PID: processID, Since: since}
+// info returns the claim, which has the labels, as other claims see it. It was made, or granted the key, at since.
+func (c claim) info(labels string, since time.Time) ClaimInfo {
+	return ClaimInfo{ID: c.id, Event: c.event, Labels: decodeLabels(labels), Host: hostName, PID: processID, Since: since}
 }
 
 // waitsLocked reports whether the newest claim of the row waits or holds.
@@ -382,14 +382,14 @@ func (m *memory) waitsLocked(row *memoryRow) bool {
 }
 
 // grantLocked writes into the row that the claim holds the key, and into a that it was granted.
-func (m *memory) grantLocked(row *memoryRow, c claim, ref sessionRef, p progress, a *answer) {
+func (m *memory) grantLocked(row *memoryRow, c claim, labels string, ref sessionRef, p progress, a *answer) {
 	if row.holder != c.id {
 		// The session of the old holder is dead.
 		if row.holder != uuid.Nil {
 			row.end()
 		}
 		m.counter++
-		row.holder, row.token, row.hold = c.id, m.counter, c.info(time.Now())
+		row.holder, row.token, row.hold = c.id, m.counter, c.info(labels, time.Now())
 		row.hold.Token = row.token
 		if p.n > 0 && row.streak >= p.n {
 			row.spared = time.Now().Add(p.max)
@@ -418,7 +418,7 @@ func (s *memorySession) acquire(ctx context.Context, stop <-chan struct{}, r req
 	case !r.first && row.newest != r.standing && row.newest.number >= r.standing.number && row.newest.id != r.id:
 		a.outcome = superseded
 	case free && !(r.skip && row.holder != r.id && row.newest.id != r.id && m.waitsLocked(row)):
-		m.grantLocked(row, r.claim, ref, s.conf.progress, &a)
+		m.grantLocked(row, r.claim, r.labels, ref, s.conf.progress, &a)
 	default:
 		a.outcome = busy
 		if row.holder != uuid.Nil && !m.live[lock] {

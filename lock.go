@@ -48,11 +48,10 @@ type lock struct {
 
 	// mu guards everything below. It is not held across I/O or a statement. The hub's mu and the
 	// alarms' mu may be locked while it is held, but not the other way round.
-	mu        sync.Mutex
-	phase     phase
-	announced bool // whether the claim was announced
-	// The labels of the claim, by Notify or Lock.
-	labels string
+	mu    sync.Mutex
+	phase phase
+	// Whether the claim was announced.
+	announced bool
 	// Whether the claim lets the holder finish.
 	finish bool
 	// Whether standing is set: by Notify, or by the first result for a claim that was never
@@ -60,10 +59,18 @@ type lock struct {
 	placed bool
 	// Waiting: there was a reason to try again before wake was created.
 	woken bool
+	// Waiting: the key was taken from the claim, so a grant since the last request does not count.
+	keyLost bool
+	// Notified: the preemption timeout has passed, and a shield postpones the revocation.
+	postponed bool
+	// Ended: the row may still name the hold, until Unlock.
+	unreleased bool
+	// The labels of the claim, by Notify or Lock.
+	labels string
 	// When Lock was called. Once the lock is held, when the hold began.
 	began time.Time
-	// Notified: the end of the preemption timeout.
-	revokeAt time.Time
+	// When expire ends the phase.
+	deadline time.Time
 	// The lock is not revoked before this time.
 	shielded time.Time
 	// Held: claims do not notify the holder before this time.
@@ -75,24 +82,18 @@ type lock struct {
 	// The generation of the session that holds the key.
 	session uint64
 	token   int64
+	// Sessions up to this generation are lost.
+	lostUpTo uint64
 	// The cause of the holder's notification.
 	cause error
 	// The error that the next Unlock returns, once.
 	lost error
-	// Ended: the row may still name the hold, until Unlock.
-	unreleased bool
-	// Sessions up to this generation are lost.
-	lostUpTo uint64
-	// When expire ends the phase.
-	deadline time.Time
 	// Held: stops watching the caller's context.
 	unwatch func() bool
 	// Waiting: why the wait has ended, or nil.
 	waitError error
 	// Waiting: closed when waitError is set. Ended: closed when Unlock has waited for long enough.
 	stop chan struct{}
-	// Waiting: the key was taken from the claim, so a grant since the last request does not count.
-	keyLost bool
 	// A claim that asks the holder to stop. Waiting: the newest that is known, which may be newer
 	// than the grant. Held: the one that waits for spared.
 	missed *event
@@ -150,7 +151,7 @@ func (l *lock) Notify(ctx context.Context) error {
 
 // announce announces the claim, and records its standing.
 func (l *lock) announce(ctx context.Context, stop <-chan struct{}, how announcement) (answer, error) {
-	how.claim = l.labeled(how.terms)
+	how.claim, how.terms.labels = l.claim, l.labelsWith(how.terms)
 	a, err := l.backend.announce(ctx, stop, how)
 	if err != nil {
 		if c := (*ConflictError)(nil); errors.As(err, &c) {
@@ -165,17 +166,15 @@ func (l *lock) announce(ctx context.Context, stop <-chan struct{}, how announcem
 	return a, nil
 }
 
-// labeled returns the claim with the labels of the terms. If these have none, the claim has its
-// earlier labels.
-func (l *lock) labeled(t terms) claim {
+// labelsWith returns the labels of the terms, which replace those of the claim, or those of the
+// claim if the terms have none.
+func (l *lock) labelsWith(t terms) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if t.labels != "" {
 		l.labels = t.labels
 	}
-	c := l.claim
-	c.labels = l.labels
-	return c
+	return l.labels
 }
 
 // Lock waits for the key and returns a channel. The channel receives at most one payload, when the
@@ -199,14 +198,13 @@ func (l *lock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
 		return nil, err
 	}
 	t := termsFromContext(ctx)
-	ch, err := l.lockKey(ctx, lockCall{asked: time.Now(), wait: t.wait, terms: t})
+	ch, err := l.lockKey(ctx, lockCall{asked: time.Now(), terms: t})
 	return ch, annotate(err, "locker: lock key %d", l.claim.key)
 }
 
 // lockCall is a call of Lock.
 type lockCall struct {
-	asked time.Time     // when the caller called
-	wait  time.Duration // how long to wait, or 0 for the lock timeout
+	asked time.Time // when the caller called
 	terms terms
 	// Whether the call is Notify and Lock in one. A key that is free then costs one statement.
 	announce bool
@@ -302,8 +300,8 @@ func (l *lock) begin(call lockCall) error {
 	l.stop = make(chan struct{})
 	wait := l.conf.lockTimeout
 	switch {
-	case call.wait > 0:
-		wait = call.wait
+	case call.terms.wait > 0:
+		wait = call.terms.wait
 	case call.terms.mode == LetFinish || l.finish:
 		wait = l.conf.finishTimeout
 	}
@@ -351,6 +349,7 @@ func (l *lock) expire() {
 		}
 	case notified:
 		if time.Now().Before(l.shielded) {
+			l.postponed = true
 			l.armLocked(l.shielded)
 			break
 		}
@@ -396,8 +395,8 @@ func (l *lock) Unshield() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.shielded = time.Time{}
-	if l.phase == notified {
-		l.armLocked(l.revokeAt)
+	if l.phase == notified && l.postponed {
+		l.armLocked(time.Now())
 	}
 }
 
@@ -644,11 +643,11 @@ func (l *lock) waitEnded(ctx context.Context, trouble error) error {
 
 // request returns the next attempt to acquire the key.
 func (l *lock) request(t terms, blocker int64) request {
-	c := l.labeled(t)
+	labels := l.labelsWith(t)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.keyLost = false
-	return request{claim: c, standing: l.standing, first: !l.placed, skip: t.mode == SkipIfBusy, finish: l.finish, blocker: blocker}
+	return request{claim: l.claim, labels: labels, standing: l.standing, first: !l.placed, skip: t.mode == SkipIfBusy, finish: l.finish, blocker: blocker}
 }
 
 // adopt gives a claim that was never announced the standing of the claim that was the newest when
@@ -730,8 +729,7 @@ func (l *lock) notifyLocked(cause error, payload NotificationPayload) func() {
 	l.phase = notified
 	l.cause = cause
 	l.unwatchLocked()
-	l.revokeAt = time.Now().Add(l.conf.preemptionTimeout)
-	l.armLocked(l.revokeAt)
+	l.armLocked(time.Now().Add(l.conf.preemptionTimeout))
 	// This never blocks: the capacity is 1, and a lock is notified once.
 	l.ch <- payload
 	after := time.Since(l.began)
@@ -741,7 +739,7 @@ func (l *lock) notifyLocked(cause error, payload NotificationPayload) func() {
 // observe calls the observer, if there is one. It must be called without mu.
 func (l *lock) observe(kind ObservationKind, after time.Duration, err error) {
 	if f := l.conf.observer; f != nil {
-		f(Observation{Kind: kind, Key: l.claim.key, Event: l.claim.event, Labels: decodeLabels(l.labeled(terms{}).labels), After: after, Err: err})
+		f(Observation{Kind: kind, Key: l.claim.key, Event: l.claim.event, Labels: decodeLabels(l.labelsWith(terms{})), After: after, Err: err})
 	}
 }
 

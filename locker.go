@@ -12,7 +12,8 @@ import (
 // enclosing identifies a Do in the context of its function.
 type enclosing struct {
 	locker *PreemptiveLocker
-	outer  *enclosing // the Do around it
+	outer  *enclosing      // the Do around it
+	hold   context.Context // ends when the hold does
 }
 
 type enclosingKey struct{}
@@ -32,7 +33,7 @@ func nested(ctx context.Context, owner any, key int64) bool {
 func (p *PreemptiveLocker) holds(owner any, key int64) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.stage == locked && p.holdCtx.Err() == nil && p.key == key && p.owner(p.lock) == owner
+	return p.stage == locked && p.do.hold.Err() == nil && p.key == key && p.owner(p.lock) == owner
 }
 
 // owner returns a value that is equal for all claims of one provider. For a lock of this package it
@@ -67,26 +68,29 @@ func (p *PreemptiveLocker) owner(lock PreemptableLock) any {
 type PreemptiveLocker struct {
 	provider LockProvider
 	conf     *PreemptiveLockerConfig // of the factory, never changed
-	repo     string
-	pr       uint
+	pull     pullRequest
 	event    string
 
 	// mu guards everything below. It is not held across a call to the provider.
-	mu      sync.Mutex
-	terms   terms
-	wait    time.Duration // 0 means the provider's lock timeout
-	misuse  error         // reported by Release: a setting was made too late
-	stage   stage
-	aborted bool                    // locking: Release was called
-	calls   context.Context         // see abortable
-	cancel  context.CancelCauseFunc // ends calls
+	mu       sync.Mutex
+	settings *claimSettings // nil until one of its methods is called
+	stage    stage
+	aborted  bool                    // locking: Release was called
+	calls    context.Context         // see abortable
+	cancel   context.CancelCauseFunc // ends calls
 	// Nil until it exists. While locking, the lock may be waiting.
 	lock PreemptableLock
 	// Locking: closed when Lock has returned. The Release that waits for it creates it.
 	returned chan struct{}
-	holdCtx  context.Context // inside Do: ends when the hold does
+	do       *enclosing // nil outside of Do
 	key      int64
 	token    int64
+}
+
+// claimSettings are the values of Sequence, Mode, Labels and Wait.
+type claimSettings struct {
+	terms  terms
+	misuse error // returned by Release: one of them was called too late
 }
 
 // stage is the state of a PreemptiveLocker. It only moves forward.
@@ -122,7 +126,7 @@ func NewPreemptiveLockerFactory(provider LockProvider, opts ...PreemptiveLockerO
 		return nil, err
 	}
 	return func(repo string, pr uint, event string) *PreemptiveLocker {
-		return &PreemptiveLocker{provider: provider, conf: &conf, repo: repo, pr: pr, event: event}
+		return &PreemptiveLocker{provider: provider, conf: &conf, pull: pullRequest{repo, pr}, event: event}
 	}, nil
 }
 
@@ -166,14 +170,14 @@ func NewFakePreemptiveLockerFactory(providerOpts []LockProviderOption, lockerOpt
 // Sequence, Mode, Labels and Wait return p. Call them before Lock. After Lock they have no effect,
 // and Release returns an error that says so.
 func (p *PreemptiveLocker) Sequence(sequence int64) *PreemptiveLocker {
-	return p.set("Sequence", func() { p.terms.sequence = &sequence })
+	return p.set("Sequence", func(t *terms) { t.sequence = &sequence })
 }
 
 // Mode sets what the claim does to older claims, instead of the mode of the context
 // ([ContextWithMode]) and the factory's default ([WithClaimMode]). Lock returns an error if the
 // mode is unknown. Mode returns p. Call it before Lock.
 func (p *PreemptiveLocker) Mode(mode ClaimMode) *PreemptiveLocker {
-	return p.set("Mode", func() { p.terms.mode, p.terms.moded = mode, true })
+	return p.set("Mode", func(t *terms) { t.mode, t.moded = mode, true })
 }
 
 // Labels sets labels of the claim, such as a commit, a URL and an actor. They are in the
@@ -182,25 +186,28 @@ func (p *PreemptiveLocker) Mode(mode ClaimMode) *PreemptiveLocker {
 // more than 1,024 bytes as JSON. Labels returns p. Call it before Lock.
 func (p *PreemptiveLocker) Labels(labels map[string]string) *PreemptiveLocker {
 	text := encodeLabels(labels)
-	return p.set("Labels", func() { p.terms.labels = text })
+	return p.set("Labels", func(t *terms) { t.labels = text })
 }
 
 // Wait bounds how long Lock waits for the key, instead of the provider's lock timeout. After d Lock
 // returns [ErrLockTimeout]. Unlike the end of Lock's context, it does not end the hold. Zero means
 // the lock timeout. Lock returns an error if d is negative. Wait returns p. Call it before Lock.
 func (p *PreemptiveLocker) Wait(d time.Duration) *PreemptiveLocker {
-	return p.set("Wait", func() { p.wait = d })
+	return p.set("Wait", func(t *terms) { t.wait = d })
 }
 
 // set calls f before Lock. After Lock it records that the method was called too late.
-func (p *PreemptiveLocker) set(method string, f func()) *PreemptiveLocker {
+func (p *PreemptiveLocker) set(method string, f func(t *terms)) *PreemptiveLocker {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.settings == nil {
+		p.settings = &claimSettings{}
+	}
 	switch {
 	case p.stage == unlocked:
-		f()
-	case p.misuse == nil:
-		p.misuse = errors.New(method + " was called after Lock, and had no effect")
+		f(&p.settings.terms)
+	case p.settings.misuse == nil:
+		p.settings.misuse = errors.New(method + " was called after Lock, and had no effect")
 	}
 	return p
 }
@@ -250,7 +257,7 @@ func (p *PreemptiveLocker) Lock(ctx context.Context) (ch <-chan NotificationPayl
 			_ = unlockDetached(ctx, lock)
 		}
 		p.leave()
-		return nil, annotate(err, "locker: lock %q#%d for %q", p.repo, p.pr, p.event)
+		return nil, annotate(err, "locker: lock %q#%d for %q", p.pull.repo, p.pull.pr, p.event)
 	}
 	return ch, nil
 }
@@ -273,9 +280,10 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 	p.mu.Lock()
 	stage := p.stage
 	var returned chan struct{}
-	lock, misuse := p.lock, p.misuse
-	if stage != unlocked {
-		p.misuse = nil
+	lock := p.lock
+	var misuse error
+	if p.settings != nil && stage != unlocked {
+		misuse, p.settings.misuse = p.settings.misuse, nil
 	}
 	switch stage {
 	case locking:
@@ -307,10 +315,7 @@ func (p *PreemptiveLocker) Release(ctx context.Context) (err error) {
 		err = unlockBounded(ctx, lock)
 		p.abort(nil)
 	}
-	if stage != unlocked {
-		err = joinErrors(err, misuse)
-	}
-	return annotate(err, "locker: release %q#%d", p.repo, p.pr)
+	return annotate(joinErrors(err, misuse), "locker: release %q#%d", p.pull.repo, p.pull.pr)
 }
 
 // Do locks, calls f and releases. The context given to f is derived from ctx, which must live as
@@ -337,10 +342,11 @@ func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) e
 		return err
 	}
 	outer, _ := ctx.Value(enclosingKey{}).(*enclosing)
-	fctx, cancel := context.WithCancelCause(context.WithValue(ctx, enclosingKey{}, &enclosing{p, outer}))
-	holdCtx, lose := context.WithCancelCause(context.Background())
+	hold, lose := context.WithCancelCause(context.Background())
+	do := &enclosing{p, outer, hold}
+	fctx, cancel := context.WithCancelCause(context.WithValue(ctx, enclosingKey{}, do))
 	p.mu.Lock()
-	p.holdCtx = holdCtx
+	p.do = do
 	p.mu.Unlock()
 	returned := make(chan struct{})
 	watched := make(chan error, 1)
@@ -351,7 +357,7 @@ func (p *PreemptiveLocker) Do(ctx context.Context, f func(ctx context.Context) e
 	// This runs even on a panic and on runtime.Goexit.
 	defer func() {
 		close(returned)
-		parts := doError{hold: fmt.Sprintf("%q#%d for %q", p.repo, p.pr, p.event), work: err, cause: <-watched}
+		parts := doError{hold: fmt.Sprintf("%q#%d for %q", p.pull.repo, p.pull.pr, p.event), work: err, cause: <-watched}
 		parts.told = context.Cause(fctx)
 		cancel(nil)
 		lose(nil)
@@ -418,9 +424,9 @@ func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f fu
 		return fmt.Errorf("locker: shield limit is not positive: %v", limit)
 	}
 	p.mu.Lock()
-	holdCtx, lock, stage := p.holdCtx, p.lock, p.stage
+	do, lock, stage := p.do, p.lock, p.stage
 	p.mu.Unlock()
-	if holdCtx == nil || stage != locked {
+	if do == nil || stage != locked {
 		return errors.New("locker: Shield outside of Do")
 	}
 	shield, ok := lock.(interface {
@@ -439,14 +445,14 @@ func (p *PreemptiveLocker) Shield(ctx context.Context, limit time.Duration, f fu
 		begin = own.shield
 	}
 	if err := begin(limit); err != nil {
-		return annotate(err, "locker: shield %q#%d", p.repo, p.pr)
+		return annotate(err, "locker: shield %q#%d", p.pull.repo, p.pull.pr)
 	}
 	defer shield.Unshield()
 
 	end := time.Now().Add(limit)
 	fctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cancel(nil)
-	defer context.AfterFunc(holdCtx, func() { cancel(context.Cause(holdCtx)) })()
+	defer context.AfterFunc(do.hold, func() { cancel(context.Cause(do.hold)) })()
 	// The goroutine ends at the limit, or when f has returned.
 	defer context.AfterFunc(ctx, func() {
 		timer := time.NewTimer(time.Until(end))
@@ -509,7 +515,7 @@ func (p *PreemptiveLocker) begin() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.stage != unlocked {
-		return fmt.Errorf("locker: lock %q#%d: Lock was called before on this PreemptiveLocker (it is single use)", p.repo, p.pr)
+		return fmt.Errorf("locker: lock %q#%d: Lock was called before on this PreemptiveLocker (it is single use)", p.pull.repo, p.pull.pr)
 	}
 	p.stage = locking
 	return nil
@@ -542,41 +548,44 @@ func (p *PreemptiveLocker) abort(cause error) {
 // acquire claims the key and waits for it. It returns the lock if it was created, even with an
 // error.
 func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (PreemptableLock, <-chan NotificationPayload, error) {
+	var set terms
 	p.mu.Lock()
-	call := lockCall{asked: asked, wait: p.wait, announce: true,
-		terms: p.terms.orElse(termsFromContext(ctx)).orElse(terms{mode: p.conf.mode})}
+	if p.settings != nil {
+		set = p.settings.terms
+	}
 	p.mu.Unlock()
-	if err := checkRepo(p.repo, p.pr); err != nil {
+	call := lockCall{asked: asked, announce: true, terms: set.orElse(termsFromContext(ctx)).orElse(terms{mode: p.conf.mode})}
+	wait := call.terms.wait
+	if err := checkRepo(p.pull.repo, p.pull.pr); err != nil {
 		return nil, nil, err
 	}
 	if err := call.terms.check(); err != nil {
 		return nil, nil, err
 	}
-	if call.wait < 0 {
-		return nil, nil, fmt.Errorf("the bound of the wait is negative: %v", call.wait)
+	if wait < 0 {
+		return nil, nil, fmt.Errorf("the bound of the wait is negative: %v", wait)
 	}
 	var key int64
 	var err error
 	switch own := p.provider.(type) {
 	case *PostgresLockProvider:
-		pull := pullRequest{p.repo, p.pr}
 		// A claim that skips is not announced, so no statement checks that its hint is right.
-		if key, ok := own.hints.get(pull); ok && call.terms.mode != SkipIfBusy {
-			call.pull = &pull
+		if key, ok := own.hints.get(p.pull); ok && call.terms.mode != SkipIfBusy {
+			call.pull = &p.pull
 			lock, ch, err := p.claim(ctx, ctx, key, call)
 			if !errors.Is(err, errKeyMoved) {
 				return lock, ch, err
 			}
 			call.pull = nil
 		}
-		key, err = own.lockKey(p.abortable(ctx), p.repo, p.pr, call.wait)
+		key, err = own.lockKey(p.abortable(ctx), p.pull.repo, p.pull.pr, wait)
 		if err != nil {
 			return nil, nil, err
 		}
 		return p.claim(ctx, p.abortable(ctx), key, call)
 	case *FakeLockProvider:
 		// The calls of this provider do not block.
-		if key, err = own.LockKey(ctx, p.repo, p.pr); err != nil {
+		if key, err = own.LockKey(ctx, p.pull.repo, p.pull.pr); err != nil {
 			return nil, nil, err
 		}
 		return p.claim(ctx, ctx, key, call)
@@ -584,10 +593,10 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (Preemp
 
 	calls := p.abortable(ctx)
 	var timer *time.Timer
-	if call.wait > 0 {
-		timer = time.AfterFunc(time.Until(asked.Add(call.wait)), func() { p.abort(ErrLockTimeout) })
+	if wait > 0 {
+		timer = time.AfterFunc(time.Until(asked.Add(wait)), func() { p.abort(ErrLockTimeout) })
 	}
-	key, err = p.provider.LockKey(calls, p.repo, p.pr)
+	key, err = p.provider.LockKey(calls, p.pull.repo, p.pull.pr)
 	var lock PreemptableLock
 	var ch <-chan NotificationPayload
 	if err == nil {
@@ -637,7 +646,7 @@ func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock Preemptable
 			}
 		}
 	} else {
-		own.pull = &pullRequest{p.repo, p.pr}
+		own.pull = &p.pull
 	}
 	p.mu.Lock()
 	p.lock = lock
@@ -649,8 +658,8 @@ func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock Preemptable
 	case own != nil:
 		return own.lockKey(ctx, call)
 	}
-	if call.wait > 0 {
-		call.terms.wait = max(1, time.Until(call.asked.Add(call.wait)))
+	if wait := call.terms.wait; wait > 0 {
+		call.terms.wait = max(1, time.Until(call.asked.Add(wait)))
 	}
 	return lock.Lock(contextWithTerms(p.abortable(ctx), call.terms))
 }

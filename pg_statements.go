@@ -196,8 +196,8 @@ func announceArgs(ref sessionRef, batch []*op, quiet bool, p progress, encoding 
 		if o.terms.sequence != nil {
 			sequences.addAt(i, oid.T_int8).addInt64(*o.terms.sequence)
 		}
-		if o.req.labels != "" {
-			labels.addAt(i, oid.T_text).addText(storable(o.req.labels, encoding))
+		if o.terms.labels != "" {
+			labels.addAt(i, oid.T_text).addText(storable(o.terms.labels, encoding))
 		}
 		if o.terms.mode == LetFinish {
 			finishes.addAt(i, oid.T_bool).addBool(true)

@@ -122,7 +122,7 @@ func (p *PreemptiveLocker) traceCall(ctx context.Context, kind OperationKind) (c
 	if p.conf.calls == nil {
 		return ctx, nil
 	}
-	ctx, end := p.conf.calls.start(ctx, Operation{Kind: kind, Repo: p.repo, PullRequest: p.pr, Event: cleanEvent(p.event)})
+	ctx, end := p.conf.calls.start(ctx, Operation{Kind: kind, Repo: p.pull.repo, PullRequest: p.pull.pr, Event: cleanEvent(p.event)})
 	if p.conf.tracer != nil {
 		ctx = context.WithValue(ctx, tracerKey{}, p.conf.tracer)
 	}
