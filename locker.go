@@ -686,6 +686,12 @@ func (p *PreemptiveLocker) delay(ctx context.Context, lock PreemptableLock, ch <
 // arrive moves p from locking to locked, unless Lock has failed or Release was called meanwhile. It
 // returns the error of Lock.
 func (p *PreemptiveLocker) arrive(lock PreemptableLock, err error) error {
+	var cancel context.CancelCauseFunc
+	defer func() {
+		if cancel != nil {
+			cancel(nil)
+		}
+	}()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.aborted {
@@ -695,6 +701,10 @@ func (p *PreemptiveLocker) arrive(lock PreemptableLock, err error) error {
 		return err
 	}
 	p.stage = locked
+	// The hold of a lock of another provider may need the context of its Lock.
+	if ownLock(lock) != nil {
+		cancel, p.calls, p.cancel = p.cancel, nil, nil
+	}
 	if l, ok := lock.(interface{ Token() int64 }); ok {
 		p.token = l.Token()
 	}
