@@ -2603,10 +2603,10 @@ func staleTimers(e *env) {
 
 func failedLockLeavesNothing(e *env) {
 	option, _ := e.bound(WithLockTimeout, promisedLockTimeout)
-	p, q := e.process(option), e.process(WithPreemptionTimeout(time.Hour))
+	impatient, p, q := e.process(option), e.process(patient), e.process(WithPreemptionTimeout(time.Hour))
 	key := e.lockerKey(q)
 	var failed []*PreemptiveLocker
-	fail := func(why string, run func(l *PreemptiveLocker)) {
+	fail := func(why string, p LockProvider, run func(l *PreemptiveLocker)) {
 		e.t.Helper()
 		holder, _ := e.hold(q, key, "holder")
 		l := e.locker(p, why)
@@ -2618,23 +2618,23 @@ func failedLockLeavesNothing(e *env) {
 		// No lock waits for it.
 		e.free(p, key)
 	}
-	fail("timeout", func(l *PreemptiveLocker) {
+	fail("timeout", impatient, func(l *PreemptiveLocker) {
 		e.ErrorIs(e.failed(e.start(e.ctx, l)), ErrLockTimeout)
 	})
-	fail("cancelled", func(l *PreemptiveLocker) {
+	fail("cancelled", p, func(l *PreemptiveLocker) {
 		ctx, cancel := context.WithCancel(e.ctx)
 		out := e.start(ctx, l)
 		e.inPhase(p, key, waiting)
 		cancel()
 		e.ErrorIs(e.failed(out), context.Canceled)
 	})
-	fail("preempted", func(l *PreemptiveLocker) {
+	fail("preempted", p, func(l *PreemptiveLocker) {
 		out := e.start(e.ctx, l)
 		e.inPhase(p, key, waiting)
 		e.announced(q, key, "newer")
 		e.ErrorIs(e.failed(out), ErrLockPreempted)
 	})
-	fail("released", func(l *PreemptiveLocker) {
+	fail("released", p, func(l *PreemptiveLocker) {
 		out := e.start(e.ctx, l)
 		e.inPhase(p, key, waiting)
 		e.NoError(l.Release(e.ctx))
