@@ -12,10 +12,10 @@ import (
 
 // phase is the state of a lock. It only moves forward.
 //
-//	fresh → waiting → held → notified → over
+//	fresh → waiting → held → notified → ended
 //
-// If the wait fails, waiting is followed by over. If the lock is released or lost, held is followed
-// by over.
+// If the wait fails, waiting is followed by ended. If the lock is released or lost, held is followed
+// by ended.
 type phase int8
 
 const (
@@ -743,7 +743,7 @@ func (l *lock) observe(kind ObservationKind, after time.Duration, err error) {
 	}
 }
 
-// endLocked moves a hold to over and closes the channel. Neither the alarm nor the context has an
+// endLocked moves a hold to ended and closes the channel. Neither the alarm nor the context has an
 // effect from then on.
 func (l *lock) endLocked() {
 	l.phase = ended
@@ -760,8 +760,8 @@ func (l *lock) unwatchLocked() {
 	}
 }
 
-// revoke releases the key of a holder that did not release it in time. The lock has moved to over
-// already.
+// revoke releases the key of a holder that did not release it in time. The lock has moved to
+// ended already.
 func (l *lock) revoke() {
 	release := l.backend.release(context.Background(), l.claim)
 	// The release is queued before: Close ends the session when the last lock has left.

@@ -330,9 +330,6 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
 // transactions commit one after the other on the whole server. The fifth column is set if the
 // commit is not flushed. If that commit took a key nevertheless, sqlFlush follows.
 func sqlAnnounce(full bool) string {
-	// The statements of the session's own connection. That connection returns errors but no rows,
-	// so a condition that is false becomes an error: a division by zero if this backend does not
-	// have the session's lock, and the logarithm of zero if the server does not accept writes.
 	const (
 		grants = `(w.got AND s.holder_id IS NULL AND NOT s.waiting OR w.acquire AND s.holder_id = w.id AND s.holder_session = $8::bigint)`
 		again  = `w.late AND s.claim_id = w.id`
@@ -435,10 +432,9 @@ func settings(t time.Duration) string {
 
 func milliseconds(d time.Duration) string { return fmt.Sprintf("%dms", d.Milliseconds()) }
 
-// The statements of the session's own connection. That connection returns errors
-// but no rows, so a condition that does not hold is turned into an error: a division
-// by zero if this backend does not have the session's lock, the logarithm of zero if
-// the server takes no writes.
+// The statements of the session's own connection. That connection returns errors but no rows, so a
+// condition that is false becomes an error: a division by zero if this backend does not have the
+// session's lock, and the logarithm of zero if the server does not accept writes.
 const (
 	sqlSessionLock   = `, pg_advisory_lock(%d)`
 	sqlSessionEnd    = `DELETE FROM env_lock_sessions WHERE id = %d RETURNING ` + sqlNoFlush

@@ -374,11 +374,11 @@ func (w *worker) gather() {
 	}
 }
 
-// take returns the next batch, and the session that it is for. A batch has operations of one kind,
-// and only one for each key, because the statements identify rows by key. The kinds take turns.
-// Without a batch, take returns how long to wait for one, and reports whether there will be none.
-// No key is taken while the session is not connected, and no operation runs before it was connected
-// for the first time.
+// nextBatch returns the next batch, and the session that it is for. A batch has operations of one
+// kind, and only one for each key, because the statements identify rows by key. The kinds take
+// turns. Without a batch, it returns how long to wait for one, and reports whether there will be
+// none. No key is taken while the session is not connected, and no operation runs before it was
+// connected for the first time.
 func (w *worker) nextBatch() (batch []*op, ref sessionRef, wait time.Duration, closed bool) {
 	s := w.session
 	now := time.Now()

@@ -37,7 +37,7 @@ type Operation struct {
 
 	// For a statement, on PostgreSQL. No field contains an argument or a password.
 	Statement string // a short name, one of a few
-	Query     string // the SQL text
+	Query     string // the SQL text, in its form for any number of rows
 	Database  string
 	Host      string // as in the connection string, or the path of a Unix socket
 	Port      int    // 0 for a Unix socket
