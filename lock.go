@@ -61,8 +61,6 @@ type lock struct {
 	woken bool
 	// Waiting: the key was taken from the claim, so a grant since the last request does not count.
 	keyLost bool
-	// Notified: the preemption timeout has passed, and a shield postpones the revocation.
-	postponed bool
 	// Ended: the row may still name the hold, until Unlock.
 	unreleased bool
 	// The labels of the claim, by Notify or Lock.
@@ -71,7 +69,7 @@ type lock struct {
 	began time.Time
 	// When expire ends the phase.
 	deadline time.Time
-	// The lock is not revoked before this time.
+	// The preemption timeout does not begin before this time.
 	shielded time.Time
 	// Held: claims do not notify the holder before this time.
 	spared   time.Time
@@ -348,12 +346,7 @@ func (l *lock) expire() {
 			report = l.notifyLocked(ErrMaxLockDuration, l.ownPayload(ErrMaxLockDuration))
 		}
 	case notified:
-		if time.Now().Before(l.shielded) {
-			l.postponed = true
-			l.armLocked(l.shielded)
-			break
-		}
-		l.lost = annotate(ErrLockLost, "revoked %v after it was notified", l.conf.preemptionTimeout)
+		l.lost = annotate(ErrLockLost, "revoked: not released within %v", l.conf.preemptionTimeout)
 		l.endLocked()
 		report = l.revoke
 	case ended:
@@ -365,8 +358,8 @@ func (l *lock) expire() {
 	}
 }
 
-// Shield postpones the revocation of a hold that is notified from now on, until Unshield is called,
-// but no longer than limit. If the holder has been notified already, Shield returns the cause, and
+// Shield postpones the preemption timeout of a hold that is notified from now on. The timeout then
+// begins when Unshield is called or limit has passed. If the holder has been notified already, Shield returns the cause, and
 // the caller must not start its step. Shield returns an error if the lock is not held or is
 // shielded already. It does not postpone the loss of the session.
 func (l *lock) Shield(limit time.Duration) error {
@@ -389,15 +382,16 @@ func (l *lock) shield(limit time.Duration) error {
 	return errNotLocked
 }
 
-// Unshield ends the effect of Shield. If the preemption timeout has passed meanwhile, the lock is
-// revoked now.
+// Unshield ends the effect of Shield. If the holder has been notified meanwhile, the preemption
+// timeout begins now.
 func (l *lock) Unshield() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.shielded = time.Time{}
-	if l.phase == notified && l.postponed {
-		l.armLocked(time.Now())
+	now := time.Now()
+	if l.phase == notified && now.Before(l.shielded) {
+		l.armLocked(now.Add(l.conf.preemptionTimeout))
 	}
+	l.shielded = time.Time{}
 }
 
 // leave ends a wait that has failed.
@@ -723,13 +717,17 @@ func (l *lock) ownPayload(cause error) NotificationPayload {
 	return NotificationPayload{ID: l.claim.id, Message: cause.Error(), LockKey: l.claim.key}
 }
 
-// notifyLocked moves the lock from held to notified. The preemption timeout begins. It returns a
-// function that the caller must call after releasing mu.
+// notifyLocked moves the lock from held to notified. The preemption timeout begins now or, if the
+// lock is shielded, at the end of the shield. It returns a function that the caller must call after releasing mu.
 func (l *lock) notifyLocked(cause error, payload NotificationPayload) func() {
 	l.phase = notified
 	l.cause = cause
 	l.unwatchLocked()
-	l.armLocked(time.Now().Add(l.conf.preemptionTimeout))
+	begins := time.Now()
+	if begins.Before(l.shielded) {
+		begins = l.shielded
+	}
+	l.armLocked(begins.Add(l.conf.preemptionTimeout))
 	// This never blocks: the capacity is 1, and a lock is notified once.
 	l.ch <- payload
 	after := time.Since(l.began)

@@ -401,15 +401,15 @@ func (p *PreemptiveLocker) watch(ctx context.Context, ch <-chan NotificationPayl
 // Shield calls f, a step that must not be cut in half, such as a schema migration. Call it inside
 // Do's function, with that function's context. A notification does not cancel the context that f
 // gets before limit has passed. It cancels ctx immediately as usual, and the function should return
-// after f. Until f has returned, but no longer than limit, the lock is not revoked. If the
-// preemption timeout has passed by then, it is revoked at that moment.
+// after f. The preemption timeout ([WithPreemptionTimeout]) begins when f has returned or limit has
+// passed, so there is time to clean up and to release the lock.
 //
 // If the holder has been notified already, Shield does not call f and returns the cause. When limit
 // passes after a notification, f's context is canceled with the cause. A loss of the hold cannot be
 // postponed: it cancels f's context immediately. Otherwise Shield returns the error of f.
 //
-// A claim that waits for the lock waits up to limit longer, so its lock timeout should be longer
-// than limit.
+// A claim that waits for the lock waits up to limit longer. Its lock timeout ([WithLockTimeout])
+// must be longer than limit and the preemption timeout together, or it returns [ErrLockTimeout].
 //
 // Shield returns an error outside of Do, if limit is not positive, if another Shield of the hold is
 // running, even on another goroutine, and if the provider's locks have no method Shield.

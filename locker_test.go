@@ -131,6 +131,7 @@ var contract = []contractCase{
 	{"C48 the error of a late claim says how late", howLate},
 	{"C20 C33 a claim that gave up stands in nobody's way", claimThatGaveUp},
 	{"C34 a shielded step is not cut off", shieldHoldsBack},
+	{"C34 after a step there is time to release", shieldLeavesTime},
 	{"C34 a step that ends in time", shieldGivesBackInTime},
 	{"C34 a shield is bounded", shieldIsBounded},
 	{"C34 a lost session ends a step", shieldDoesNotOutliveSession},
