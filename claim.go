@@ -25,6 +25,9 @@ const (
 	//
 	// A key whose holder has crashed is busy until this process has watched the holder's session
 	// being dead for the session timeout. The first claim starts the watch.
+	//
+	// A claim that skips is compared with no other claim, so Lock returns an error if it has a
+	// sequence number.
 	SkipIfBusy
 )
 

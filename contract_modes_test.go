@@ -973,6 +973,8 @@ func TestDefaultWaits(t *testing.T) {
 		{nil, promisedLockTimeout, promisedMaxDuration + promisedPreemption + promisedLockTimeout},
 		{[]LockProviderOption{WithProgress(3, time.Hour)}, promisedLockTimeout + time.Hour, promisedMaxDuration + promisedPreemption + promisedLockTimeout},
 		{[]LockProviderOption{WithProgress(3, time.Hour), WithLockTimeout(time.Second)}, time.Second, time.Second},
+		{[]LockProviderOption{WithSessionTimeout(time.Minute)}, 70 * time.Second, promisedMaxDuration + promisedPreemption + 70*time.Second},
+		{[]LockProviderOption{WithSessionTimeout(time.Second)}, promisedLockTimeout, promisedMaxDuration + promisedPreemption + promisedLockTimeout},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			p, err := NewFakeProvider(append(c.options, WithPreemptionTimeout(0))...)

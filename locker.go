@@ -107,7 +107,8 @@ const (
 // The event is the reason for the claim. It is shown to the holders and waiters that lose to the
 // claim.
 //
-// Repo may be any name, and is compared byte by byte. See docs/webhook.md in the repository for the
+// Repo may be any name in valid UTF-8 without NUL, even the empty one, and is compared byte by
+// byte. See docs/webhook.md in the repository for the
 // choice of a name, and for locks without a pull request. The factory returns no error: Lock
 // returns one if repo or pr is not valid.
 //
@@ -160,7 +161,8 @@ func NewFakePreemptiveLockerFactory(providerOpts []LockProviderOption, lockerOpt
 // Sequence sets the claim's place among the claims of its pull request, whenever it arrives. The
 // number must grow with the order of the events and differ between them, such as a counter of
 // pushes. (GitHub's updated_at alone has a resolution of a second: see docs/webhook.md.) Every
-// int64 is valid, including negative numbers and zero. Without Sequence the newest arrival wins.
+// int64 is valid, including negative numbers and zero. Without Sequence the newest arrival wins. A
+// claim in the mode [SkipIfBusy] cannot have a number.
 //
 // Lock returns [ErrClaimOutdated] immediately if a claim with a higher number was announced, or if
 // one with the same number still waits or holds, which is a redelivery. Such a claim notifies no

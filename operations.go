@@ -34,7 +34,7 @@ type LockStatus struct {
 	// StopAsked reports whether a claim has asked the holder to stop. If SparedUntil is not zero,
 	// claims do not notify the holder before that time: see [WithProgress].
 	StopAsked   bool
-	SparedUntil time.Time
+	SparedUntil time.Time `json:",omitzero"`
 	// Streak is the number of holds in a row, before this one, that were ended by a newer claim.
 	Streak int
 

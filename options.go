@@ -71,10 +71,11 @@ type LockProviderOption func(*LockProviderConfig)
 // WithLockTimeout sets how long Lock waits for the key before it returns an error that matches
 // [ErrLockTimeout]. Zero means the default. A negative duration is an error.
 //
-// The default is 20 s. It is longer for claims that may wait for a holder that is not notified.
-// With [WithProgress] it is max plus 20 s. For a claim in the mode [LetFinish] it is the max lock
-// duration plus the preemption timeout plus 20 s. [PreemptiveLocker.Wait] bounds the wait of one
-// claim.
+// The default is 20 s or, with a session timeout above 10 s ([WithSessionTimeout]), 10 s more than
+// that, so that a waiter outlasts a crash of the holder. It is longer for claims that may wait for a
+// holder that is not notified. With [WithProgress] it is longer by max. For a claim in the mode
+// [LetFinish] it is longer by the max lock duration and the preemption timeout.
+// [PreemptiveLocker.Wait] bounds the wait of one claim.
 func WithLockTimeout(lockWait time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.lockTimeout = lockWait }
 }
@@ -314,8 +315,10 @@ func (c LockProviderConfig) checked() (LockProviderConfig, error) {
 	if c.finishTimeout == 0 {
 		c.finishTimeout = waits
 		if waits == 0 {
-			c.lockTimeout = sum(defaultLockTimeout, c.progress.max)
-			c.finishTimeout = sum(sum(c.maxLockDuration, c.preemptionTimeout), defaultLockTimeout)
+			// After a crash a waiter needs the session timeout, and a little more.
+			c.lockTimeout = defaultLockTimeout + max(0, c.sessionTimeout-defaultSessionTimeout)
+			c.finishTimeout = sum(sum(c.maxLockDuration, c.preemptionTimeout), c.lockTimeout)
+			c.lockTimeout = sum(c.lockTimeout, c.progress.max)
 		}
 	}
 	if c.logger == nil {
