@@ -2,10 +2,14 @@ package locker
 
 import (
 	"context"
+	"math/rand/v2"
 	"sync"
+	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/pkg/errors"
+	"github.com/stretchr/testify/require"
 )
 
 // The cases of TestContract for C34 and C36.
@@ -234,4 +238,84 @@ func observations(e *env) {
 		names[k.String()] = true
 	}
 	e.Len(names, int(ObservedSkipped)+1, "each kind has a name")
+}
+
+// C14, C34, C51: a hold is notified and revoked at the moments that a few lines of arithmetic
+// predict, in whatever order the claim, Shield, Unshield, the end of the spared time, the max lock
+// duration and the loss of the session come.
+func TestRevocationMoments(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	random := rand.New(rand.NewPCG(seed, 0))
+	upTo := func(most time.Duration) time.Duration { return 1 + time.Duration(random.Int64N(int64(most))) }
+	for range 1000 {
+		synctest.Test(t, func(t *testing.T) {
+			timeout, most, spared := upTo(time.Minute), upTo(2*time.Minute), time.Duration(0)
+			claimed, limit := upTo(3*time.Minute), upTo(4*time.Minute)
+			// The second Shield begins after the end of the first.
+			first := upTo(3 * time.Minute)
+			unshield := first + upTo(4*time.Minute)
+			second := unshield + upTo(time.Minute)
+			lost := time.Hour
+			if random.IntN(4) == 0 {
+				lost = upTo(6 * time.Minute)
+			}
+			if random.IntN(2) == 0 {
+				spared = max(time.Millisecond, upTo(2*time.Minute).Round(time.Millisecond))
+			}
+
+			told := min(most, max(claimed, spared))
+			revoked := told + timeout
+			switch {
+			case second < told:
+				revoked = max(revoked, second+limit)
+			case first < told && unshield > revoked:
+				revoked = max(revoked, min(unshield, first+limit))
+			}
+			ended := min(revoked, lost)
+			what := []any{"seed %d: timeout %v, max %v, spared %v, claimed %v, shields %v and %v for %v, unshield %v, lost %v",
+				seed, timeout, most, spared, claimed, first, second, limit, unshield, lost}
+
+			options := []LockProviderOption{WithPreemptionTimeout(timeout), WithMaxLockDuration(most)}
+			if spared > 0 {
+				options = append(options, WithProgress(1, spared))
+			}
+			e := newFakeEnv(t)
+			e.run(func(e *env) {
+				p := e.process(options...)
+				l := e.lock(p, 1, "holder")
+				if spared > 0 {
+					before, _ := e.hold(p, 1, "before")
+					e.NoError(l.Notify(e.ctx))
+					e.NoError(before.Unlock(e.ctx))
+				}
+				ch := e.acquire(l)
+				start := time.Now()
+				after := func(d time.Duration, f func()) {
+					e.background.Go(func() {
+						time.Sleep(d)
+						f()
+					})
+				}
+				shield := func() {
+					now := time.Since(start)
+					require.Equal(t, now < told && now < lost, lockOf(l).Shield(limit) == nil, what...)
+				}
+				after(claimed, func() { _ = e.lock(p, 1, "newer").Notify(e.ctx) })
+				after(first, shield)
+				after(unshield, lockOf(l).Unshield)
+				after(second, shield)
+				after(lost, func() {
+					ref, _ := trustOf(p).current()
+					lockOf(l).handle(event{kind: evLost, session: ref.generation, cause: errors.New("lost")})
+				})
+				e.payload(ch)
+				require.Equal(t, min(told, lost), time.Since(start), what...)
+				e.closed(ch)
+				require.Equal(t, ended, time.Since(start), what...)
+				e.ErrorIs(l.Unlock(e.ctx), ErrLockLost)
+				e.NoError(l.Unlock(e.ctx))
+				e.background.Wait()
+			})
+		})
+	}
 }
