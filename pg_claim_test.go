@@ -2,6 +2,7 @@ package locker
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"sync"
 	"testing"
@@ -420,4 +421,41 @@ func TestFakeIDs(t *testing.T) {
 		require.Equal(t, uuid.Version(4), id.Version())
 		require.Equal(t, uuid.RFC4122, id.Variant())
 	}
+}
+
+// C4, C52: a waiter that is superseded without a notification asks the database for the newer
+// claim. If there is no answer, its error comes soon nevertheless.
+func TestPostgresSupersededUnheard(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	p, q := pgProvider(t, uri, WithPreemptionTimeout(time.Minute)), pgProvider(t, uri)
+	holder, _ := pgHold(t, p, 1, "holder")
+	for _, answers := range []bool{true, false} {
+		waiter := pgNew(t, p, 1, "waiter")
+		require.NoError(t, waiter.Notify(pgBackground))
+		superseded := pgWaits(t, waiter)
+		goOn := func() {}
+		if !answers {
+			goOn = occupy(t, p.session.swift)
+		}
+		q.session.muted(errors.New("muted"))
+		newer := pgNew(t, q, 1, "newer")
+		start := time.Now()
+		require.NoError(t, newer.Notify(pgBackground))
+		err := pgReceive(t, "the waiter", superseded)
+		took := time.Since(start)
+		goOn()
+		var conflict *ConflictError
+		require.ErrorAs(t, err, &conflict)
+		require.ErrorIs(t, err, ErrLockPreempted)
+		require.Nil(t, conflict.Holder)
+		if answers {
+			require.Equal(t, newer.claim.id, conflict.Winner.ID)
+			require.ErrorContains(t, err, `superseded by the newer claim "newer"`)
+			continue
+		}
+		require.Nil(t, conflict.Winner)
+		require.Less(t, took, pollInterval+explainTimeout+time.Second)
+	}
+	require.NoError(t, holder.Unlock(pgBackground))
 }
