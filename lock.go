@@ -517,7 +517,7 @@ const explainTimeout = 500 * time.Millisecond
 // explained returns the error of a wait that has ended with the sentinel. It names the holder if
 // the database responds soon.
 func (l *lock) explained(ctx context.Context, sentinel error) error {
-	k := l.explain(ctx)
+	k := l.explain(ctx, false)
 	if ctx.Err() != nil {
 		return contextError(ctx)
 	}
@@ -553,16 +553,16 @@ func (l *lock) supersededBy(ctx context.Context, a answer) error {
 		l.mu.Unlock()
 	}
 	if winner == nil {
-		winner = l.explain(ctx).newest
+		winner = l.explain(ctx, true).newest
 	}
 	return l.conflict(ErrLockPreempted, keyState{newest: winner}, "")
 }
 
 // explain returns the database's state of the key. It is empty if the database does not respond
 // soon.
-func (l *lock) explain(ctx context.Context) (k keyState) {
+func (l *lock) explain(ctx context.Context, answered bool) (k keyState) {
 	err := within(ctx, explainTimeout, func(stop <-chan struct{}) (err error) {
-		k, err = l.backend.explain(ctx, stop, l.claim.key)
+		k, err = l.backend.explain(ctx, stop, l.claim.key, answered)
 		return err
 	})
 	if err != nil {

@@ -423,39 +423,28 @@ func TestFakeIDs(t *testing.T) {
 	}
 }
 
-// C4, C52: a waiter that is superseded without a notification asks the database for the newer
-// claim. If there is no answer, its error comes soon nevertheless.
+// C4, C52: the error of a waiter that is superseded without a notification names the newer claim,
+// even if the connection for everything but claims is not available, as after an outage.
 func TestPostgresSupersededUnheard(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
 	p, q := pgProvider(t, uri, WithPreemptionTimeout(time.Minute)), pgProvider(t, uri)
 	holder, _ := pgHold(t, p, 1, "holder")
-	for _, answers := range []bool{true, false} {
-		waiter := pgNew(t, p, 1, "waiter")
-		require.NoError(t, waiter.Notify(pgBackground))
-		superseded := pgWaits(t, waiter)
-		goOn := func() {}
-		if !answers {
-			goOn = occupy(t, p.session.swift)
-		}
-		q.session.muted(errors.New("muted"))
-		newer := pgNew(t, q, 1, "newer")
-		start := time.Now()
-		require.NoError(t, newer.Notify(pgBackground))
-		err := pgReceive(t, "the waiter", superseded)
-		took := time.Since(start)
-		goOn()
-		var conflict *ConflictError
-		require.ErrorAs(t, err, &conflict)
-		require.ErrorIs(t, err, ErrLockPreempted)
-		require.Nil(t, conflict.Holder)
-		if answers {
-			require.Equal(t, newer.claim.id, conflict.Winner.ID)
-			require.ErrorContains(t, err, `superseded by the newer claim "newer"`)
-			continue
-		}
-		require.Nil(t, conflict.Winner)
-		require.Less(t, took, pollInterval+explainTimeout+time.Second)
-	}
+	waiter := pgNew(t, p, 1, "waiter")
+	require.NoError(t, waiter.Notify(pgBackground))
+	superseded := pgWaits(t, waiter)
+	goOn := occupy(t, p.session.swift)
+	q.session.muted(errors.New("muted"))
+	newer := pgNew(t, q, 1, "newer")
+	require.NoError(t, newer.Notify(pgBackground))
+	err := pgReceive(t, "the waiter", superseded)
+	goOn()
+	var conflict *ConflictError
+	require.ErrorAs(t, err, &conflict)
+	require.ErrorIs(t, err, ErrLockPreempted)
+	require.Nil(t, conflict.Holder)
+	require.NotNil(t, conflict.Winner)
+	require.Equal(t, newer.claim.id, conflict.Winner.ID)
+	require.ErrorContains(t, err, `superseded by the newer claim "newer"`)
 	require.NoError(t, holder.Unlock(pgBackground))
 }
