@@ -28,6 +28,8 @@ func TestPostgresForOneIsTheSame(t *testing.T) {
 	l, err := openLink(ctx, func(context.Context) (string, error) { return dsn, nil }, nil, time.Minute)
 	require.NoError(t, err)
 	t.Cleanup(l.close)
+	var pid int
+	require.NoError(t, l.conn.QueryRowContext(ctx, `SELECT pg_backend_pid()`).Scan(&pid))
 	db := pgDB(t, uri)
 	pgExec(t, db, SchemaSQL)
 	pgExec(t, db, `INSERT INTO env_locks VALUES (1, 'repo', 1)`)
@@ -77,7 +79,7 @@ func TestPostgresForOneIsTheSame(t *testing.T) {
 			if concurrent {
 				pgUntil(t, "the statement has ended or waits", func() bool {
 					var waits bool
-					require.NoError(t, tx.QueryRowContext(ctx, `SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)`).Scan(&waits))
+					require.NoError(t, tx.QueryRowContext(ctx, `SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)`, pid).Scan(&waits))
 					blocked += map[bool]int{true: 1}[waits]
 					return waits || len(done) > 0
 				})
