@@ -264,14 +264,14 @@ func TestRevocationMoments(t *testing.T) {
 			}
 
 			told := min(most, max(claimed, spared))
-			revoked := told + timeout
+			begins := told
 			switch {
 			case second < told:
-				revoked = max(revoked, second+limit)
-			case first < told && unshield > revoked:
-				revoked = max(revoked, min(unshield, first+limit))
+				begins = max(told, second+limit)
+			case first < told:
+				begins = max(told, min(unshield, first+limit))
 			}
-			ended := min(revoked, lost)
+			ended := min(begins+timeout, lost)
 			what := []any{"seed %d: timeout %v, max %v, spared %v, claimed %v, shields %v and %v for %v, unshield %v, lost %v",
 				seed, timeout, most, spared, claimed, first, second, limit, unshield, lost}
 
