@@ -1211,7 +1211,8 @@ func TestFieldCut(t *testing.T) {
 			pr++
 			pr := pr
 			g.run(what+" "+when, func(t *testing.T) {
-				f := fieldOn(t, uri)
+				// A take-over would last longer than the other provider waits.
+				f := fieldOn(t, uri, WithSessionTimeout(3*time.Minute))
 				key, err := f.p.LockKey(pgBackground, "field", pr)
 				require.NoError(t, err)
 				other := f.other(t)
@@ -1262,9 +1263,7 @@ func TestFieldCut(t *testing.T) {
 				if what == "announce" {
 					return
 				}
-				start := time.Now()
 				next, _ := pgHold(t, other, key, "next")
-				require.Less(t, time.Since(start), 5*time.Second, "the key was not given back, but taken over")
 				require.NoError(t, next.Unlock(pgBackground))
 			})
 		}
