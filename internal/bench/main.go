@@ -5,7 +5,7 @@
 //	go run ./internal/bench            # the table, which is also written to docs/bench/results.{md,json,svg}
 //	go run ./internal/bench -quick     # a tenth of everything, nothing written
 //	go run ./internal/bench -profile   # where the time of one cycle goes, written to docs/bench/profile.md
-//	go run ./internal/bench -plot      # results.svg, and the figures in docs/capacity.md, from results.json again
+//	go run ./internal/bench -plot      # results.md, results.svg, and the figures in docs/capacity.md, from results.json
 //
 // With -soak=1000000, or BENCH_SOAK=1000000 in the environment, it runs the whole soak. With
 // -only=cycle,held it runs some sections. The sections are cycle, events, throughput, held,
@@ -47,7 +47,7 @@ func main() {
 	only := flag.String("only", "", "comma-separated sections to run; writes no file unless -out is given")
 	soak := flag.Int("soak", 20_000, "cycles of the soak; the environment variable BENCH_SOAK says it too")
 	profile := flag.Bool("profile", false, "show where the time of one cycle goes")
-	plot := flag.Bool("plot", false, "draw the plot from the result file and stop")
+	plot := flag.Bool("plot", false, "write the table and the plot from the result file again, and stop")
 	out := flag.String("out", defaultOut, "result files, without the ending; empty: none")
 	if n, err := strconv.Atoi(os.Getenv("BENCH_SOAK")); err == nil {
 		_ = flag.Set("soak", strconv.Itoa(n))

@@ -18,12 +18,13 @@ const (
 	amber = "#c27803" // the floor
 )
 
-// plotFile draws out.svg from out.json and updates the figures in the capacity guide.
+// plotFile writes out.md and out.svg from out.json, and the figures in the capacity guide.
 func plotFile(out string) {
 	text, err := os.ReadFile(out + ".json")
 	check(err)
 	var r result
 	check(json.Unmarshal(text, &r))
+	writeFile(out+".md", r.table())
 	var b strings.Builder
 	b.WriteString(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 380" width="860" height="380" role="img" ` +
 		`font-family="system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif" font-size="12" fill="` + ink + `">` + "\n")

@@ -6,6 +6,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/preemptable/locker/internal/table"
@@ -152,15 +153,6 @@ func (w row) cells() []string {
 
 // table returns the whole result in Markdown.
 func (r *result) table() string {
-	lines := [][]string{{"", "ours", "floor", "ours ÷ floor", "target", "met"}, {"---", "---", "---", "---", "---", "---"}}
-	group := ""
-	for _, w := range r.Rows {
-		if w.Group != group {
-			group = w.Group
-			lines = append(lines, []string{"**" + group + "**", "", "", "", "", ""})
-		}
-		lines = append(lines, w.cells())
-	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "# Benchmark\n\n%s, %s, %d CPUs, PostgreSQL %s (%s)", r.When, r.Go, r.CPUs, r.Postgres, r.Settings)
 	if r.Commit != "" {
@@ -168,8 +160,20 @@ func (r *result) table() string {
 	}
 	fmt.Fprintf(&b, ". A commit that waits for the disk takes %s ms longer than one that does not. The run took %d s.\n\n", short(r.FlushMS), r.Seconds)
 	b.WriteString("The floor is raw PostgreSQL in the same run, interleaved with ours. A figure is the median of its rounds' medians, in brackets\n" +
-		"the smallest and the largest of them; p99 and worst are of all samples.\n\n")
-	b.WriteString(table.Align(lines))
+		"the smallest and the largest of them; p99 and worst are of all samples.\n")
+	for rows := r.Rows; len(rows) > 0; {
+		group := rows[0].Group
+		n := slices.IndexFunc(rows, func(w row) bool { return w.Group != group })
+		if n < 0 {
+			n = len(rows)
+		}
+		lines := [][]string{{"", "ours", "floor", "ours ÷ floor", "target", "met"}, {"---", "---", "---", "---", "---", "---"}}
+		for _, w := range rows[:n] {
+			lines = append(lines, w.cells())
+		}
+		b.WriteString("\n## " + group + "\n\n" + table.Align(lines))
+		rows = rows[n:]
+	}
 	return b.String()
 }
 
