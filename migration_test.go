@@ -697,7 +697,7 @@ func migrationWeDie(m *migration) {
 	require.ErrorIs(m, l.Cause(), ErrLockLost)
 	m.Logf("our holder was notified %v after its network was cut", time.Since(start).Round(10*time.Millisecond))
 
-	m.runs(sqlAcquire)
+	m.runs(sqlForOne[sqlAcquire])
 	theirs.not("notified", "heir")
 	theirs.unlock("heir")
 	require.NoError(m, pgReceive(m, "our lock", done).err)

@@ -624,7 +624,7 @@ func TestHoldTakenAway(t *testing.T) {
 	_, open := <-ch
 	require.False(t, open)
 	require.ErrorIs(t, l.Unlock(pgBackground), ErrLockLost)
-	require.Len(t, seen.of(ObservedLost), 1)
+	pgUntil(t, "the loss is observed", func() bool { return len(seen.of(ObservedLost)) == 1 })
 	pgQuiet(t, other)
 	pgQuiet(t, next.ch)
 	require.Contains(t, pgHolders(t, db), int64(1))

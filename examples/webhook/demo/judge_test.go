@@ -73,16 +73,16 @@ const good = `
 	1    two #8 sent x
 	1.1  two #8 started x 1
 	2    two #7 sent b
-	2.1  one #7 told-to-stop a 1 by=b
+	2.1  one #7 notified a 1 by=b
 	2.2  one #7 sent c
 	2.3  two #7 left b by=c
 	2.31 two #7 reports b shows=https://x/c
 	2.5  one #7 stopped a 1
 	2.6  one #7 started c 2
 	2.61 one #7 resent b
-	2.62 one #7 turned-away b
+	2.62 one #7 outdated b
 	2.63 one #7 resent c
-	2.64 one #7 turned-away c
+	2.64 one #7 outdated c
 	2.7  two #0 killed
 	2.8  one #8 sent y
 	3    one #9 sent k mode=let_finish
@@ -159,7 +159,7 @@ func TestJudgeIsLoud(t *testing.T) {
 			[]string{"#7: nothing was heard of push b"},
 		},
 		"token goes backwards": {
-			[]string{"started a 1", "started a 3", "told-to-stop a 1", "told-to-stop a 3", "stopped a 1", "stopped a 3"},
+			[]string{"started a 1", "started a 3", "notified a 1", "notified a 3", "stopped a 1", "stopped a 3"},
 			[]string{"#7: the token went from 3 to 2 with push c"},
 		},
 		"token stands still": {
@@ -183,34 +183,34 @@ func TestJudgeIsLoud(t *testing.T) {
 			[]string{"#8: push y took over 9.9 s after a holder was killed; the session timeout is 10 s"},
 		},
 		"newest outdated": {
-			[]string{"2.2  one #7 sent c\n", "2.2 one #7 sent c\n2.24 one #7 sent d\n2.25 one #7 turned-away d\n"},
+			[]string{"2.2  one #7 sent c\n", "2.2 one #7 sent c\n2.24 one #7 sent d\n2.25 one #7 outdated d\n"},
 			[]string{"#7: push d was outdated, though nothing newer had been sent", "#7: the newest delivery, push d, did not finish"},
 		},
 		"an older one outdated": {
-			[]string{"2.3  two #7 left b", "2.3  two #7 turned-away b"},
+			[]string{"2.3  two #7 left b", "2.3  two #7 outdated b"},
 			nil,
 		},
 		"a late redelivery runs": {
-			[]string{"2.62 one #7 turned-away b", "4.1 one #7 started b 3\n4.2 one #7 finished b 3"},
+			[]string{"2.62 one #7 outdated b", "4.1 one #7 started b 3\n4.2 one #7 finished b 3"},
 			[]string{"#7: push b ran after the newer push c"},
 		},
 		"a redelivery of what runs does so too": {
-			[]string{"2.64 one #7 turned-away c", "2.64 one #7 started c 3\n4.2 one #7 finished c 3"},
+			[]string{"2.64 one #7 outdated c", "2.64 one #7 started c 3\n4.2 one #7 finished c 3"},
 			[]string{"#7: two ran together: push c on one started while push c ran on one"},
 		},
 		"a delivery without an end, whose redelivery had one elsewhere": {
 			[]string{
-				"2    two #7 sent b", "2 one #7 sent b\n2.05 two #7 resent b\n2.06 two #7 turned-away b",
-				"2.3  two #7 left b", "", "2.61 one #7 resent b", "", "2.62 one #7 turned-away b", "",
+				"2    two #7 sent b", "2 one #7 sent b\n2.05 two #7 resent b\n2.06 two #7 outdated b",
+				"2.3  two #7 left b", "", "2.61 one #7 resent b", "", "2.62 one #7 outdated b", "",
 			},
 			[]string{"#7: nothing was heard of push b"},
 		},
 		"a redelivery of which nothing is heard": {
-			[]string{"2.64 one #7 turned-away c", ""},
+			[]string{"2.64 one #7 outdated c", ""},
 			[]string{"#7: nothing was heard of push c"},
 		},
 		"a job disturbed by its own redelivery": {
-			[]string{"2.64 one #7 turned-away c", "2.64 one #7 told-to-stop c 2 by=c\n2.65 one #7 turned-away c"},
+			[]string{"2.64 one #7 outdated c", "2.64 one #7 notified c 2 by=c\n2.65 one #7 outdated c"},
 			[]string{"#7: push c was disturbed by its own redelivery", "#7: push c was notified, though everything newer lets it finish"},
 		},
 		"a job that failed": {
@@ -218,15 +218,15 @@ func TestJudgeIsLoud(t *testing.T) {
 			[]string{"#7: push b failed"},
 		},
 		"a job that is notified by one that lets it finish": {
-			[]string{"3.4  one #9 left l by=m", "3.35 one #9 told-to-stop k 1 by=m\n3.4 one #9 left l by=m"},
+			[]string{"3.4  one #9 left l by=m", "3.35 one #9 notified k 1 by=m\n3.4 one #9 left l by=m"},
 			[]string{"#9: push k was notified, though everything newer lets it finish"},
 		},
 		"a job that is notified by a newer one on a branch where others let it finish": {
-			[]string{"3.3  one #9 sent m mode=let_finish", "3.3 one #9 sent m mode=preempt\n3.35 one #9 told-to-stop k 1 by=m"},
+			[]string{"3.3  one #9 sent m mode=let_finish", "3.3 one #9 sent m mode=preempt\n3.35 one #9 notified k 1 by=m"},
 			nil,
 		},
 		"a job that is notified by one that may be skipped": {
-			[]string{"3.6  one #9 skipped n by=k", "3.6 one #9 told-to-stop k 1 by=n\n3.7 one #9 skipped n by=k"},
+			[]string{"3.6  one #9 skipped n by=k", "3.6 one #9 notified k 1 by=n\n3.7 one #9 skipped n by=k"},
 			[]string{"#9: push k was disturbed by push n, which takes the lock only if it is free", "#9: push k was notified, though everything newer lets it finish"},
 		},
 		"a waiter displaced by one that may be skipped": {

@@ -20,7 +20,7 @@ func TestDemo(t *testing.T) {
 	printed, readErr := os.ReadFile(out.Name())
 	require.NoError(t, readErr)
 	require.NoError(t, err, "%s", printed)
-	for _, part := range []string{"► runs", "! notified", "■ stopped", "← leaves", "superseded by", "→ arrives again", "× outdated   synchronize ec26c3e  too late: after closed ec26c3e", "it is not over yet", "lets the running one finish", ", has waited for", "→ arrives       review ", "↷ skipped       review ", "busy with synchronize",
+	for _, part := range []string{"► runs", "! notified", "■ stopped", "← leaves", "superseded by", "→ arrives again", "× outdated      synchronize ec26c3e  too late: after closed ec26c3e", "it is not over yet", "lets the running one finish", ", has waited for", "→ arrives       review ", "↷ skipped       review ", "busy with synchronize",
 		"GitHub is to show: cancelled,\nsuperseded by https://github.com/Codertocat/Hello-World/pull/", "✓ deployed", "✓ destroyed", "Every promise was kept"} {
 		require.Contains(t, string(printed), part)
 	}
