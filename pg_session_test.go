@@ -268,7 +268,7 @@ func TestReconnectRestartsTheWatch(t *testing.T) {
 	require.NoError(t, pgReceive(t, "the waiter takes over", granted))
 	require.GreaterOrEqual(t, time.Since(start), timeout)
 	require.ErrorIs(t, l.Unlock(pgBackground), ErrLockLost)
-	require.Len(t, seen.of(ObservedLost), 1)
+	pgUntil(t, "the loss is observed", func() bool { return len(seen.of(ObservedLost)) == 1 })
 	require.NoError(t, waiter.Unlock(pgBackground))
 }
 
