@@ -2762,8 +2762,8 @@ func failuresToldApart(e *env) {
 	ctx, cancel = context.WithTimeout(e.ctx, timeout/2)
 	defer cancel()
 	err = e.failed(e.start(ctx, e.locker(q, "deadline")))
-	e.took(start, timeout/2)
 	e.matchesOnly(err, context.DeadlineExceeded)
+	e.took(start, timeout/2)
 	e.Equal(context.DeadlineExceeded, errors.Cause(err))
 
 	out = e.start(e.ctx, e.locker(q, "preempted"))

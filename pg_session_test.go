@@ -907,12 +907,13 @@ func TestTablesVanish(t *testing.T) {
 			require.NoError(t, goRound(f("org/repo", 1, "before")))
 			before := pgSession(p)
 
+			own := pgOwn(t, db, p.session)
 			pgExec(t, db, `DROP VIEW env_lock_overview; DROP TABLE env_locks, env_lock_state, env_lock_sessions`)
 			done := make(chan error, 1)
 			go func() { done <- goRound(f("org/repo", 1, "meanwhile")) }()
 			if !privileged {
 				// The claim may have ended the session's connection already.
-				pgExec(t, db, `SELECT pg_terminate_backend($1)`, pgOwn(t, db, p.session))
+				pgExec(t, db, `SELECT pg_terminate_backend($1)`, own)
 				pgUntil(t, "it has been tried to connect the session again", func() bool {
 					p.session.mu.Lock()
 					defer p.session.mu.Unlock()
