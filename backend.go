@@ -24,9 +24,8 @@ type backend interface {
 	// ctx is done or stop is closed.
 	acquire(ctx context.Context, stop <-chan struct{}, r request) (answer, error)
 	// explain returns the holder and the newest claim of the key, for an error. It returns early,
-	// with stopped, when ctx is done or stop is closed. If acquire has just been answered, the same
-	// connection is asked: after an outage the other one may not be open yet.
-	explain(ctx context.Context, stop <-chan struct{}, key int64, answered bool) (keyState, error)
+	// with stopped, when ctx is done or stop is closed.
+	explain(ctx context.Context, stop <-chan struct{}, key int64) (keyState, error)
 	// release gives the key back if the claim holds it. The release is queued when the call
 	// returns, and cannot be canceled. The returned operation is signaled on completion. If it is
 	// nil, the release has completed.

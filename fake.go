@@ -432,7 +432,7 @@ func (s *memorySession) acquire(ctx context.Context, stop <-chan struct{}, r req
 	return a, nil
 }
 
-func (s *memorySession) explain(ctx context.Context, stop <-chan struct{}, key int64, _ bool) (k keyState, err error) {
+func (s *memorySession) explain(ctx context.Context, stop <-chan struct{}, key int64) (k keyState, err error) {
 	if _, err := s.connected(ctx, stop); err != nil {
 		return k, err
 	}

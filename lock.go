@@ -195,8 +195,7 @@ func (l *lock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
 	if err := l.usable(ctx); err != nil {
 		return nil, err
 	}
-	t := termsFromContext(ctx)
-	ch, err := l.lockKey(ctx, lockCall{asked: time.Now(), terms: t})
+	ch, err := l.lockKey(ctx, lockCall{asked: time.Now(), terms: termsFromContext(ctx)})
 	return ch, annotate(err, "locker: lock key %d", l.claim.key)
 }
 
@@ -517,7 +516,7 @@ const explainTimeout = 500 * time.Millisecond
 // explained returns the error of a wait that has ended with the sentinel. It names the holder if
 // the database responds soon.
 func (l *lock) explained(ctx context.Context, sentinel error) error {
-	k := l.explain(ctx, false)
+	k := l.explain(ctx)
 	if ctx.Err() != nil {
 		return contextError(ctx)
 	}
@@ -553,16 +552,16 @@ func (l *lock) supersededBy(ctx context.Context, a answer) error {
 		l.mu.Unlock()
 	}
 	if winner == nil {
-		winner = l.explain(ctx, true).newest
+		winner = l.explain(ctx).newest
 	}
 	return l.conflict(ErrLockPreempted, keyState{newest: winner}, "")
 }
 
 // explain returns the database's state of the key. It is empty if the database does not respond
 // soon.
-func (l *lock) explain(ctx context.Context, answered bool) (k keyState) {
+func (l *lock) explain(ctx context.Context) (k keyState) {
 	err := within(ctx, explainTimeout, func(stop <-chan struct{}) (err error) {
-		k, err = l.backend.explain(ctx, stop, l.claim.key, answered)
+		k, err = l.backend.explain(ctx, stop, l.claim.key)
 		return err
 	})
 	if err != nil {

@@ -399,9 +399,11 @@ var sqlForOne = func() map[string]string {
 	return forms
 }()
 
+var unnested = regexp.MustCompile(`unnest\([^)]*\)`)
+
 func forOne(text string) string {
 	text = strings.ReplaceAll(text, "($1::bigint[])[1]", "$1::bigint")
-	return regexp.MustCompile(`unnest\(([^)]*)\)`).ReplaceAllStringFunc(text, func(rows string) string {
+	return unnested.ReplaceAllStringFunc(text, func(rows string) string {
 		return "(SELECT " + strings.ReplaceAll(strings.TrimPrefix(rows, "unnest("), "[]", "")
 	})
 }

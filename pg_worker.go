@@ -29,7 +29,6 @@ const (
 // once.
 type op struct {
 	kind    opKind
-	disk    bool            // explain: the disk worker runs it
 	acquire bool            // announce: see announcement
 	ctx     context.Context // of the caller, for its span
 	// For a lookup. For an announcement see announcement.
@@ -119,10 +118,8 @@ func (s *session) announce(ctx context.Context, stop <-chan struct{}, a announce
 	return r.answer, r.err
 }
 
-func (s *session) explain(ctx context.Context, stop <-chan struct{}, key int64, answered bool) (keyState, error) {
-	o := newOp(ctx, opExplain, claim{key: key})
-	o.disk = answered
-	r := s.do(stop, o)
+func (s *session) explain(ctx context.Context, stop <-chan struct{}, key int64) (keyState, error) {
+	r := s.do(stop, newOp(ctx, opExplain, claim{key: key}))
 	return r.keyState, r.err
 }
 
@@ -231,7 +228,7 @@ func (s *session) enqueueLocked(o *op) {
 // workerOf returns the worker that runs an operation. All announcements go to one worker, so that
 // an announcement whose caller has left does not overtake the caller's next one.
 func (s *session) workerOf(o *op) *worker {
-	if o.kind == opAcquire || o.kind == opAnnounce || o.disk {
+	if o.kind == opAcquire || o.kind == opAnnounce || o.kind == opExplain {
 		return s.disk
 	}
 	return s.swift

@@ -12,13 +12,17 @@ import (
 // hold keeps.
 type advisoryClient struct{ pool *pgxpool.Pool }
 
-func openAdvisory(ctx context.Context, uri string, o options) (client, error) {
+func openPool(ctx context.Context, uri string, o options) (*pgxpool.Pool, error) {
 	config, err := pgxpool.ParseConfig(uri)
 	if err != nil {
 		return nil, err
 	}
 	config.MaxConns = int32(o.Connections)
-	pool, err := pgxpool.NewWithConfig(ctx, config)
+	return pgxpool.NewWithConfig(ctx, config)
+}
+
+func openAdvisory(ctx context.Context, uri string, o options) (client, error) {
+	pool, err := openPool(ctx, uri, o)
 	if err != nil {
 		return nil, err
 	}

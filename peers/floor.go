@@ -23,12 +23,7 @@ const (
 )
 
 func openFloor(ctx context.Context, uri string, o options) (client, error) {
-	config, err := pgxpool.ParseConfig(uri)
-	if err != nil {
-		return nil, err
-	}
-	config.MaxConns = int32(o.Connections)
-	pool, err := pgxpool.NewWithConfig(ctx, config)
+	pool, err := openPool(ctx, uri, o)
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,8 @@ import (
 	"math"
 	"strconv"
 	"strings"
+
+	"github.com/preemptable/locker/internal/table"
 )
 
 // The colours are readable on white and on black, because a picture cannot know the theme of its
@@ -111,14 +113,14 @@ func (q bars) draw(b *strings.Builder, rows []*peerResult, x, y, width, line flo
 		if f.Max > f.Min && f.Min > 0 {
 			fmt.Fprintf(b, `<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f" stroke="%s"/>`, at(f.Min), middle, at(f.Max), middle, ink)
 		}
-		fmt.Fprintf(b, `<text x="%.1f" y="%.1f" font-size="11">%s %s</text>`+"\n", max(at(f.Value), at(f.Max))+5, middle+4, short(f.Value), q.unit)
+		fmt.Fprintf(b, `<text x="%.1f" y="%.1f" font-size="11">%s %s</text>`+"\n", max(at(f.Value), at(f.Max))+5, middle+4, table.Number(f.Value), q.unit)
 	}
 }
 
 // tick formats a power of ten on an axis.
 func tick(v float64) string {
 	if v >= 1000 {
-		return short(math.Round(v))
+		return table.Number(math.Round(v))
 	}
 	return strconv.FormatFloat(v, 'g', 3, 64)
 }

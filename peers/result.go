@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"math"
 	"os"
 	"slices"
 	"strings"
@@ -185,13 +184,13 @@ func (r *results) markdown() string {
 		}},
 	}, true))
 	section("Many held by one process", func(p *peerResult) bool { return p.Held != nil }, r.table([]column{
-		{"locks", of(func(p *peerResult) *heldResult { return p.Held }, func(h *heldResult) string { return short(float64(h.Count)) })},
-		{"connections to the store", of(func(p *peerResult) *heldResult { return p.Held }, func(h *heldResult) string { return short(float64(h.Connections)) })},
+		{"locks", of(func(p *peerResult) *heldResult { return p.Held }, func(h *heldResult) string { return table.Number(float64(h.Count)) })},
+		{"connections to the store", of(func(p *peerResult) *heldResult { return p.Held }, func(h *heldResult) string { return table.Number(float64(h.Connections)) })},
 		{"memory of the client", of(func(p *peerResult) *heldResult { return p.Held }, func(h *heldResult) string { return mib(h.ClientBytes) })},
-		{"goroutines of the client", of(func(p *peerResult) *heldResult { return p.Held }, func(h *heldResult) string { return short(float64(h.Goroutines)) })},
+		{"goroutines of the client", of(func(p *peerResult) *heldResult { return p.Held }, func(h *heldResult) string { return table.Number(float64(h.Goroutines)) })},
 		{"memory of the store", of(func(p *peerResult) *heldResult { return p.Held }, func(h *heldResult) string { return mib(h.StoreBytes) })},
 	}, false))
-	cut := short(newest.Cut)
+	cut := table.Number(newest.Cut)
 	section("Faults", func(p *peerResult) bool { return p.Kill != nil }, r.table([]column{
 		{"a hold of the dead ends by", func(p *peerResult) string { return p.Expiry }},
 		{"SIGKILL of the holder → the next may work", of(func(p *peerResult) *killResult { return p.Kill }, func(k *killResult) string { return k.Seconds.show("s") })},
@@ -212,7 +211,7 @@ func (r *results) when() string {
 			start = "The run before"
 		}
 		fmt.Fprintf(&b, "%s: %s, %s, %d CPUs for servers and clients together, a commit of PostgreSQL that waits for the disk takes %s ms longer than one "+
-			"that does not, TTL %s s", start, n.When, n.Go, n.CPUs, short(n.FlushMS), short(n.TTL))
+			"that does not, TTL %s s", start, n.When, n.Go, n.CPUs, table.Number(n.FlushMS), table.Number(n.TTL))
 		if n.Commit != "" {
 			fmt.Fprintf(&b, ", commit %s", n.Commit)
 		}
@@ -305,9 +304,9 @@ func (f *figure) show(unit string) string {
 	if f == nil {
 		return "–"
 	}
-	s := short(f.Value) + " " + unit
+	s := table.Number(f.Value) + " " + unit
 	if f.Max > f.Min {
-		s += " (" + short(f.Min) + "–" + short(f.Max) + ")"
+		s += " (" + table.Number(f.Min) + "–" + table.Number(f.Max) + ")"
 	}
 	return s
 }
@@ -329,27 +328,7 @@ func (s *survival) show() string {
 
 // down also shows how long the store was down.
 func (s *survival) down() string {
-	return fmt.Sprintf("%s (down %s s)", s.show(), short(s.LastedMS/1000))
+	return fmt.Sprintf("%s (down %s s)", s.show(), table.Number(s.LastedMS/1000))
 }
 
-func mib(bytes int64) string { return short(float64(bytes)/(1<<20)) + " MiB" }
-
-// short formats a number with three significant digits.
-func short(v float64) string {
-	switch a := math.Abs(v); {
-	case v == math.Trunc(v) && a < 1e6, a >= 1000:
-		s := fmt.Sprintf("%.0f", v)
-		for i := len(s) - 3; i > 0 && s[i-1] != '-'; i -= 3 {
-			s = s[:i] + "," + s[i:]
-		}
-		return s
-	case a >= 100:
-		return fmt.Sprintf("%.0f", v)
-	case a >= 10:
-		return fmt.Sprintf("%.1f", v)
-	case a >= 0.1:
-		return fmt.Sprintf("%.2f", v)
-	default:
-		return fmt.Sprintf("%.3f", v)
-	}
-}
+func mib(bytes int64) string { return table.Number(float64(bytes)/(1<<20)) + " MiB" }

@@ -54,7 +54,7 @@ func capacityTable(r *result) string {
 		}
 		ours := (&figure{Value: w.Ours.Value}).show(w.Unit)
 		if w.Extra != nil {
-			ours += ", worst " + short(*w.Extra)
+			ours += ", worst " + table.Number(*w.Extra)
 		}
 		lines = append(lines, []string{what, ours, floor, limit, moves})
 	}
@@ -76,5 +76,5 @@ func capacityTable(r *result) string {
 	add("errors of 256 callers whose connections are cut 8 times", cut, "errors", "their lock timeout", "`WithLockTimeout`")
 	lines = append(lines, []string{"services", "48, or 24 that are all busy", "–", "two connections for each, three while it holds locks, four when it is busy", "`max_connections`"})
 	return fmt.Sprintf("Taken %s on %d CPUs, for the server and the benchmark together, with PostgreSQL %s; a flush of the disk takes %s ms there.\n\n%s",
-		strings.Fields(r.When)[0], r.CPUs, strings.Fields(r.Postgres)[0], short(r.FlushMS), table.Align(lines))
+		strings.Fields(r.When)[0], r.CPUs, strings.Fields(r.Postgres)[0], table.Number(r.FlushMS), table.Align(lines))
 }

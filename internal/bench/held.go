@@ -11,6 +11,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/preemptable/locker"
+	"github.com/preemptable/locker/internal/table"
 )
 
 // other is the pull request of the cycle that runs while the locks are held.
@@ -259,5 +260,5 @@ func plural(n int, word string) string {
 	if n == 1 {
 		return "1 " + word
 	}
-	return short(float64(n)) + " " + word + "s"
+	return table.Number(float64(n)) + " " + word + "s"
 }

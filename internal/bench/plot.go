@@ -7,6 +7,8 @@ import (
 	"os"
 	"strconv"
 	"strings"
+
+	"github.com/preemptable/locker/internal/table"
 )
 
 // The colours are readable on white and on black, because a picture cannot know the theme of its
@@ -136,7 +138,7 @@ func niceStep(v float64) float64 {
 // tick formats a number on an axis, without rounding residues.
 func tick(v float64) string {
 	if v >= 1000 {
-		return short(math.Round(v))
+		return table.Number(math.Round(v))
 	}
 	return strconv.FormatFloat(math.Round(v*1000)/1000, 'f', -1, 64)
 }

@@ -113,14 +113,14 @@ func (b *bench) profile(out string) {
 	}
 	for i := range max(len(columns[0]), len(columns[1])) {
 		a, r := columns[0][i], part{}
-		line := []string{a.name, short(a.us) + " µs", percent(a.us, us(times[0].median())), "–", "–"}
+		line := []string{a.name, table.Number(a.us) + " µs", percent(a.us, us(times[0].median())), "–", "–"}
 		for _, c := range columns[1] {
 			if c.key == a.key && a.key != "" {
 				r = c
 			}
 		}
 		if r.key != "" {
-			line[3], line[4] = short(r.us)+" µs", percent(r.us, us(times[1].median()))
+			line[3], line[4] = table.Number(r.us)+" µs", percent(r.us, us(times[1].median()))
 		}
 		lines = append(lines, line)
 	}
@@ -144,7 +144,7 @@ func (b *bench) profile(out string) {
 		}
 	}
 	check(server.Set(b.ctx, "log_min_duration_statement", "-1"))
-	fmt.Fprintf(&b2, "With 10,000 locks held, the check of some of their rows takes the server %s ms, every 3 s.\n", short(beat.median/1e3))
+	fmt.Fprintf(&b2, "With 10,000 locks held, the check of some of their rows takes the server %s ms, every 3 s.\n", table.Number(beat.median/1e3))
 	fmt.Print(b2.String())
 	if out != "" {
 		writeFile(out+".md", b2.String())
@@ -174,14 +174,14 @@ func parts(whole float64, statements []logged, n int, trip, commit, flush, syncs
 			writes += k
 		}
 		work += k * l.median
-		list = append(list, part{name: fmt.Sprintf("  %s (%s a cycle)", l.label(), short(math2(k))), us: k * l.median})
+		list = append(list, part{name: fmt.Sprintf("  %s (%s a cycle)", l.label(), table.Number(math2(k))), us: k * l.median})
 	}
 	head := []part{{"all", "the whole cycle", whole}, {"work", "server: bind and execute", work}}
 	rest := whole - work - trips*trip - writes*commit - syncs*flush
 	return append(append(head, list...),
-		part{"trips", fmt.Sprintf("round trips (%s), each %s µs", short(math2(trips)), short(trip)), trips * trip},
-		part{"commits", fmt.Sprintf("commits without the disk (%s), each %s µs", short(math2(writes)), short(commit)), writes * commit},
-		part{"flush", fmt.Sprintf("waiting for the disk (%s), each %s µs", short(math2(syncs)), short(flush)), syncs * flush},
+		part{"trips", fmt.Sprintf("round trips (%s), each %s µs", table.Number(math2(trips)), table.Number(trip)), trips * trip},
+		part{"commits", fmt.Sprintf("commits without the disk (%s), each %s µs", table.Number(math2(writes)), table.Number(commit)), writes * commit},
+		part{"flush", fmt.Sprintf("waiting for the disk (%s), each %s µs", table.Number(math2(syncs)), table.Number(flush)), syncs * flush},
 		part{"rest", "Go: the library, its goroutines, the scheduler", rest},
 	)
 }

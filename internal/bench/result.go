@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"fmt"
-	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -82,39 +81,19 @@ func (r *result) add(rows ...row) {
 	}
 }
 
-// short formats a number with three significant digits.
-func short(v float64) string {
-	switch a := math.Abs(v); {
-	case v == math.Trunc(v) && a < 1e6, a >= 1000:
-		s := fmt.Sprintf("%.0f", v)
-		for i := len(s) - 3; i > 0 && s[i-1] != '-'; i -= 3 {
-			s = s[:i] + "," + s[i:]
-		}
-		return s
-	case a >= 100:
-		return fmt.Sprintf("%.0f", v)
-	case a >= 10:
-		return fmt.Sprintf("%.1f", v)
-	case a >= 0.1:
-		return fmt.Sprintf("%.2f", v)
-	default:
-		return fmt.Sprintf("%.3f", v)
-	}
-}
-
 func (f *figure) show(unit string) string {
 	if f == nil {
 		return "–"
 	}
-	s := short(f.Value)
+	s := table.Number(f.Value)
 	if unit != "" {
 		s += " " + unit
 	}
 	if f.Max > f.Min {
-		s += " (" + short(f.Min) + "–" + short(f.Max) + ")"
+		s += " (" + table.Number(f.Min) + "–" + table.Number(f.Max) + ")"
 	}
 	if f.P99 > 0 {
-		s += ", p99 " + short(f.P99)
+		s += ", p99 " + table.Number(f.P99)
 	}
 	return s
 }
@@ -122,7 +101,7 @@ func (f *figure) show(unit string) string {
 func (w row) cells() []string {
 	ours, floor, ratio, goal, met := w.Ours.show(w.Unit), "–", "–", "–", "–"
 	if w.Extra != nil {
-		ours += ", worst " + short(*w.Extra)
+		ours += ", worst " + table.Number(*w.Extra)
 	}
 	if w.Floor != nil {
 		floor = w.Floor.show(w.Unit)
@@ -138,7 +117,7 @@ func (w row) cells() []string {
 		if t.AtLeast {
 			goal = "≥ "
 		}
-		goal += short(t.Bound)
+		goal += table.Number(t.Bound)
 		if t.Ratio {
 			goal += " ×"
 		} else if w.Unit != "" {
@@ -158,7 +137,7 @@ func (r *result) table() string {
 	if r.Commit != "" {
 		fmt.Fprintf(&b, ", commit %s", r.Commit)
 	}
-	fmt.Fprintf(&b, ". A commit that waits for the disk takes %s ms longer than one that does not. The run took %d s.\n\n", short(r.FlushMS), r.Seconds)
+	fmt.Fprintf(&b, ". A commit that waits for the disk takes %s ms longer than one that does not. The run took %d s.\n\n", table.Number(r.FlushMS), r.Seconds)
 	b.WriteString("The floor is raw PostgreSQL in the same run, interleaved with ours. A figure is the median of its rounds' medians, in brackets\n" +
 		"the smallest and the largest of them; p99 and worst are of all samples.\n")
 	for rows := r.Rows; len(rows) > 0; {

@@ -5,6 +5,8 @@ import (
 	"os"
 	"sync/atomic"
 	"time"
+
+	"github.com/preemptable/locker/internal/table"
 )
 
 // soaked runs many cycles over a thousand keys. Nothing may grow.
@@ -60,7 +62,7 @@ FROM pg_stat_user_tables WHERE relname = 'env_lock_state'`).Scan(&s.locks, &s.st
 	}
 	last := look()
 
-	group := fmt.Sprintf("Soak: %s over %s keys; the floor is after the first %s", plural(n, "cycle"), short(keys), short(float64(max(warm, keys))))
+	group := fmt.Sprintf("Soak: %s over %s keys; the floor is after the first %s", plural(n, "cycle"), table.Number(keys), table.Number(float64(max(warm, keys))))
 	flat := func(name, unit string, t *target, get func(state) float64, div float64) {
 		f := value(get(last) / div)
 		m := get(middle) / div
