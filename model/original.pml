@@ -75,7 +75,7 @@ proctype Judge()
 			if
 			:: phase[k] == HOLD && claim[k] != newest ->
 				older_wins = 1;
-				printf("at rest: %c (claim %d) holds, and nobody will ever tell it to stop\n", NAME(k), claim[k])
+				printf("at rest: %c (claim %d) holds, and is never notified\n", NAME(k), claim[k])
 			:: phase[k] == WAIT ->
 				older_wins = 1;
 				printf("at rest: %c (claim %d) waits for ever\n", NAME(k), claim[k])

@@ -105,12 +105,14 @@ func (b *bench) events() {
 	p, q := newProvider(uri), newProvider(uri)
 	defer func() { _ = p.Close(); _ = q.Close() }()
 
-	preemption, displacement, handOver, whole := newComparison(), newComparison(), newComparison(), newComparison()
-	sample := func(c *comparison, ours func() time.Duration) {
+	preemption, displacement, handOver, durable, whole := newComparison(), newComparison(), newComparison(), newComparison(), newComparison()
+	sample := func(c *comparison, ours func() time.Duration) time.Duration {
 		time.Sleep(pause)
 		c.floor.add(raw.once())
 		time.Sleep(pause)
-		c.ours.add(ours())
+		took := ours()
+		c.ours.add(took)
+		return took
 	}
 	const key = 7
 	holder := b.attempt(p, key)
@@ -146,14 +148,16 @@ func (b *bench) events() {
 		fourth = b.attempt(q, key)
 		sample(displacement, displace(third, fourth))
 		b.wait(fourth)
-		sample(handOver, func() time.Duration {
+		time.Sleep(pause)
+		durable.floor.add(raw.handOver())
+		durable.ours.add(sample(handOver, func() time.Duration {
 			start := time.Now()
 			check(holder.lock.Unlock(b.ctx))
 			a := <-fourth.done
 			check(a.err)
 			fourth.held = a.ch
 			return a.at.Sub(start)
-		})
+		}))
 		holder = fourth
 		p, q = q, p
 	}
@@ -180,7 +184,7 @@ func (b *bench) events() {
 		old, oldCh = next, a.ch
 		f, g = g, f
 	}
-	all := []*comparison{preemption, displacement, handOver, whole}
+	all := []*comparison{preemption, displacement, handOver, durable, whole}
 	for i := range 9 {
 		for _, c := range all {
 			c.begin()
@@ -205,13 +209,18 @@ func (b *bench) events() {
 
 	const group = "Notifications between two providers"
 	add := func(name string, c *comparison, t *target) {
+		what := "pg_notify → receive"
+		if c == durable {
+			what = "one-row UPDATE with pg_notify → receive → one-row UPDATE, one flush"
+		}
 		b.result.add(row{
 			Group: group, Name: name, Unit: "ms", Ours: c.ours.figure(), Floor: c.floor.figure(),
-			What: "pg_notify → receive", Ratio: c.ratio(), Target: t,
+			What: what, Ratio: c.ratio(), Target: t,
 		})
 	}
 	add("preemption: claim → holder's channel", preemption, ratioAtMost(2.1))
 	add("preemption, from PreemptiveLocker.Lock on", whole, nil)
 	add("superseding: claim → older waiter is back", displacement, ratioAtMost(3.3))
 	add("hand-over: release → waiter is back", handOver, ratioAtMost(4.5))
+	add("hand-over, against that of a raw lock in a row, which is durable", durable, nil)
 }

@@ -85,7 +85,13 @@ func newRowPair(uri string) *rawPair {
 		"UPDATE bench_rows SET n = n + 1 WHERE id = $1 RETURNING set_config('synchronous_commit', 'off', true)")
 }
 
-// makeRows creates the rows of newRowPair, from 0 on.
+// newBatchPair returns a pair that does the same with n rows at once, those that follow the key.
+func newBatchPair(uri string, n int) *rawPair {
+	update := fmt.Sprintf("UPDATE bench_rows SET n = n + 1 WHERE id >= $1::bigint AND id < $1::bigint + %d", n)
+	return newPair(uri, update, update+" RETURNING set_config('synchronous_commit', 'off', true)")
+}
+
+// makeRows creates the rows of newRowPair and newBatchPair, from 0 on.
 func makeRows(uri string, n int) {
 	db := openDB(uri, 1)
 	defer func() { _ = db.Close() }()
@@ -148,32 +154,54 @@ func (p *rawPool) close() {
 	}
 }
 
-// rawNotify is one connection that sends and one that listens.
+// rawNotify is one connection that sends and one that listens. For handOver, the sender releases a
+// row, and another connection acquires it.
 type rawNotify struct {
-	send     *statement
-	listener *pq.Listener
+	send, release, acquire *statement
+	listener               *pq.Listener
 }
 
 func newRawNotify(uri string) *rawNotify {
-	r := &rawNotify{send: prepare(uri, "SELECT pg_notify('floor', $1)"), listener: pq.NewListener(uri, time.Second, time.Second, nil)}
+	makeRows(uri, 1)
+	r := &rawNotify{
+		send: prepare(uri, "SELECT pg_notify('floor', $1)"),
+		release: prepare(uri, "UPDATE bench_rows SET n = n + 1 WHERE id = 0 "+
+			"RETURNING set_config('synchronous_commit', 'off', true), pg_notify('floor', '')"),
+		acquire:  prepare(uri, "UPDATE bench_rows SET n = n + 1 WHERE id = 0"),
+		listener: pq.NewListener(uri, time.Second, time.Second, nil),
+	}
 	check(r.listener.Listen("floor"))
 	return r
 }
 
 // once returns the time from the call until a goroutine that waits for the notification has it.
 func (r *rawNotify) once() time.Duration {
-	arrived := make(chan time.Time, 1)
+	return r.until(func() { check(r.send.run("x")) }, func() {})
+}
+
+// handOver returns the time from the release until the goroutine has acquired the row, durably.
+func (r *rawNotify) handOver() time.Duration {
+	return r.until(func() { check(r.release.run()) }, func() { check(r.acquire.run()) })
+}
+
+// until calls send, which sends a notification. It returns the time until a goroutine that waits for
+// the notification has it, and has called then.
+func (r *rawNotify) until(send, then func()) time.Duration {
+	end := make(chan time.Time, 1)
 	go func() {
 		<-r.listener.Notify
-		arrived <- time.Now()
+		then()
+		end <- time.Now()
 	}()
 	start := time.Now()
-	check(r.send.run("x"))
-	return (<-arrived).Sub(start)
+	send()
+	return (<-end).Sub(start)
 }
 
 func (r *rawNotify) close() {
-	r.send.close()
+	for _, s := range []*statement{r.send, r.release, r.acquire} {
+		s.close()
+	}
 	_ = r.listener.Close()
 }
 

@@ -51,52 +51,67 @@ func (b *bench) throughput() {
 	pool.close()
 	makeRows(uri, 256)
 	for _, n := range []int{4, 16} {
-		var r, durable rates
-		for range 3 {
-			b.severalProviders(uri, n, d, &r, &durable)
-		}
-		var t *target
-		if n == 16 {
-			t = ratioAtLeast(1.1)
-		}
-		add("Cycles per second, several providers", fmt.Sprintf("256 workers on %d providers", n), n, r,
-			fmt.Sprintf("pairs on %d connections", pooled), t)
-		add("Cycles per second, several providers", fmt.Sprintf("256 workers on %d providers, against raw locks in rows, which are durable", n), n, durable,
-			fmt.Sprintf("two one-row UPDATEs, one flush, on %d connections", pooled), nil)
+		b.severalProviders(uri, n, d)
 	}
 	b.fights(d)
 }
 
-// severalProviders runs one round of n providers, then of raw pairs, and then of raw pairs that are
-// durable. Together they would need more connections than a stock server has, so each side connects
-// anew.
-func (b *bench) severalProviders(uri string, n int, d time.Duration, r, durable *rates) {
+// severalProviders measures n providers and, after each of its rounds, raw locks: advisory locks, and
+// locks in rows, one by one and as many at a time as a provider has workers. Together they would
+// need more connections than a stock server has, so each side connects anew.
+func (b *bench) severalProviders(uri string, n int, d time.Duration) {
 	const workers = 256
-	var many []*locker.PostgresLockProvider
+	share := workers / n
+	floors := []struct {
+		suffix, what     string
+		connections, per int
+		pair             func(uri string) *rawPair
+		rates            rates
+	}{
+		{"", "pairs", pooled, 1, newRawPair, rates{}},
+		{", against raw locks in rows, which are durable", "two one-row UPDATEs, one flush,", pooled, 1, newRowPair, rates{}},
+		{
+			fmt.Sprintf(", against raw locks in rows, %d at a time", share), fmt.Sprintf("two %d-row UPDATEs, one flush,", share), n, share,
+			func(uri string) *rawPair { return newBatchPair(uri, share) }, rates{},
+		},
+	}
+	for range 3 {
+		ours := b.providers(uri, n, workers, d)
+		for i := range floors {
+			f := &floors[i]
+			pool := newRawPool(uri, f.connections, f.pair)
+			pair := func(w int) error { return pool.run(int64(w * f.per)) }
+			perSecond(workers/f.per, d/4, pair)
+			f.rates.ours = append(f.rates.ours, ours)
+			f.rates.floor = append(f.rates.floor, perSecond(workers/f.per, d, pair)*float64(f.per))
+			pool.close()
+		}
+	}
+	for _, f := range floors {
+		var t *target
+		if n == 16 && f.suffix == "" {
+			t = ratioAtLeast(1.1)
+		}
+		b.result.add(row{
+			Group: "Cycles per second, several providers", Name: fmt.Sprintf("%d workers on %d providers%s", workers, n, f.suffix), X: float64(n), Unit: "/s",
+			Ours: spread(f.rates.ours), Floor: spread(f.rates.floor), What: fmt.Sprintf("%s on %d connections", f.what, f.connections),
+			Ratio: f.rates.ratio(), Target: t,
+		})
+	}
+}
+
+// providers returns the cycles per second of workers on n providers.
+func (b *bench) providers(uri string, n, workers int, d time.Duration) float64 {
 	var factories []locker.PreemptiveLockerFactory
 	for range n {
 		p := newProvider(uri)
-		many = append(many, p)
+		defer func() { check(p.Close()) }()
 		factories = append(factories, newFactory(p))
 	}
 	work := func(w int) error { return cycle(b.ctx, factories[w%n], uint(w+1)) }
 	check(parallel(workers, work)) // connects, however long that takes
 	perSecond(workers, d/4, work)  // for warming up
-	ours := perSecond(workers, d, work)
-	for _, p := range many {
-		check(p.Close())
-	}
-	for _, f := range []struct {
-		pair func(string) *rawPair
-		to   *rates
-	}{{newRawPair, r}, {newRowPair, durable}} {
-		pool := newRawPool(uri, pooled, f.pair)
-		pair := func(w int) error { return pool.run(int64(w)) }
-		perSecond(workers, d/4, pair)
-		f.to.ours = append(f.to.ours, ours)
-		f.to.floor = append(f.to.floor, perSecond(workers, d, pair))
-		pool.close()
-	}
+	return perSecond(workers, d, work)
 }
 
 // fights lets two workers at two providers take each key from each other again and again.
