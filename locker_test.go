@@ -490,6 +490,18 @@ func (e *env) subscribed(p LockProvider) int {
 // inPhase waits until one of the process's locks of the key is in a phase.
 func (e *env) inPhase(p LockProvider, key int64, want phase) {
 	e.t.Helper()
+	e.someLock(p, key, func(l *lock) bool { return l.phase == want })
+}
+
+// waitsFor waits until one of the process's locks waits for the key. See waits.
+func (e *env) waitsFor(p LockProvider, key int64) {
+	e.t.Helper()
+	e.someLock(p, key, waitsLocked)
+}
+
+// someLock waits until the condition is true of one of the process's locks of the key.
+func (e *env) someLock(p LockProvider, key int64, condition func(l *lock) bool) {
+	e.t.Helper()
 	e.eventually(func() bool {
 		h := hubOf(p)
 		h.mu.Lock()
@@ -501,22 +513,24 @@ func (e *env) inPhase(p LockProvider, key int64, want phase) {
 		return slices.ContainsFunc(locks, func(l *lock) bool {
 			l.mu.Lock()
 			defer l.mu.Unlock()
-			return l.phase == want
+			return condition(l)
 		})
 	})
 }
 
-// waits waits until a lock is waiting. If it was not announced, it has then seen which claim is the
-// newest.
+// waits waits until a lock is waiting, and is announced. If it is one that is not announced, it has
+// then seen which claim is the newest.
 func (e *env) waits(l PreemptableLock) {
 	e.t.Helper()
 	e.eventually(func() bool {
 		l := lockOf(l)
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		return l.phase == waiting && l.placed
+		return waitsLocked(l)
 	})
 }
+
+func waitsLocked(l *lock) bool { return l.phase == waiting && l.placed }
 
 func (e *env) lock(p LockProvider, key int64, event string) PreemptableLock {
 	e.t.Helper()
@@ -1410,7 +1424,7 @@ func lateClaimAfterLoss(e *env) {
 	waiter := e.lock(p, key, "waiter")
 	e.NoError(waiter.Notify(ContextWithSequence(e.ctx, 5)))
 	out := e.start(e.ctx, waiter)
-	e.inPhase(p, key, waiting)
+	e.waitsFor(p, key)
 	// The processes of the fake share one session, so the loss frees the key as well.
 	if !e.fake() {
 		e.waits(waiter)
@@ -1467,7 +1481,7 @@ func claimThatGaveUp(e *env) {
 	holder, _ := e.hold(p, key, "holder")
 	ctx, cancel := context.WithCancel(e.ctx)
 	out := e.start(ctx, e.locker(p, "cancelled").Sequence(3))
-	e.inPhase(p, key, waiting)
+	e.waitsFor(p, key)
 	cancel()
 	e.failed(out)
 	e.NoError(holder.Unlock(e.ctx))
@@ -1534,7 +1548,7 @@ func waitAfterDeath(e *env) {
 
 	b := e.locker(q, "b")
 	out := e.start(e.ctx, b)
-	e.inPhase(q, key, waiting)
+	e.waitsFor(q, key)
 	e.payload(ch)
 	e.matchesOnly(causeOf(a.lock, NotificationPayload{}, true), ErrLockLost)
 	if e.fake() {
@@ -2486,7 +2500,7 @@ func releaseAtEveryStage(e *env) {
 	l := e.locker(p, "waiter")
 	out := e.start(e.ctx, l)
 	e.payload(ch)
-	e.inPhase(p, key, waiting)
+	e.waitsFor(p, key)
 	end(l, out)
 	e.True(e.isHeld(key))
 	e.NoError(holder.Unlock(e.ctx))
@@ -2625,19 +2639,19 @@ func failedLockLeavesNothing(e *env) {
 	fail("cancelled", p, func(l *PreemptiveLocker) {
 		ctx, cancel := context.WithCancel(e.ctx)
 		out := e.start(ctx, l)
-		e.inPhase(p, key, waiting)
+		e.waitsFor(p, key)
 		cancel()
 		e.ErrorIs(e.failed(out), context.Canceled)
 	})
 	fail("preempted", p, func(l *PreemptiveLocker) {
 		out := e.start(e.ctx, l)
-		e.inPhase(p, key, waiting)
+		e.waitsFor(p, key)
 		e.announced(q, key, "newer")
 		e.ErrorIs(e.failed(out), ErrLockPreempted)
 	})
 	fail("released", p, func(l *PreemptiveLocker) {
 		out := e.start(e.ctx, l)
-		e.inPhase(p, key, waiting)
+		e.waitsFor(p, key)
 		e.NoError(l.Release(e.ctx))
 		e.failed(out)
 	})
@@ -2752,7 +2766,7 @@ func failuresToldApart(e *env) {
 
 	ctx, cancel := context.WithCancel(e.ctx)
 	out := e.start(ctx, e.locker(q, "cancelled"))
-	e.inPhase(q, key, waiting)
+	e.waitsFor(q, key)
 	cancel()
 	err = e.failed(out)
 	e.matchesOnly(err, context.Canceled)
@@ -2767,7 +2781,7 @@ func failuresToldApart(e *env) {
 	e.Equal(context.DeadlineExceeded, errors.Cause(err))
 
 	out = e.start(e.ctx, e.locker(q, "preempted"))
-	e.inPhase(q, key, waiting)
+	e.waitsFor(q, key)
 	e.announced(q, key, "newer event")
 	err = e.failed(out)
 	e.matchesOnly(err, ErrLockPreempted)
@@ -2784,7 +2798,7 @@ func contextCauseNotMatched(e *env) {
 		holder, _ := e.hold(p, key, "holder")
 		ctx, cancel := context.WithCancelCause(e.ctx)
 		out := e.start(ctx, e.locker(p, "waiter"))
-		e.inPhase(p, key, waiting)
+		e.waitsFor(p, key)
 		cancel(cause)
 		err := e.failed(out)
 		e.matchesOnly(err, context.Canceled)

@@ -16,8 +16,8 @@ import (
 
 const (
 	maxBatch = 512 // operations in one statement
-	// With fewer operations than this, the swift worker waits for the disk worker, for no longer
-	// than maxTogether. See together.
+	// With fewer operations than this, a worker waits for the other one's statement, unless that
+	// takes longer than maxTogether. See together.
 	fewOps      = 16
 	maxTogether = 20 * time.Millisecond
 
@@ -251,10 +251,8 @@ type worker struct {
 	ended   bool      // whether run has ended
 
 	// Used only by the worker's goroutine.
-	next opKind // the kind whose turn it is
-	// For together: when the awaited statement began, and until when to wait for it.
-	waits time.Time
-	until time.Time
+	next  opKind    // the kind whose turn it is
+	waits time.Time // when the statement that together waits for began
 	// The batch in flight. The next one reuses its memory.
 	batch []*op
 	keys  map[int64]bool
@@ -386,16 +384,20 @@ func (w *worker) nextBatch() (batch []*op, ref sessionRef, wait time.Duration, c
 	batch = w.batch[:0]
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	ran := !w.begun.IsZero()
 	w.begun = time.Time{}
 	if w.ctx.Err() != nil {
 		return nil, ref, 0, true
 	}
+	other := s.disk
 	if w == s.disk {
-		// The swift worker may have waited for this one.
-		if s.swift.queuedLocked() > 0 {
-			signal(s.swift.wake)
-		}
-	} else if pause := w.together(now); pause > 0 {
+		other = s.swift
+	}
+	// The other worker may have waited for this one.
+	if ran && other.queuedLocked() > 0 {
+		signal(other.wake)
+	}
+	if pause := w.together(other, now); pause > 0 {
 		return nil, ref, pause, false
 	}
 	ref, connected := s.trust.current()
@@ -444,22 +446,21 @@ func (w *worker) nextBatch() (batch []*op, ref sessionRef, wait time.Duration, c
 	return batch, ref, wait, len(batch) == 0 && closed
 }
 
-// together returns how long the swift worker should wait for the statement of the disk worker if it
-// has only a few operations. The callers that get their results from that statement then queue
-// their releases, and continue in step, so that one statement serves all of them. Otherwise many
+// together returns how long a worker that has only a few operations should wait for the statement
+// of the other worker. The callers that get their results from that statement then queue their next
+// operations, and continue in step, so that one statement serves all of them. Otherwise many
 // providers with few callers each would spend their time on small statements.
-func (w *worker) together(now time.Time) time.Duration {
-	begun := w.session.disk.begun
+func (w *worker) together(other *worker, now time.Time) time.Duration {
 	switch {
-	case begun.IsZero(), w.queuedLocked() == 0, w.queuedLocked() >= fewOps:
+	case other.begun.IsZero(), w.queuedLocked() == 0, w.queuedLocked() >= fewOps:
 		return 0
 	case w.waits.IsZero():
-		w.waits, w.until = begun, now.Add(maxTogether)
-	case w.waits != begun:
+		w.waits = other.begun
+	case w.waits != other.begun:
 		// That statement has ended, and another one follows.
 		return 0
 	}
-	return max(0, w.until.Sub(now))
+	return max(0, other.begun.Add(maxTogether).Sub(now))
 }
 
 // hangUpAfter returns how long a worker keeps its connection without work.

@@ -2097,3 +2097,20 @@ func TestPostgresFacts(t *testing.T) {
 	require.EqualValues(t, 1, rows, "the WHERE was not looked at again")
 	require.Equal(t, 21, pgGet[int](t, db, `SELECT seen FROM fact WHERE id = 1`))
 }
+
+// With few operations a worker waits for the statement of the other one, but not for a second one,
+// and not for one that takes long.
+func TestWorkersWaitForEachOther(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	other := &worker{begun: now}
+	few := func() *worker { return &worker{queues: [opKinds][]*op{opRelease: {{}}}} }
+	w := few()
+	require.Zero(t, w.together(&worker{}, now), "the other worker is idle")
+	require.Zero(t, (&worker{}).together(other, now), "nothing is queued")
+	require.Zero(t, (&worker{queues: [opKinds][]*op{opRelease: make([]*op, fewOps)}}).together(other, now), "many operations are queued")
+	require.Zero(t, few().together(other, now.Add(maxTogether)), "the statement takes long")
+	require.Equal(t, maxTogether/2, w.together(other, now.Add(maxTogether/2)))
+	require.Equal(t, maxTogether/4, w.together(other, now.Add(3*maxTogether/4)), "the same statement")
+	require.Zero(t, w.together(&worker{begun: now.Add(maxTogether / 2)}, now.Add(3*maxTogether/4)), "the next statement")
+}
