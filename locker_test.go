@@ -518,8 +518,8 @@ func (e *env) someLock(p LockProvider, key int64, condition func(l *lock) bool) 
 	})
 }
 
-// waits waits until a lock is waiting, and is announced. If it is one that is not announced, it has
-// then seen which claim is the newest.
+// waits waits until a lock is waiting and its place is known: it was announced, or has seen which
+// claim is the newest.
 func (e *env) waits(l PreemptableLock) {
 	e.t.Helper()
 	e.eventually(func() bool {
@@ -1424,11 +1424,7 @@ func lateClaimAfterLoss(e *env) {
 	waiter := e.lock(p, key, "waiter")
 	e.NoError(waiter.Notify(ContextWithSequence(e.ctx, 5)))
 	out := e.start(e.ctx, waiter)
-	e.waitsFor(p, key)
-	// The processes of the fake share one session, so the loss frees the key as well.
-	if !e.fake() {
-		e.waits(waiter)
-	}
+	e.waits(waiter)
 	e.loseSession(p)
 	redelivery := func() error {
 		return e.lock(q, key, "redelivery").Notify(ContextWithSequence(e.ctx, 5))

@@ -16,8 +16,8 @@ import (
 
 const (
 	maxBatch = 512 // operations in one statement
-	// With fewer operations than this, a worker waits for the other one's statement, unless that
-	// takes longer than maxTogether. See together.
+	// With fewer operations than this, a worker waits for the other one's batch, but only until
+	// maxTogether after that was taken. See together.
 	fewOps      = 16
 	maxTogether = 20 * time.Millisecond
 
@@ -252,7 +252,7 @@ type worker struct {
 
 	// Used only by the worker's goroutine.
 	next  opKind    // the kind whose turn it is
-	waits time.Time // when the statement that together waits for began
+	waits time.Time // when the batch that together waits for was taken
 	// The batch in flight. The next one reuses its memory.
 	batch []*op
 	keys  map[int64]bool
@@ -446,8 +446,8 @@ func (w *worker) nextBatch() (batch []*op, ref sessionRef, wait time.Duration, c
 	return batch, ref, wait, len(batch) == 0 && closed
 }
 
-// together returns how long a worker that has only a few operations should wait for the statement
-// of the other worker. The callers that get their results from that statement then queue their next
+// together returns how long a worker that has only a few operations should wait for the batch of the
+// other worker. The callers that get their results from that batch then queue their next
 // operations, and continue in step, so that one statement serves all of them. Otherwise many
 // providers with few callers each would spend their time on small statements.
 func (w *worker) together(other *worker, now time.Time) time.Duration {
@@ -457,7 +457,7 @@ func (w *worker) together(other *worker, now time.Time) time.Duration {
 	case w.waits.IsZero():
 		w.waits = other.begun
 	case w.waits != other.begun:
-		// That statement has ended, and another one follows.
+		// That batch has ended, and another one follows.
 		return 0
 	}
 	return max(0, other.begun.Add(maxTogether).Sub(now))

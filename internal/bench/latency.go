@@ -100,7 +100,7 @@ func (b *bench) events() {
 	defer drop()
 	rawURI, dropRaw := b.database()
 	defer dropRaw()
-	raw := newRawNotify(rawURI)
+	raw := newRawHandOver(rawURI)
 	defer raw.close()
 	p, q := newProvider(uri), newProvider(uri)
 	defer func() { _ = p.Close(); _ = q.Close() }()

@@ -85,7 +85,7 @@ func newRowPair(uri string) *rawPair {
 		"UPDATE bench_rows SET n = n + 1 WHERE id = $1 RETURNING set_config('synchronous_commit', 'off', true)")
 }
 
-// newBatchPair returns a pair that does the same with n rows at once, those that follow the key.
+// newBatchPair is like newRowPair, for the n rows from the key on.
 func newBatchPair(uri string, n int) *rawPair {
 	update := fmt.Sprintf("UPDATE bench_rows SET n = n + 1 WHERE id >= $1::bigint AND id < $1::bigint + %d", n)
 	return newPair(uri, update, update+" RETURNING set_config('synchronous_commit', 'off', true)")
@@ -154,22 +154,14 @@ func (p *rawPool) close() {
 	}
 }
 
-// rawNotify is one connection that sends and one that listens. For handOver, the sender releases a
-// row, and another connection acquires it.
+// rawNotify is one connection that sends and one that listens.
 type rawNotify struct {
-	send, release, acquire *statement
-	listener               *pq.Listener
+	send     *statement
+	listener *pq.Listener
 }
 
 func newRawNotify(uri string) *rawNotify {
-	makeRows(uri, 1)
-	r := &rawNotify{
-		send: prepare(uri, "SELECT pg_notify('floor', $1)"),
-		release: prepare(uri, "UPDATE bench_rows SET n = n + 1 WHERE id = 0 "+
-			"RETURNING set_config('synchronous_commit', 'off', true), pg_notify('floor', '')"),
-		acquire:  prepare(uri, "UPDATE bench_rows SET n = n + 1 WHERE id = 0"),
-		listener: pq.NewListener(uri, time.Second, time.Second, nil),
-	}
+	r := &rawNotify{send: prepare(uri, "SELECT pg_notify('floor', $1)"), listener: pq.NewListener(uri, time.Second, time.Second, nil)}
 	check(r.listener.Listen("floor"))
 	return r
 }
@@ -177,11 +169,6 @@ func newRawNotify(uri string) *rawNotify {
 // once returns the time from the call until a goroutine that waits for the notification has it.
 func (r *rawNotify) once() time.Duration {
 	return r.until(func() { check(r.send.run("x")) }, func() {})
-}
-
-// handOver returns the time from the release until the goroutine has acquired the row, durably.
-func (r *rawNotify) handOver() time.Duration {
-	return r.until(func() { check(r.release.run()) }, func() { check(r.acquire.run()) })
 }
 
 // until calls send, which sends a notification. It returns the time until a goroutine that waits for
@@ -199,10 +186,37 @@ func (r *rawNotify) until(send, then func()) time.Duration {
 }
 
 func (r *rawNotify) close() {
-	for _, s := range []*statement{r.send, r.release, r.acquire} {
-		s.close()
-	}
+	r.send.close()
 	_ = r.listener.Close()
+}
+
+// rawHandOver is rawNotify with two more connections: one releases a row and notifies, the other
+// acquires the row.
+type rawHandOver struct {
+	*rawNotify
+	release, acquire *statement
+}
+
+func newRawHandOver(uri string) *rawHandOver {
+	makeRows(uri, 1)
+	return &rawHandOver{
+		rawNotify: newRawNotify(uri),
+		release: prepare(uri, "UPDATE bench_rows SET n = n + 1 WHERE id = 0 "+
+			"RETURNING set_config('synchronous_commit', 'off', true), pg_notify('floor', '')"),
+		acquire: prepare(uri, "UPDATE bench_rows SET n = n + 1 WHERE id = 0"),
+	}
+}
+
+// handOver returns the time from the release until the goroutine that waits for the notification has
+// acquired the row, durably.
+func (r *rawHandOver) handOver() time.Duration {
+	return r.until(func() { check(r.release.run()) }, func() { check(r.acquire.run()) })
+}
+
+func (r *rawHandOver) close() {
+	r.release.close()
+	r.acquire.close()
+	r.rawNotify.close()
 }
 
 // The parts of the library's side.

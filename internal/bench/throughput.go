@@ -56,7 +56,7 @@ func (b *bench) throughput() {
 	b.fights(d)
 }
 
-// severalProviders measures n providers and, after each of its rounds, raw locks: advisory locks, and
+// severalProviders measures n providers and, after each round, raw locks: advisory locks, and
 // locks in rows, one by one and as many at a time as a provider has workers. Together they would
 // need more connections than a stock server has, so each side connects anew.
 func (b *bench) severalProviders(uri string, n int, d time.Duration) {
