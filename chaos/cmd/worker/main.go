@@ -410,16 +410,26 @@ func (c *claim) begin() {
 }
 
 func (c *claim) write(belief bool) {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
 	start := oracle.Now()
-	var ok bool
-	if err := c.fence.QueryRowContext(ctx, "SELECT fenced_write($1, $2, $3)", c.key, c.token, c.id).Scan(&ok); err != nil {
+	ok, err := c.fencedWrite()
+	// This worker was frozen meanwhile.
+	if errors.Is(err, context.DeadlineExceeded) {
+		ok, err = c.fencedWrite()
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "worker: fenced resource:", err)
 		// Without the resource there is nothing to judge.
 		os.Exit(3)
 	}
 	c.emit(oracle.Event{Kind: oracle.Write, Start: start, Token: c.token, OK: ok, Belief: belief})
+}
+
+// fencedWrite reports whether the resource has accepted a write.
+func (c *claim) fencedWrite() (ok bool, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	err = c.fence.QueryRowContext(ctx, "SELECT fenced_write($1, $2, $3)", c.key, c.token, c.id).Scan(&ok)
+	return ok, err
 }
 
 // viaDo makes a claim through PreemptiveLocker.Do.
