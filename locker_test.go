@@ -2625,7 +2625,8 @@ func failedLockLeavesNothing(e *env) {
 		e.Zero(e.subscribed(p))
 		failed = append(failed, l)
 		e.NoError(holder.Unlock(e.ctx))
-		e.False(e.isHeld(key))
+		// An attempt that was in flight when Lock returned may be granted the key for a moment.
+		e.eventually(func() bool { return !e.isHeld(key) })
 		// No lock waits for it.
 		e.free(p, key)
 	}
