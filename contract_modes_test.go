@@ -474,8 +474,8 @@ func progressIsBounded(e *env) {
 		e.NoError(first.Unlock(e.ctx))
 		return second, e.acquired(out)
 	}
-	holder, ch := spared()
 	start := time.Now()
+	holder, ch := spared()
 	newer := e.announced(q, key, "newer")
 	out := e.start(e.ctx, newer)
 	e.Equal("newer", e.payload(ch).Message)

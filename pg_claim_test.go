@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -447,4 +448,33 @@ func TestPostgresSupersededUnheard(t *testing.T) {
 	require.Equal(t, newer.claim.id, conflict.Winner.ID)
 	require.ErrorContains(t, err, `superseded by the newer claim "newer"`)
 	require.NoError(t, holder.Unlock(pgBackground))
+}
+
+// The time at which a claim was asked for is not too early by the server's clock, however long the
+// answer about that clock takes. Otherwise a claim that is repeated on another connection could be
+// superseded by an earlier one of the same caller.
+func TestServerTimeIsNotTooEarly(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	var slow atomic.Bool
+	px := newProxy(t, "", uri, func(_ *proxied, to direction, _ byte, _ []byte) verdict {
+		if to == toClient && slow.Load() {
+			<-time.After(100 * time.Millisecond)
+		}
+		return pass
+	})
+	dsn, err := sessionDSN(px.uri(t, uri))
+	require.NoError(t, err)
+	l, err := openLink(pgBackground, func(context.Context) (string, error) { return dsn, nil }, nil, time.Minute)
+	require.NoError(t, err)
+	t.Cleanup(l.close)
+	_, err = l.serverTime(pgBackground, time.Now())
+	require.NoError(t, err)
+	slow.Store(true)
+	l.clockAt = time.Time{}
+	before := pgGet[float64](t, pgDB(t, uri), `SELECT date_part('epoch', clock_timestamp())`)
+	asked := time.Now()
+	got, err := l.serverTime(pgBackground, asked)
+	require.NoError(t, err)
+	require.GreaterOrEqual(t, got, before)
 }

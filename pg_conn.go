@@ -98,7 +98,7 @@ type link struct {
 	conn       *sql.Conn
 	statements map[string]*sql.Stmt // the prepared statements, by text
 	encoding   string               // of the database: see storable
-	clock      float64              // the server's clock at clockAt: see serverTime
+	clock      float64              // the server's clock at clockAt or a little later: see serverTime
 	clockAt    time.Time
 	tracer     Tracer    // of all statements, or nil
 	server     Operation // the server and database, for traces

@@ -21,14 +21,16 @@ const lateAfter = time.Second
 // that clock, claims may count as late.
 const clockFor = 10 * time.Second
 
-// serverTime returns the time t on the server's clock, in seconds since 1970.
+// serverTime returns the time t on the server's clock, in seconds since 1970. The result is not
+// earlier than that. So a claim never counts as older than it is, and never older than one that had
+// returned before its caller asked, however different the measurements of two connections are.
 func (l *link) serverTime(ctx context.Context, t time.Time) (float64, error) {
 	if l.clockAt.IsZero() || time.Since(l.clockAt) > clockFor {
 		start := time.Now()
 		if err := l.each(ctx, sqlTime, nil, []any{&l.clock}, func() {}); err != nil {
 			return 0, err
 		}
-		l.clockAt = start.Add(time.Since(start) / 2)
+		l.clockAt = start
 	}
 	return l.clock + t.Sub(l.clockAt).Seconds(), nil
 }
