@@ -493,10 +493,11 @@ func (e *env) inPhase(p LockProvider, key int64, want phase) {
 	e.someLock(p, key, func(l *lock) bool { return l.phase == want })
 }
 
-// waitsFor waits until one of the process's locks waits for the key. See waits.
+// waitsFor waits until one of the process's locks sleeps, because the key is not free. Then its claim
+// is known to the database, and it has no attempt in flight.
 func (e *env) waitsFor(p LockProvider, key int64) {
 	e.t.Helper()
-	e.someLock(p, key, waitsLocked)
+	e.someLock(p, key, func(l *lock) bool { return l.phase == waiting && l.wake != nil })
 }
 
 // someLock waits until the condition is true of one of the process's locks of the key.
@@ -526,11 +527,9 @@ func (e *env) waits(l PreemptableLock) {
 		l := lockOf(l)
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		return waitsLocked(l)
+		return l.phase == waiting && l.placed
 	})
 }
-
-func waitsLocked(l *lock) bool { return l.phase == waiting && l.placed }
 
 func (e *env) lock(p LockProvider, key int64, event string) PreemptableLock {
 	e.t.Helper()
@@ -2625,8 +2624,7 @@ func failedLockLeavesNothing(e *env) {
 		e.Zero(e.subscribed(p))
 		failed = append(failed, l)
 		e.NoError(holder.Unlock(e.ctx))
-		// An attempt that was in flight when Lock returned may be granted the key for a moment.
-		e.eventually(func() bool { return !e.isHeld(key) })
+		e.False(e.isHeld(key))
 		// No lock waits for it.
 		e.free(p, key)
 	}

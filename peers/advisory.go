@@ -12,6 +12,7 @@ import (
 // hold keeps.
 type advisoryClient struct{ pool *pgxpool.Pool }
 
+// openPool returns a pool with the connections that the options ask for.
 func openPool(ctx context.Context, uri string, o options) (*pgxpool.Pool, error) {
 	config, err := pgxpool.ParseConfig(uri)
 	if err != nil {
