@@ -1050,3 +1050,35 @@ func TestIdleTimeoutMeetsCalls(t *testing.T) {
 		}
 	}
 }
+
+// C49: the server no longer sees the session, and the provider does not know that yet. No claim is
+// granted a key then, but a key that is free is not busy.
+func TestSkipWhileSessionIsCut(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	px := newProxy(t, "", uri, nil)
+	p := pgProvider(t, px.uri(t, uri))
+	kept, notified := pgHold(t, p, 1, "connects")
+	cut := func() {
+		pid := pgOwn(t, db, p.session)
+		require.True(t, px.silenceBackend(pid))
+		pgTerminate(t, db, pid)
+		pgUntil(t, "the server does not see the session", func() bool {
+			return pgGet[int](t, db, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = $1`, pid) == 0
+		})
+	}
+	skips := ContextWithMode(pgBackground, SkipIfBusy)
+
+	cut()
+	l := pgNew(t, p, 2, "skips")
+	_, err := l.Lock(skips)
+	require.NoError(t, err, "the key is free")
+	require.NoError(t, l.Unlock(pgBackground))
+
+	cut()
+	_, err = pgNew(t, p, 1, "skips").Lock(skips)
+	require.ErrorIs(t, err, ErrLockBusy, "the key is held")
+	require.Empty(t, notified, "C24 the hold is kept")
+	require.NoError(t, kept.Unlock(pgBackground))
+}

@@ -382,9 +382,12 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 		case !valid.Bool:
 			a.outcome = superseded
 			return
+		case !mine:
+			// Only a session that the server sees is granted a key, so that says nothing about the key.
+			a.outcome, seen = again, false
+			return
 		}
 		a.outcome = busy
-		seen = seen && mine
 		if held && !alive.Bool {
 			watch := unknownTimeout(s.conf.sessionTimeout)
 			if timeout.Valid {
