@@ -420,7 +420,7 @@ func (j *judge) newest(claims []*Claim) {
 				continue
 			}
 			if older.Locked != 0 && newer.Announcing > older.Locked {
-				if newer.Mode == ModeFinish {
+				if newer.Mode == ModeFinish || overtaken(newer, announced) {
 					continue
 				}
 				j.holder(older, newer, claims)
@@ -432,6 +432,14 @@ func (j *judge) newest(claims []*Claim) {
 			}
 		}
 	}
+}
+
+// overtaken reports whether a newer claim that lets the holder finish may have reached the database
+// before this one. Then this one was never the newest, and the other decides.
+func overtaken(c *Claim, announced []*Claim) bool {
+	return slices.ContainsFunc(after(announced, c.Announcing), func(n *Claim) bool {
+		return n.Mode == ModeFinish && n.Announcing > c.Announcing && n.Announced <= c.Announced
+	})
 }
 
 // after returns the claims that were announced at or after a time.

@@ -31,6 +31,8 @@ func TestModes(t *testing.T) {
 			locked(2.5, "c1", int64(s(2.45))).released(3, "c1", ClassReleased), nil, nil},
 		{"another claim preempts, and the holder is not notified", held().finish(1, "b1").claim(2, "c1").ended(2.1, "b1", ClassDisplaced).released(9, "a1", ClassReleased).
 			locked(9.1, "c1", int64(s(9.05))).released(10, "c1", ClassReleased), []string{RuleHolder}, nil},
+		{"an older claim preempts that reaches the database too late", held().add(1, Attempt, "b1", func(e *Event) { e.How = HowDirect }).add(1, Announcing, "b1", nil).finish(2, "c1").add(3, Announced, "b1", nil).
+			ended(3.1, "b1", ClassDisplaced).released(9, "a1", ClassReleased).locked(9.1, "c1", int64(s(9.05))).released(10, "c1", ClassReleased), nil, nil},
 		{"a waiter does not leave for a claim that lets finish", held().claim(1, "b1").notified(1.1, "a1", ClassDisplaced).finish(2, "c1").released(3, "a1", ClassReleased).
 			locked(3.1, "c1", int64(s(3.05))).ended(8, "b1", ClassDisplaced).released(9, "c1", ClassReleased), []string{RuleWaiter}, nil},
 		{"notified of a claim from before the grant", held().claim(0.2, "b1").notified(0.3, "a1", ClassDisplaced).released(0.5, "a1", ClassDisplaced).locked(0.6, "b1", int64(s(0.6))).
