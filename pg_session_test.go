@@ -1064,9 +1064,7 @@ func TestSkipWhileSessionIsCut(t *testing.T) {
 		pid := pgOwn(t, db, p.session)
 		require.True(t, px.silenceBackend(pid))
 		pgTerminate(t, db, pid)
-		pgUntil(t, "the server does not see the session", func() bool {
-			return pgGet[int](t, db, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = $1`, pid) == 0
-		})
+		pgUnseen(t, "the server does not see the session", db, pid)
 	}
 	skips := ContextWithMode(pgBackground, SkipIfBusy)
 

@@ -383,7 +383,8 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 			a.outcome = superseded
 			return
 		case !mine:
-			// Only a session that the server sees is granted a key, so that says nothing about the key.
+			// A session that the server does not see is granted no key. Its refusal says nothing about
+			// the key.
 			a.outcome, seen = again, false
 			return
 		}

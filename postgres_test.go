@@ -213,8 +213,16 @@ func pgOwn(t testing.TB, db *sql.DB, s *session) (pid int) {
 	return pid
 }
 
-// pgListener returns the same for the connection that listens. The provider must be the only one of
-// its database with this application name.
+// pgUnseen waits until a server process has no advisory lock, so that its session is not seen.
+func pgUnseen(t testing.TB, what string, db *sql.DB, pid int) {
+	t.Helper()
+	pgUntil(t, what, func() bool {
+		return pgGet[int](t, db, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = $1`, pid) == 0
+	})
+}
+
+// pgListener returns what pgOwn does, for the connection that listens. The provider must be the
+// only one of its database with this application name.
 func pgListener(t testing.TB, db *sql.DB, application string) (pid int) {
 	t.Helper()
 	pgUntil(t, "the listener is connected", func() bool {
@@ -975,9 +983,7 @@ func TestPostgresSilentNetwork(t *testing.T) {
 			require.GreaterOrEqual(t, at.Sub(good), patience(timeout), "C24 not earlier")
 			require.Less(t, at.Sub(start), patience(timeout)+2*time.Second, "C24")
 			require.Less(t, time.Since(begin), releaseTimeout+timeout+2*time.Second)
-			pgUntil(t, "C25 the server ends the silent session", func() bool {
-				return pgGet[int](t, db, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = $1`, pid) == 0
-			})
+			pgUnseen(t, "C25 the server ends the silent session", db, pid)
 			require.NoError(t, pgReceive(t, "the successor starts", started))
 			require.GreaterOrEqual(t, time.Since(good), timeout, "C11 it has watched the session being dead")
 			mu.Lock()
