@@ -1080,3 +1080,64 @@ func TestSkipWhileSessionIsCut(t *testing.T) {
 	require.Empty(t, notified, "C24 the hold is kept")
 	require.NoError(t, kept.Unlock(pgBackground))
 }
+
+// A claim that was granted a key, but whose session was lost before it knew, finds the key held by
+// itself. The next session takes that hold, and a late attempt of the old one does not take it back.
+func TestGrantOfALostSession(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	way := newOutage(t, uri)
+	p := pgProvider(t, way.uri(), WithSessionTimeout(time.Second))
+	s := p.session
+	var locks []*PostgresLock
+	for key := range int64(2) {
+		l, _ := pgHold(t, p, key, "creates the row")
+		require.NoError(t, l.Unlock(pgBackground))
+		locks = append(locks, pgNew(t, p, key, "granted"))
+	}
+	skips := locks[0].request(terms{mode: SkipIfBusy}, 0)
+	announced := announcement{claim: locks[1].claim, asked: time.Now(), acquire: true}
+	take := func(a answer, err error) answer {
+		t.Helper()
+		require.NoError(t, err)
+		require.Equal(t, granted, a.outcome)
+		return a
+	}
+
+	old := pgSession(p)
+	skipped := take(s.acquire(pgBackground, nil, skips))
+	pushed := take(s.announce(pgBackground, nil, announced))
+	way.begin()
+	pgUntil(t, "the session is lost", func() bool { return pgSession(p).generation > old.generation })
+	require.Equal(t, map[int64]int64{0: old.id, 1: old.id}, pgHolders(t, db))
+	way.end()
+
+	_, err := locks[0].Lock(ContextWithMode(pgBackground, SkipIfBusy))
+	require.NoError(t, err, "the key is held by the claim itself")
+	require.Equal(t, skipped.token, locks[0].Token())
+	require.Equal(t, pushed.token, take(s.announce(pgBackground, nil, announced)).token)
+	now := pgSession(p)
+	require.Equal(t, map[int64]int64{0: now.id, 1: now.id}, pgHolders(t, db))
+
+	// The server has not noticed yet that the connection of the old session is gone.
+	conn, err := db.Conn(pgBackground)
+	require.NoError(t, err)
+	defer func() { _ = conn.Close() }()
+	_, err = conn.ExecContext(pgBackground, `SELECT pg_advisory_lock($1)`, old.lock)
+	require.NoError(t, err)
+	late := &op{kind: opAcquire, req: skips}
+	require.NoError(t, onWorker(t, s.swift, func(ctx context.Context, l *link) error {
+		return s.swift.acquireKeys(ctx, l, old, []*op{late}, true)
+	}))
+	require.Equal(t, busy, late.answer.outcome)
+	late = &op{kind: opAnnounce, req: request{claim: announced.claim}, asked: announced.asked, acquire: true}
+	require.NoError(t, onWorker(t, s.swift, func(ctx context.Context, l *link) error {
+		return s.swift.announceClaims(ctx, l, old, []*op{late}, true)
+	}))
+	require.Equal(t, again, late.answer.outcome)
+	require.Equal(t, map[int64]int64{0: now.id, 1: now.id}, pgHolders(t, db))
+	for _, l := range locks {
+		pgReceive(t, "the key is released", s.release(pgBackground, l.claim).done)
+	}
+}

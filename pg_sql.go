@@ -85,7 +85,8 @@ RETURNING s.lock_key, ` + sqlNoFlush
 	// without the lock nothing is taken. A key is free if its row
 	//
 	//   1. names no holder, or
-	//   2. names this claim of this session, because the reply to an earlier attempt was lost, or
+	//   2. names this claim, because the reply to an earlier attempt was lost, or came after its
+	//      session was lost. A late attempt of an earlier session takes nothing back, or
 	//   3. names a holder whose session has the lock that this process has watched being dead ($7),
 	//      and which is dead now.
 	//
@@ -120,7 +121,7 @@ WITH want AS MATERIALIZED (
         AND CASE
             WHEN w.skip AND s.claim_open AND s.claim_id <> w.id AND s.holder_id IS DISTINCT FROM w.id AND ` + sqlClaimerLives + ` THEN false
             WHEN s.holder_id IS NULL THEN coalesce(w.locked, pg_try_advisory_xact_lock(s.lock_key))
-            WHEN s.holder_id = w.id AND s.holder_session = $8::bigint THEN coalesce(w.locked, true)
+            WHEN s.holder_id = w.id AND s.holder_session <= $8::bigint THEN coalesce(w.locked, true)
             WHEN w.dead IS NULL THEN false
             WHEN w.dead <> coalesce((SELECT x.lock FROM env_lock_sessions x WHERE x.id = s.holder_session), s.holder_session, 0) THEN false
             WHEN NOT pg_try_advisory_xact_lock_shared(w.dead) THEN false
@@ -331,7 +332,7 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
 // commit is not flushed. If that commit took a key nevertheless, sqlFlush follows.
 func sqlAnnounce(full bool) string {
 	const (
-		grants = `(w.got AND s.holder_id IS NULL AND NOT s.waiting OR w.acquire AND s.holder_id = w.id AND s.holder_session = $8::bigint)`
+		grants = `(w.got AND s.holder_id IS NULL AND NOT s.waiting OR w.acquire AND s.holder_id = w.id AND s.holder_session <= $8::bigint)`
 		again  = `w.late AND s.claim_id = w.id`
 	)
 	names, arrays, columns := "", "", ""

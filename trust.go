@@ -36,7 +36,7 @@ type trust struct {
 }
 
 // sessionRef names a session: its row, its present advisory lock, and its number among the sessions
-// of its provider, from 1.
+// of its provider, from 1. A later session of the provider has a larger id.
 type sessionRef struct {
 	generation uint64
 	id, lock   int64
@@ -179,7 +179,7 @@ func (t *trust) rest(s sessionRef) {
 
 // nextLocked starts the next session.
 func (t *trust) nextLocked() {
-	t.session = sessionRef{generation: t.session.generation + 1, id: randomKey()}
+	t.session = sessionRef{generation: t.session.generation + 1, id: t.session.id + 1}
 	t.connected, t.good, t.suspended, t.armed = false, time.Time{}, time.Time{}, false
 }
 

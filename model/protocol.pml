@@ -33,6 +33,8 @@
  *   NOTRUST        a holder is not notified when its trust expires
  *   GRANTLOST      a grant is accepted although the session is lost
  *   ACQANY         a repeated acquire does not compare the session
+ *   ACQSAME        a repeated acquire is granted only a grant of its own session,
+ *                  and not one of an earlier session (with MODES)
  *   RELANY         a release compares the claim, but not the session
  *   CLEARANY       a late release clears whatever holder the row names
  *   NOCHECK        acquire does not compare claims
@@ -147,7 +149,7 @@ bit asleep[N];
 
 /* Verdicts. They stay 0 unless a property is broken. */
 bit two_inside, hold_lost, older_granted, token_not_rising, not_just_the_newest;
-bit notified_for_none, waiter_passed, starved, spared_for_none;
+bit notified_for_none, waiter_passed, starved, spared_for_none, busy_with_itself;
 
 /* Ghost variables: the properties refer to them, whatever the rules are. */
 bit wanted;          /* a claim that preempts was announced during the hold */
@@ -209,10 +211,16 @@ bit  settled;        /* the crash has happened, or there will be none */
 #define TAKEABLE(s) (NOROW(s) || lock[s] != 0 && WATCHED(OWNER(s), lock[s]))
 #endif
 
-#ifdef ACQANY
+/*
+ * The row's hold is a grant of this claim, to session g or an earlier one, of
+ * which the client has no reply.
+ */
+#if defined(ACQANY)
 #define VERY(i, g) OURS(i)
-#else
+#elif defined(ACQSAME)
 #define VERY(i, g) (row_holder == SESSION(i, g) + 1)
+#else
+#define VERY(i, g) (OURS(i) && (row_holder - 1) % G <= g)
 #endif
 
 #ifdef MODES
@@ -617,7 +625,10 @@ asked:		skip }
 #ifdef MODES
 	:: atomic { phase[i] == WAIT && SKIPS(i) && anchor[i] != 0 &&
 			(row_holder != 0 && !(VERY(i, gen[i])) || PASSES(i, gen[i])) ->
-		printf("%c is told that the key is busy\n", NAME(i)); give_up(i) }
+		printf("%c is told that the key is busy\n", NAME(i));
+		busy_with_itself = OURS(i);
+		assert(!busy_with_itself);
+		give_up(i) }
 #endif
 
 	/*
