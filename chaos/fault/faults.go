@@ -529,7 +529,7 @@ func flood(ctx context.Context, s Scene) (func() error, error) {
 			_, _ = db.ExecContext(ctx, `
 				SELECT pg_notify('env_lock_events', m) FROM env_lock_state s, LATERAL (VALUES
 					('{"kind":"released","lockKey":' || s.lock_key || '}'),
-					('{"kind":"claim","lockKey":' || s.lock_key || ',"claim":1,"id":"`+stranger+`","event":"an old claim"}'),
+					('{"kind":"claim","lockKey":' || s.lock_key || ',"claim":0,"id":"`+stranger+`","event":"an old claim"}'),
 					('{"kind":"claim","lockKey":' || s.lock_key || ',"claim":-9223372036854775808,"id":"`+stranger+`"}')) v(m)`)
 			_, _ = db.ExecContext(ctx, `SELECT pg_notify('broken_released', g::text) FROM generate_series(1, 64) g`)
 			pause(ctx, 20*time.Millisecond)

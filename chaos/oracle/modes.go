@@ -152,7 +152,12 @@ func (j *judge) mayBeSpared(h *Claim, claims []*Claim) bool {
 	at := slices.Index(held, h)
 	for i := at - 1; i >= 0 && at-i <= j.Progress; i-- {
 		p := held[i]
-		end := first(p.Ended, p.Killed, held[i+1].Locked)
+		end := first(p.Ended, held[i+1].Locked)
+		// The row names the hold of a worker that was killed, or of a lost session, until a
+		// successor takes the key over.
+		if p.Killed != 0 || p.EndClass == ClassLost {
+			end = held[i+1].Locked
+		}
 		if j.unseen(claims, p.Locked, h.Locked) || j.forgotten(p.Locked-int64(j.CrashLoss), h.Locked) {
 			return true
 		}

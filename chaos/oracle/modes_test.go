@@ -87,6 +87,10 @@ func TestProgress(t *testing.T) {
 		{example{"the third is spared until its time is over", last((&story{}).more(spared).notified(10.1, "a3", ClassDisplaced).released(10.2, "a3", ClassDisplaced), 10.3, "a4"), nil, nil}, 1},
 		{example{"the third is never notified", last((&story{}).more(spared).released(16, "a3", ClassReleased), 16.1, "a4"), []string{RuleHolder}, nil}, 1},
 		{example{"the second is not notified either", last(row(1).locked(4, "a2", int64(s(4))).claim(5, "a3").released(11, "a2", ClassReleased), 11.1, "a3"), []string{RuleHolder}, nil}, 0},
+		{example{"the second was killed before the claim that asked it to stop", last(row(1).locked(4, "a2", int64(s(4))).of(4.5, Killed, "a", "").
+			claim(6, "b1").locked(15, "b1", int64(s(15))).claim(15.5, "c1").notified(19.1, "b1", ClassDisplaced).released(19.2, "b1", ClassDisplaced), 19.3, "c1"), nil, nil}, 1},
+		{example{"the second was killed, and no claim asked it to stop", last(row(1).locked(4, "a2", int64(s(4))).of(4.5, Killed, "a", "").
+			silent(15, "b1").locked(15.1, "b1", int64(s(15.1))).claim(17.5, "c1").released(27, "b1", ClassReleased), 27.1, "c1"), []string{RuleHolder}, nil}, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			rules := DefaultRules()
