@@ -99,7 +99,7 @@ type answer struct {
 	// busy only: the session of the holder is dead, and may be taken over at retryAt
 	blocker int64
 	retryAt time.Time
-	// doubt reports whether an attempt whose reply was lost can have been granted the key.
+	// doubt reports whether an attempt that failed can have been granted the key.
 	doubt bool
 }
 

@@ -147,7 +147,7 @@ func rowTaken(e *env) {
 		e.suspend(p)
 		e.restore(p)
 	} else {
-		_, err := e.admin.Exec(`UPDATE env_lock_state SET holder_session = (random() * 1e18)::bigint WHERE lock_key = $1`, key)
+		_, err := e.admin.Exec(`UPDATE env_lock_state SET holder_session = (5e18 + random() * 1e18)::bigint WHERE lock_key = $1`, key)
 		e.NoError(err)
 	}
 	waiter := e.lock(q, key, "waiter")

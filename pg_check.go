@@ -16,7 +16,7 @@ func (s *session) lookAfterRows(ref sessionRef, beats int) {
 	holds, _ := s.hub.counts()
 	s.mu.Lock()
 	mute, queued := s.mute, s.checking == ref
-	unsure := time.Since(s.unsure) < unsureFor
+	unsure := !s.unsure.IsZero() && (time.Since(s.unsure) < unsureFor || beats%sweepBeats == 0)
 	wanted := !queued && (holds > 0 || mute || unsure)
 	if wanted {
 		s.checking = ref
@@ -50,8 +50,9 @@ func (s *session) lookAfterRows(ref sessionRef, beats int) {
 	})
 }
 
-// unsureFor is how long after its reply was lost a statement may still be carried out: the release
-// of a claim that has left may then come before its acquire.
+// A statement may be carried out after its reply was lost: the release of a claim that has left may
+// come before its acquire. For unsureFor each heartbeat looks for such a hold, and then every
+// sweepBeats-th as long as the session lives.
 const unsureFor = 30 * time.Second
 
 // reconcile compares rows and holds in both directions after a reconnect, and then reports the

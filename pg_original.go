@@ -48,13 +48,14 @@ func (w *worker) acquireWithKeyLocks(ctx context.Context, l *link, ref sessionRe
 }
 
 // lockKeys takes the advisory locks of the keys that the batch may get, and records with each
-// operation whether its claim has the lock. It does not touch the locks of keys that others hold,
-// even if their sessions are suspended: the holders need them when they reconnect.
+// operation whether its claim has the lock, or whether that could not be tried. It does not touch
+// the locks of keys that others hold, even if their sessions are suspended: the holders need them
+// when they reconnect.
 func (s *session) lockKeys(ctx context.Context, l *link, ref sessionRef, batch []*op) error {
 	keys, ids := claimArrays(claimsOf(batch))
 	var dead array
 	for i, o := range batch {
-		o.keyLocked = false
+		o.keyLocked, o.untried = false, false
 		if s.watches.expired(o.req.blocker) {
 			dead.addAt(i, oid.T_int8).addInt64(o.req.blocker)
 		}
@@ -69,16 +70,18 @@ func (s *session) lockKeys(ctx context.Context, l *link, ref sessionRef, batch [
 	wanted := s.keys.own(free)
 	var failed error
 	// No lock counts as taken until the connection has it.
-	refused := wanted
+	refused, tried := wanted, false
 	s.onOwn(func(own *line) {
 		if s.keys.ref == ref {
 			refused, failed = s.tryKeys(own, wanted)
+			tried = failed == nil
 		}
 	})
 	s.keys.disown(wanted, refused)
 	owned := s.keys.owned(free)
 	for i, c := range free {
-		find(batch, c.key).keyLocked = owned[i]
+		o := find(batch, c.key)
+		o.keyLocked, o.untried = owned[i], !owned[i] && !tried
 	}
 	if failed != nil && !broken(failed) {
 		return failed
@@ -87,12 +90,16 @@ func (s *session) lockKeys(ctx context.Context, l *link, ref sessionRef, batch [
 	return nil
 }
 
-// keepKeys gives back the advisory locks of claims that were not granted.
+// keepKeys gives back the advisory locks of claims that were not granted. That a claim whose lock
+// could not be tried was not granted says nothing about the key.
 func (s *session) keepKeys(batch []*op, err error) {
 	owned := s.keys.owned(claimsOf(batch))
 	var back []claim
 	for i, o := range batch {
 		granted := err == nil && o.answer.outcome == granted
+		if o.untried && o.answer.outcome == busy {
+			o.answer.outcome = again
+		}
 		switch {
 		case owned[i] && !granted:
 			back = append(back, o.req.claim)

@@ -66,7 +66,8 @@ type session struct {
 	proofs  map[uuid.UUID]chan struct{}
 	listens bool
 	deaf    error // the last error of the listener, or nil while it listens
-	// When the reply to a statement that may have taken keys was lost the last time.
+	// When the reply to a statement that may have taken keys for this session was lost the last
+	// time, or zero.
 	unsure  time.Time
 	used    time.Time // when the provider was in use the last time
 	resting bool      // whether the session has ended because the provider was idle
@@ -417,6 +418,9 @@ func (s *session) openOwn(way *way) (_ *line, ref sessionRef, err error) {
 	s.trust.beat(ref, start)
 	s.mu.Lock()
 	s.own, s.trouble, s.refusal, s.proven, s.prepared, s.resting = l, nil, nil, true, true, false
+	if suspended.IsZero() {
+		s.unsure = time.Time{}
+	}
 	s.mu.Unlock()
 	s.wakeUp()
 	if suspended.IsZero() && ref.generation > 1 {

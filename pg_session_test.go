@@ -2,6 +2,7 @@ package locker
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"database/sql"
 	_ "embed"
@@ -9,6 +10,7 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -1116,10 +1118,9 @@ func TestGrantOfALostSession(t *testing.T) {
 	_, err := locks[0].Lock(ContextWithMode(pgBackground, SkipIfBusy))
 	require.NoError(t, err, "the key is held by the claim itself")
 	require.Equal(t, skipped.token, locks[0].Token())
-	require.Equal(t, pushed.token, take(s.announce(pgBackground, nil, announced)).token)
-	// A check of rows frees a key that no lock of the process holds.
 	_, err = locks[1].lockKey(pgBackground, lockCall{asked: announced.asked, announce: true})
 	require.NoError(t, err)
+	require.Equal(t, pushed.token, locks[1].Token())
 	now := pgSession(p)
 	require.Equal(t, map[int64]int64{0: now.id, 1: now.id}, pgHolders(t, db))
 
@@ -1143,4 +1144,119 @@ func TestGrantOfALostSession(t *testing.T) {
 	for _, l := range locks {
 		require.NoError(t, l.Unlock(pgBackground))
 	}
+}
+
+// A batch may need several statements. If a later one fails, a key that an earlier one has taken is
+// not forgotten: its claim may be superseded before the batch is repeated.
+func TestGrantBeforeAnError(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p, q := pgProvider(t, uri), pgProvider(t, uri)
+	l, _ := pgHold(t, p, 1, "creates the row")
+	require.NoError(t, l.Unlock(pgBackground))
+	held, _ := pgHold(t, q, 2, "holds")
+	tx, err := db.BeginTx(pgBackground, nil)
+	require.NoError(t, err)
+	defer func() { _ = tx.Rollback() }()
+	_, err = tx.ExecContext(pgBackground, `UPDATE env_lock_state SET waiting = waiting WHERE lock_key = 2`)
+	require.NoError(t, err)
+
+	free, waits := pgNew(t, p, 1, "granted"), pgNew(t, p, 2, "waits")
+	require.NoError(t, free.Notify(pgBackground))
+	next := pgNew(t, q, 1, "next")
+	granted, waited := make(chan error, 1), make(chan error, 1)
+	s := p.session
+	ready, done := make(chan struct{}), make(chan error, 1)
+	go func() {
+		done <- onWorker(t, s.disk, func(_ context.Context, on *link) error {
+			<-ready
+			s.mu.Lock()
+			batch := s.disk.queues[opAcquire]
+			s.disk.queues[opAcquire] = nil
+			s.mu.Unlock()
+			slices.SortFunc(batch, func(a, b *op) int { return cmp.Compare(a.req.key, b.req.key) })
+			// The request for a notification of key 2 fails, because its row is locked.
+			s.disk.execute(on, pgSession(p), batch)
+			assert.Equal(t, map[int64]int64{1: pgSession(p).id, 2: pgSession(q).id}, pgHolders(t, db), "key 1 was not taken: the test is void")
+			return next.Notify(pgBackground)
+		})
+	}()
+	go func() {
+		_, err := free.Lock(pgBackground)
+		granted <- err
+	}()
+	go func() {
+		_, err := waits.Lock(pgBackground)
+		waited <- err
+	}()
+	queued(t, s.disk, 2)
+	close(ready)
+	require.NoError(t, pgReceive(t, "the worker", done))
+	require.ErrorIs(t, pgReceive(t, "the older claim", granted), ErrLockPreempted)
+	_, err = next.Lock(pgBackground)
+	require.NoError(t, err, "the key of the older claim was not given back")
+	require.NoError(t, tx.Rollback())
+	require.NoError(t, held.Unlock(pgBackground))
+	require.NoError(t, pgReceive(t, "the waiter", waited))
+	require.NoError(t, waits.Unlock(pgBackground))
+	require.NoError(t, next.Unlock(pgBackground))
+}
+
+// An acquire may be carried out long after its reply was lost and its claim has left. A provider
+// that holds nothing finds that, too.
+func TestForgottenAcquireIsFound(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri, WithSessionTimeout(time.Second))
+	l, _ := pgHold(t, p, 1, "creates the row")
+	require.NoError(t, l.Unlock(pgBackground))
+	s := p.session
+	s.mu.Lock()
+	s.unsure = time.Now().Add(-unsureFor)
+	s.mu.Unlock()
+	pgExec(t, db, `UPDATE env_lock_state SET holder_id = gen_random_uuid(), holder_session = $1, holder_event = 'late', held_since = now()
+		WHERE lock_key = 1`, pgSession(p).id)
+	pgFree(t, db, 1)
+}
+
+// C33: a redelivery that reaches the process of the claim itself is outdated, even if the server does
+// not see the session at this moment.
+func TestRedeliveryWhileSessionIsCut(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	px := newProxy(t, "", uri, nil)
+	p := pgProvider(t, px.uri(t, uri))
+	f := pgLocker(t, p)
+	first := f("org/repo", 1, "first").Sequence(5)
+	notified, err := first.Lock(pgBackground)
+	require.NoError(t, err)
+	pid := pgOwn(t, db, p.session)
+	require.True(t, px.silenceBackend(pid))
+	pgTerminate(t, db, pid)
+	pgUnseen(t, "the server does not see the session", db, pid)
+	_, err = f("org/repo", 1, "again").Sequence(5).Lock(pgBackground)
+	require.ErrorIs(t, err, ErrClaimOutdated)
+	require.Empty(t, notified)
+	require.NoError(t, first.Release(pgBackground))
+}
+
+// With WithOriginalReplicas: a claim that skips is not told busy because the advisory lock of the key
+// could not be tried.
+func TestSkipWhileKeyLockCannotBeTried(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	px := newProxy(t, "", uri, nil)
+	p := pgProvider(t, px.uri(t, uri), WithOriginalReplicas(), WithSessionTimeout(3*time.Second))
+	kept, notified := pgHold(t, p, 1, "connects")
+	require.True(t, px.silenceBackend(pgOwn(t, db, p.session)))
+	l := pgNew(t, p, 2, "skips")
+	_, err := l.Lock(ContextWithMode(pgBackground, SkipIfBusy))
+	require.NoError(t, err, "the key is free")
+	require.NoError(t, l.Unlock(pgBackground))
+	require.Empty(t, notified, "C24 the hold is kept")
+	require.NoError(t, kept.Unlock(pgBackground))
 }

@@ -323,7 +323,8 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
 //     later, the copy is superseded. A newest claim from the future is one of another clock, and
 //     does not count.
 //  5. A claim with a sequence number is rejected if a claim with a higher one was announced, or if
-//     one with the same number still waits or holds.
+//     one with the same number still waits or holds. A session that the server does not see at
+//     this moment does not count, except the session that announces.
 //  6. A claim for a pull request that has another key is dropped.
 //
 // A claim that is not announced has no row in the result, and sqlWhyNot returns the reason. A
@@ -332,7 +333,7 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
 // commit is not flushed. If that commit took a key nevertheless, sqlFlush follows.
 func sqlAnnounce(full bool) string {
 	const (
-		grants = `(w.got AND s.holder_id IS NULL AND NOT s.waiting OR w.acquire AND s.holder_id = w.id AND s.holder_session <= $8::bigint)`
+		grants = `(w.got AND s.holder_id IS NULL AND NOT s.waiting OR w.acquire AND s.holder_id = w.id AND s.holder_session = $8::bigint)`
 		again  = `w.late AND s.claim_id = w.id`
 	)
 	names, arrays, columns := "", "", ""
@@ -350,7 +351,7 @@ func sqlAnnounce(full bool) string {
 		condition = strings.Replace(condition, "(NOT w.late", "(w.ord IS NOT NULL OR NOT w.late", 1) +
 			` AND (w.ord IS NULL OR s.top_order IS NULL OR w.ord > s.top_order
         OR w.ord = s.top_order AND (s.claim_id = w.id OR NOT s.claim_open OR s.claim_order IS DISTINCT FROM w.ord
-            OR ` + sqlClaimerLives + ` IS NOT TRUE))`
+            OR s.claimer_session IS DISTINCT FROM $8::bigint AND ` + sqlClaimerLives + ` IS NOT TRUE))`
 	}
 	return `
 WITH want AS MATERIALIZED (

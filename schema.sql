@@ -18,7 +18,7 @@ CREATE TABLE IF NOT EXISTS env_locks (
 -- its connections has the advisory lock with the number in "lock". After each
 -- reconnect this is another number, and no number is ever used again.
 CREATE TABLE IF NOT EXISTS env_lock_sessions (
-    -- Larger than that of the provider's last session, if that was lost.
+    -- A later session of the same provider has a larger one.
     id          bigint PRIMARY KEY,
     lock        bigint NOT NULL,
     -- The number of the present connection among those of the session. Because

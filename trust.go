@@ -43,7 +43,8 @@ type sessionRef struct {
 }
 
 func newTrust(conf *LockProviderConfig, h *hub) *trust {
-	return &trust{conf: conf, hub: h, session: sessionRef{generation: 1, id: randomKey()}}
+	// In docs/operations.md the numbers from 1 << 62 on are those of sessions that do not exist.
+	return &trust{conf: conf, hub: h, session: sessionRef{generation: 1, id: randomKey() / 2}}
 }
 
 // patience returns how long after the start of the last good heartbeat the holders of a session
