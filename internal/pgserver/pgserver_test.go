@@ -386,7 +386,7 @@ func TestTakenPort(t *testing.T) {
 	mustNot(t, err)
 	l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 	mustNot(t, err)
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	_, err = Start(ctx, Options{Port: port})
 	if !errors.Is(err, errPortTaken) {
