@@ -1168,6 +1168,8 @@ func TestGrantBeforeAnError(t *testing.T) {
 	granted, waited := make(chan error, 1), make(chan error, 1)
 	s := p.session
 	ready, done := make(chan struct{}), make(chan error, 1)
+	goOn := sync.OnceFunc(func() { close(ready) })
+	defer goOn()
 	go func() {
 		done <- onWorker(t, s.disk, func(_ context.Context, on *link) error {
 			<-ready
@@ -1191,7 +1193,7 @@ func TestGrantBeforeAnError(t *testing.T) {
 		waited <- err
 	}()
 	queued(t, s.disk, 2)
-	close(ready)
+	goOn()
 	require.NoError(t, pgReceive(t, "the worker", done))
 	require.ErrorIs(t, pgReceive(t, "the older claim", granted), ErrLockPreempted)
 	_, err = next.Lock(pgBackground)
@@ -1209,7 +1211,7 @@ func TestForgottenAcquireIsFound(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
 	db := pgDB(t, uri)
-	p := pgProvider(t, uri, WithSessionTimeout(time.Second))
+	p := pgProvider(t, uri)
 	l, _ := pgHold(t, p, 1, "creates the row")
 	require.NoError(t, l.Unlock(pgBackground))
 	s := p.session
@@ -1218,7 +1220,31 @@ func TestForgottenAcquireIsFound(t *testing.T) {
 	s.mu.Unlock()
 	pgExec(t, db, `UPDATE env_lock_state SET holder_id = gen_random_uuid(), holder_session = $1, holder_event = 'late', held_since = now()
 		WHERE lock_key = 1`, pgSession(p).id)
+	s.lookAfterRows(pgSession(p), sweepBeats)
 	pgFree(t, db, 1)
+}
+
+// C18: that a release was rejected, and repeated, does not hide that the hold is gone.
+func TestRejectedReleaseOfALostHold(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	l, _ := pgHold(t, p, 1, "holds")
+	tx, err := db.BeginTx(pgBackground, nil)
+	require.NoError(t, err)
+	defer func() { _ = tx.Rollback() }()
+	_, err = tx.ExecContext(pgBackground, `DELETE FROM env_lock_state WHERE lock_key = 1`)
+	require.NoError(t, err)
+	released := l.backend.release(pgBackground, l.claim)
+	pgUntil(t, "the release was rejected", func() bool {
+		p.session.mu.Lock()
+		defer p.session.mu.Unlock()
+		return released.trouble != nil
+	})
+	require.NoError(t, tx.Commit())
+	pgReceive(t, "the release", released.done)
+	require.ErrorIs(t, released.err, ErrLockLost)
 }
 
 // C33: a redelivery that reaches the process of the claim itself is outdated, even if the server does
@@ -1250,7 +1276,7 @@ func TestSkipWhileKeyLockCannotBeTried(t *testing.T) {
 	uri := newDatabase(t)
 	db := pgDB(t, uri)
 	px := newProxy(t, "", uri, nil)
-	p := pgProvider(t, px.uri(t, uri), WithOriginalReplicas(), WithSessionTimeout(3*time.Second))
+	p := pgProvider(t, px.uri(t, uri), WithOriginalReplicas())
 	kept, notified := pgHold(t, p, 1, "connects")
 	require.True(t, px.silenceBackend(pgOwn(t, db, p.session)))
 	l := pgNew(t, p, 2, "skips")

@@ -150,14 +150,24 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 			}
 			unflushed = unflushed || noFlush.Valid
 		})
-		if err == nil && granted && unflushed {
+		if err != nil {
+			return err
+		}
+		if granted && unflushed {
 			err = l.exec(ctx, sqlFlush)
 		}
 		var missing bool
 		if err == nil {
 			missing, err = w.whyNot(ctx, l, batch)
 		}
-		if err != nil || !missing {
+		if err == nil && !missing {
+			return nil
+		}
+		// What was announced is committed, whatever becomes of the rest.
+		for _, o := range batch {
+			o.doubt = o.doubt || o.found
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -419,6 +429,12 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 				find(batch, key).answer.outcome = again
 			}
 		})
+	}
+	if err != nil {
+		// What was granted is committed, whatever becomes of the rest.
+		for _, o := range batch {
+			o.doubt = o.doubt || o.answer.outcome == granted
+		}
 	}
 	return err
 }

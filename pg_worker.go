@@ -50,7 +50,7 @@ type op struct {
 	notBefore time.Time // the earliest time of the next attempt
 	alone     bool      // its batch has failed, so it runs alone
 	quiet     bool      // it runs without NOTIFY
-	doubt     bool      // an attempt has failed that may have been carried out
+	doubt     bool      // an attempt has failed that may have been carried out, or was in part
 	keyLocked bool      // acquire: see lockKeys
 	untried   bool      // acquire: see lockKeys
 	result
@@ -549,6 +549,9 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 			err = errors.Errorf("locker: no answer within %v", limit)
 		}
 		w.hangUp()
+		for _, o := range batch {
+			o.doubt = true
+		}
 		if w == s.disk {
 			s.mu.Lock()
 			s.unsure = time.Now()
@@ -578,8 +581,7 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 	}
 }
 
-// requeue puts operations back into their queue, to be repeated. It is not known which of them have
-// been carried out: a batch may need several statements, and each is a transaction.
+// requeue puts operations back into their queue, to be repeated.
 func (w *worker) requeue(batch []*op, err error) {
 	w.session.mu.Lock()
 	defer w.session.mu.Unlock()
@@ -587,7 +589,6 @@ func (w *worker) requeue(batch []*op, err error) {
 	for _, o := range batch {
 		o.attempts++
 		o.trouble = err
-		o.doubt = true
 	}
 	w.queues[kind] = slices.Concat(batch, w.queues[kind])
 	signal(w.wake)
