@@ -1167,16 +1167,19 @@ func TestGrantBeforeAnError(t *testing.T) {
 	next := pgNew(t, q, 1, "next")
 	granted, waited := make(chan error, 1), make(chan error, 1)
 	s := p.session
-	ready, done := make(chan struct{}), make(chan error, 1)
+	begun, ready, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	begin := sync.OnceFunc(func() { close(begun) })
 	goOn := sync.OnceFunc(func() { close(ready) })
 	defer goOn()
 	go func() {
 		done <- onWorker(t, s.disk, func(_ context.Context, on *link) error {
+			begin()
 			<-ready
 			s.mu.Lock()
 			batch := s.disk.queues[opAcquire]
 			s.disk.queues[opAcquire] = nil
 			s.mu.Unlock()
+			assert.Len(t, batch, 2)
 			slices.SortFunc(batch, func(a, b *op) int { return cmp.Compare(a.req.key, b.req.key) })
 			// The request for a notification of key 2 fails, because its row is locked.
 			s.disk.execute(on, pgSession(p), batch)
@@ -1184,6 +1187,8 @@ func TestGrantBeforeAnError(t *testing.T) {
 			return next.Notify(pgBackground)
 		})
 	}()
+	// Before that the call itself is one of the operations that are queued.
+	pgReceive(t, "the worker has begun", begun)
 	go func() {
 		_, err := free.Lock(pgBackground)
 		granted <- err
