@@ -71,6 +71,16 @@ func pgSaw(t testing.TB, p *PostgresLockProvider, lock int64) {
 	})
 }
 
+// pgCutUnnoticed makes the server lose sight of a provider's session. The provider does not notice
+// that before its next heartbeat fails.
+func pgCutUnnoticed(t testing.TB, db *sql.DB, px *proxy, p *PostgresLockProvider) {
+	t.Helper()
+	pid := pgOwn(t, db, p.session)
+	require.True(t, px.silenceBackend(pid))
+	pgTerminate(t, db, pid)
+	pgUnseen(t, "the server does not see the session", db, pid)
+}
+
 // pgFree returns when no claim holds a key.
 func pgFree(t testing.TB, db *sql.DB, key int64) {
 	t.Helper()
@@ -1062,21 +1072,15 @@ func TestSkipWhileSessionIsCut(t *testing.T) {
 	px := newProxy(t, "", uri, nil)
 	p := pgProvider(t, px.uri(t, uri))
 	kept, notified := pgHold(t, p, 1, "connects")
-	cut := func() {
-		pid := pgOwn(t, db, p.session)
-		require.True(t, px.silenceBackend(pid))
-		pgTerminate(t, db, pid)
-		pgUnseen(t, "the server does not see the session", db, pid)
-	}
 	skips := ContextWithMode(pgBackground, SkipIfBusy)
 
-	cut()
+	pgCutUnnoticed(t, db, px, p)
 	l := pgNew(t, p, 2, "skips")
 	_, err := l.Lock(skips)
 	require.NoError(t, err, "the key is free")
 	require.NoError(t, l.Unlock(pgBackground))
 
-	cut()
+	pgCutUnnoticed(t, db, px, p)
 	_, err = pgNew(t, p, 1, "skips").Lock(skips)
 	require.ErrorIs(t, err, ErrLockBusy, "the key is held")
 	require.Empty(t, notified, "C24 the hold is kept")
@@ -1264,10 +1268,7 @@ func TestRedeliveryWhileSessionIsCut(t *testing.T) {
 	first := f("org/repo", 1, "first").Sequence(5)
 	notified, err := first.Lock(pgBackground)
 	require.NoError(t, err)
-	pid := pgOwn(t, db, p.session)
-	require.True(t, px.silenceBackend(pid))
-	pgTerminate(t, db, pid)
-	pgUnseen(t, "the server does not see the session", db, pid)
+	pgCutUnnoticed(t, db, px, p)
 	_, err = f("org/repo", 1, "again").Sequence(5).Lock(pgBackground)
 	require.ErrorIs(t, err, ErrClaimOutdated)
 	require.Empty(t, notified)
