@@ -5,6 +5,7 @@ import (
 	"context"
 	stderrors "errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math"
 	"os"
@@ -454,6 +455,46 @@ func causeAfter(e *env, l PreemptableLock, ch <-chan NotificationPayload) error 
 	e.t.Helper()
 	e.payload(ch)
 	return lockOf(l).Cause()
+}
+
+// A hold that is spared announces its claim again. The claim that was announced in between does not
+// end it, but the next one does.
+func sparedAgain(e *env) {
+	max := 10 * time.Minute
+	if !e.fake() {
+		max = time.Second
+	}
+	p, q := e.process(WithProgress(1, max), patient), e.process(WithProgress(1, max), patient)
+	key := e.key()
+	for _, next := range []bool{false, true} {
+		first, ch := e.hold(p, key, "first")
+		holder := e.announced(p, key, "holder")
+		out := e.start(e.ctx, holder)
+		e.payload(ch)
+		e.NoError(first.Unlock(e.ctx))
+		ch = e.acquired(out)
+		older := e.announced(q, key, "older")
+		e.eventually(func() bool {
+			l := lockOf(holder)
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			return l.missed != nil
+		})
+		e.NoError(holder.Notify(e.ctx))
+		if next {
+			e.Error(e.announced(q, key, "next").Unlock(e.ctx))
+			e.Equal("next", e.payload(ch).Message)
+		} else {
+			e.wait(max + max/2)
+			e.quiet(p, ch)
+		}
+		e.Error(older.Unlock(e.ctx))
+		e.NoError(holder.Unlock(e.ctx))
+		for range 2 {
+			l, _ := e.hold(p, key, "resets the count")
+			e.NoError(l.Unlock(e.ctx))
+		}
+	}
 }
 
 // A hold that is spared is notified of the claim after max, and the next one is spared as well.
@@ -1030,4 +1071,92 @@ func TestTypedConstructors(t *testing.T) {
 	require.NoError(t, f.Close())
 	_, err = NewPreemptiveLockerFactory(f, WithClaimMode(3))
 	require.ErrorContains(t, err, "locker: claim mode: ")
+}
+
+// A Lock that fails before its key is known is observed like every other one.
+func earlyFailureObserved(e *env) {
+	var seen []Observation
+	p := e.process(WithObserver(func(o Observation) { seen = append(seen, o) }))
+	l := e.locker(p, "too late").Labels(map[string]string{"sha": "1f2e"})
+	e.NoError(p.(io.Closer).Close())
+	e.matchesOnly(e.failed(e.start(e.ctx, l)), ErrProviderClosed)
+	e.Len(seen, 1)
+	e.Equal(ObservedFailed, seen[0].Kind)
+	e.Equal("too late", seen[0].Event)
+	e.Equal(map[string]string{"sha": "1f2e"}, seen[0].Labels)
+	e.matchesOnly(seen[0].Err, ErrProviderClosed)
+}
+
+// The claim of a lock that has ended does not wait, even if Notify makes it the newest afterwards.
+func notifyAfterEnd(e *env) {
+	p, q := e.process(), e.process()
+	key := e.key()
+	over, _ := e.hold(p, key, "over")
+	e.NoError(over.Unlock(e.ctx))
+	holder, ch := e.hold(q, key, "holder")
+	e.NoError(over.Notify(e.ctx))
+	e.payload(ch)
+	e.NoError(holder.Unlock(e.ctx))
+	e.eventually(func() bool {
+		l := e.lock(q, key, "skips")
+		_, err := l.Lock(ContextWithMode(e.ctx, SkipIfBusy))
+		if err != nil {
+			e.matchesOnly(err, ErrLockBusy)
+			return false
+		}
+		e.NoError(l.Unlock(e.ctx))
+		return true
+	})
+}
+
+// The bound of a wait passes in the Lock of a user's lock, which succeeds nevertheless.
+func TestWaitEndsInOwnLock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		own := &slowLock{}
+		f, err := NewPreemptiveLockerFactory(&slowProvider{own})
+		require.NoError(t, err)
+		_, err = f("org/repo", 1, "waits").Wait(time.Second).Lock(t.Context())
+		require.ErrorIs(t, err, ErrLockTimeout)
+		require.True(t, own.unlocked)
+	})
+}
+
+type slowProvider struct{ lock *slowLock }
+
+func (p *slowProvider) New(context.Context, int64, string) (PreemptableLock, error) {
+	return p.lock, nil
+}
+func (p *slowProvider) LockKey(context.Context, string, uint) (int64, error) { return 1, nil }
+
+// slowLock is locked when its context is done.
+type slowLock struct{ unlocked bool }
+
+func (l *slowLock) Notify(context.Context) error { return nil }
+
+func (l *slowLock) Lock(ctx context.Context) (<-chan NotificationPayload, error) {
+	<-ctx.Done()
+	return make(chan NotificationPayload), nil
+}
+
+func (l *slowLock) Unlock(context.Context) error {
+	l.unlocked = true
+	return nil
+}
+
+// The lock timeout passes after the database has granted the key, and before the lock is held.
+func TestTimeoutBetweenGrantAndHold(t *testing.T) {
+	p := &FakeLockProvider{}
+	made, err := p.New(t.Context(), 1, "late")
+	require.NoError(t, err)
+	l := lockOf(made)
+	require.NoError(t, l.begin(lockCall{asked: time.Now()}))
+	l.mu.Lock()
+	l.endWaitLocked(ErrLockTimeout)
+	l.mu.Unlock()
+	_, _, err = l.hold(t.Context(), answer{outcome: granted, token: 1, session: 1})
+	require.ErrorIs(t, err, ErrLockTimeout)
+	var c *ConflictError
+	require.ErrorAs(t, err, &c)
+	require.Equal(t, int64(1), c.Key)
+	l.backend.events().alarms.drop(l)
 }

@@ -164,6 +164,34 @@ func rowTaken(e *env) {
 	e.NoError(waiter.Unlock(e.ctx))
 }
 
+// An operator takes a key from a holder whose session is suspended. Its session has a longer timeout
+// than that of the successor, which waits for it nevertheless.
+func takenFromLongerTimeout(e *env) {
+	long := promisedSessionTimeout * 13 / 10
+	p, q := e.process(WithSessionTimeout(long)), e.process(WithLockTimeout(time.Hour))
+	key := e.key()
+	holder, ch := e.hold(p, key, "holder")
+	e.suspend(p)
+	start := time.Now()
+	if e.fake() {
+		e.store.mu.Lock()
+		e.store.rows[key].session = 1
+		e.store.mu.Unlock()
+	} else {
+		_, err := e.admin.Exec(`UPDATE env_lock_state SET holder_session = (5e18 + random() * 1e18)::bigint WHERE lock_key = $1`, key)
+		e.NoError(err)
+	}
+	waiter := e.lock(q, key, "waiter")
+	out := e.start(e.ctx, waiter)
+	e.payload(ch)
+	e.pending(out)
+	e.acquired(out)
+	e.took(start, long)
+	e.NoError(waiter.Unlock(e.ctx))
+	e.restore(p)
+	e.matchesOnly(holder.Unlock(e.ctx), ErrLockLost)
+}
+
 func claimsWait(e *env) {
 	p := e.process(WithLockTimeout(time.Hour), patient)
 	key := e.lockerKey(p)

@@ -75,8 +75,8 @@ func (timeoutError) Is(e error) bool { return e == context.DeadlineExceeded }
 
 // A ConflictError describes the other claims in an error. Find it with [errors.As]. It is in the
 // errors of this package's locks that match [ErrLockPreempted], [ErrLockTimeout] or [ErrLockBusy],
-// including the cause of a holder that was notified because of a newer claim. It is not in an error
-// that occurred before the key was known.
+// including the cause of a holder that was notified because of a newer claim. It is not in the
+// error of a Notify that has timed out, nor in one that occurred before the key was known.
 //
 // A field whose value is not known is nil or zero. After an outage, for example, the error of a
 // timeout has no holder.

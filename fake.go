@@ -423,6 +423,9 @@ func (s *memorySession) acquire(ctx context.Context, stop <-chan struct{}, r req
 		a.outcome = busy
 		if row.holder != uuid.Nil && !m.live[lock] {
 			timeout := unknownTimeout(s.conf.sessionTimeout)
+			for _, other := range m.sessions {
+				timeout = max(timeout, other.timeout)
+			}
 			if holder, ok := m.sessions[row.session]; ok {
 				timeout = holder.timeout
 			}

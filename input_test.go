@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jmoiron/sqlx"
 	"github.com/lib/pq"
 	"github.com/stretchr/testify/assert"
@@ -839,4 +840,20 @@ func TestInputPassword(t *testing.T) {
 	defer log.mu.Unlock()
 	require.NotEmpty(t, log.text.String())
 	require.NotContains(t, strings.ToLower(log.text.String()), secret)
+}
+
+// The repo of an index entry that is too long for PostgreSQL is rejected before anything is sent. The
+// longest one that is accepted can be stored, even if it cannot be compressed.
+func TestInputLongRepo(t *testing.T) {
+	t.Parallel()
+	p := pgProvider(t, newDatabase(t))
+	var b strings.Builder
+	for b.Len() < maxRepo {
+		b.WriteString(strings.ReplaceAll(uuid.NewString(), "-", ""))
+	}
+	long := b.String()[:maxRepo]
+	_, err := p.LockKey(pgBackground, long, 1)
+	require.NoError(t, err)
+	_, err = p.LockKey(pgBackground, long+"x", 1)
+	requireRefused(t, err, "longer than 2000 bytes")
 }

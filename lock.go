@@ -158,10 +158,24 @@ func (l *lock) announce(ctx context.Context, stop <-chan struct{}, how announcem
 		return a, err
 	}
 	l.mu.Lock()
-	l.placed, l.announced = true, true
-	l.standing, l.finish = a.newest, how.terms.mode == LetFinish
+	l.placeLocked(a.newest)
+	l.announced, l.finish = true, how.terms.mode == LetFinish
+	over := l.phase == ended
 	l.mu.Unlock()
+	// A wait that ended meanwhile has withdrawn nothing.
+	if over {
+		l.backend.withdraw(l.claim)
+	}
 	return a, nil
+}
+
+// placeLocked sets the standing of the claim. A result that arrives late does not replace that of a
+// later Notify.
+func (l *lock) placeLocked(s standing) {
+	if !l.placed || s.number > l.standing.number {
+		l.standing = s
+	}
+	l.placed = true
 }
 
 // labelsWith returns the labels of the terms, which replace those of the claim, or those of the
@@ -295,15 +309,20 @@ func (l *lock) begin(call lockCall) error {
 	l.phase = waiting
 	l.began = call.asked
 	l.stop = make(chan struct{})
-	wait := l.conf.lockTimeout
-	switch {
-	case call.terms.wait > 0:
-		wait = call.terms.wait
-	case call.terms.mode == LetFinish || l.finish:
-		wait = l.conf.finishTimeout
-	}
-	l.armLocked(l.began.Add(wait))
+	l.armLocked(l.began.Add(l.conf.waitFor(call.terms, l.finish)))
 	return nil
+}
+
+// waitFor returns how long a claim with the terms waits for its key. finish reports whether it was
+// announced to let the holder finish.
+func (c *LockProviderConfig) waitFor(t terms, finish bool) time.Duration {
+	switch {
+	case t.wait > 0:
+		return t.wait
+	case t.mode == LetFinish || finish:
+		return c.finishTimeout
+	}
+	return c.lockTimeout
 }
 
 // abandon makes a later Lock fail. Unlock cannot do that, because it has no effect before Lock.
@@ -338,11 +357,17 @@ func (l *lock) expire() {
 	case waiting:
 		l.endWaitLocked(ErrLockTimeout)
 	case held:
-		// The holder was spared until now.
-		if time.Since(l.began) < l.conf.maxLockDuration {
-			report = l.preemptLocked(*l.missed)
-		} else {
+		missed := l.missed
+		switch {
+		case missed == nil || time.Since(l.began) >= l.conf.maxLockDuration:
 			report = l.notifyLocked(ErrMaxLockDuration, l.ownPayload(ErrMaxLockDuration))
+		case missed.kind == evNewest || missed.from.number > l.standing.number:
+			// The holder was spared until now.
+			report = l.preemptLocked(*missed)
+		default:
+			// The holder has announced its claim again.
+			l.missed = nil
+			l.armLocked(l.began.Add(l.conf.maxLockDuration))
 		}
 	case notified:
 		l.lost = annotate(ErrLockLost, "revoked: not released within %v", l.conf.preemptionTimeout)
@@ -370,6 +395,8 @@ func (l *lock) shield(limit time.Duration) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
+	case l.phase == held && limit <= 0:
+		return fmt.Errorf("the limit is not positive: %v", limit)
 	case l.phase == held && l.shielded.IsZero():
 		l.shielded = time.Now().Add(limit)
 		return nil
@@ -440,12 +467,8 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 	skip, announce := call.terms.mode == SkipIfBusy, call.announce
 	for inVain := 0; ; {
 		if err := l.waitEnded(ctx, trouble); err != nil {
-			switch {
-			case !errors.Is(err, ErrLockTimeout):
-			case trouble == nil:
+			if err == ErrLockTimeout {
 				err = l.explained(ctx, ErrLockTimeout)
-			default:
-				err = l.conflict(ErrLockTimeout, keyState{}, trouble.Error())
 			}
 			return nil, 0, doubt, err
 		}
@@ -620,7 +643,8 @@ func (l *lock) sleep(ctx context.Context, retryAt time.Time) {
 	}
 }
 
-// waitEnded returns why a wait has ended before the database has decided, or nil if it has not.
+// waitEnded returns why a wait has ended before the database has decided, or nil if it has not. The
+// error contains trouble.
 func (l *lock) waitEnded(ctx context.Context, trouble error) error {
 	l.mu.Lock()
 	err := l.waitError
@@ -628,10 +652,13 @@ func (l *lock) waitEnded(ctx context.Context, trouble error) error {
 	if ctx.Err() != nil {
 		err = contextError(ctx)
 	}
-	if err != nil && trouble != nil {
-		err = annotate(err, "%v", trouble)
+	switch {
+	case err == nil || trouble == nil:
+		return err
+	case err == ErrLockTimeout:
+		return l.conflict(ErrLockTimeout, keyState{}, trouble.Error())
 	}
-	return err
+	return annotate(err, "%v", trouble)
 }
 
 // request returns the next attempt to acquire the key.
@@ -669,6 +696,8 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 	switch {
 	case a.session <= l.lostUpTo, l.keyLost:
 		return nil, 0, nil
+	case l.waitError == ErrLockTimeout:
+		return nil, 0, l.conflict(ErrLockTimeout, keyState{}, "")
 	case l.waitError != nil:
 		return nil, 0, l.waitError
 	case ctx.Err() != nil:
@@ -678,8 +707,7 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 	waited = now.Sub(l.began)
 	l.began = now
 	l.phase = held
-	l.placed = true
-	l.standing = a.newest
+	l.placeLocked(a.newest)
 	l.session = a.session
 	l.token = a.token
 	l.ch = make(chan NotificationPayload, 1)
@@ -953,11 +981,11 @@ func (l *lock) handleHeldLocked(ev event) (lost bool, report func()) {
 // returns a function that the caller must call after releasing mu, or nil.
 func (l *lock) preemptLocked(ev event) func() {
 	if time.Now().Before(l.spared) {
-		if l.missed == nil {
+		if l.missed == nil || ev.from.number > l.missed.from.number {
 			l.missed = &ev
-			if l.spared.Before(l.deadline) {
-				l.armLocked(l.spared)
-			}
+		}
+		if l.spared.Before(l.deadline) {
+			l.armLocked(l.spared)
 		}
 		return nil
 	}

@@ -549,7 +549,7 @@ func (p *PreemptiveLocker) abort(cause error) {
 
 // acquire claims the key and waits for it. It returns the lock if it was created, even with an
 // error.
-func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (PreemptableLock, <-chan NotificationPayload, error) {
+func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (lock PreemptableLock, ch <-chan NotificationPayload, err error) {
 	var set terms
 	p.mu.Lock()
 	if p.settings != nil {
@@ -558,6 +558,12 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (Preemp
 	p.mu.Unlock()
 	call := lockCall{asked: asked, announce: true, terms: set.orElse(termsFromContext(ctx)).orElse(terms{mode: p.conf.mode})}
 	wait := call.terms.wait
+	defer func() {
+		// The lock observes every other failure.
+		if err != nil && lock == nil {
+			p.observeFailed(asked, call.terms, err)
+		}
+	}()
 	if err := checkRepo(p.pull.repo, p.pull.pr); err != nil {
 		return nil, nil, err
 	}
@@ -568,7 +574,6 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (Preemp
 		return nil, nil, fmt.Errorf("the bound of the wait is negative: %v", wait)
 	}
 	var key int64
-	var err error
 	switch own := p.provider.(type) {
 	case *PostgresLockProvider:
 		// A claim that skips is not announced, so no statement checks that its hint is right.
@@ -580,7 +585,8 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (Preemp
 			}
 			call.pull = nil
 		}
-		key, err = own.lockKey(p.abortable(ctx), p.pull.repo, p.pull.pr, wait)
+		left := time.Until(asked.Add(own.conf.waitFor(call.terms, false)))
+		key, err = own.lockKey(p.abortable(ctx), p.pull.repo, p.pull.pr, max(1, left))
 		if err != nil {
 			return nil, nil, err
 		}
@@ -599,19 +605,32 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (Preemp
 		timer = time.AfterFunc(time.Until(asked.Add(wait)), func() { p.abort(ErrLockTimeout) })
 	}
 	key, err = p.provider.LockKey(calls, p.pull.repo, p.pull.pr)
-	var lock PreemptableLock
-	var ch <-chan NotificationPayload
 	if err == nil {
 		lock, ch, err = p.claim(ctx, calls, key, call)
 	}
 	// The calls were canceled by the timer, or are about to be.
 	if timer != nil && !timer.Stop() {
 		switch classify(err) {
-		case OutcomeFailed, OutcomeCanceled:
+		case OutcomeCompleted, OutcomeFailed, OutcomeCanceled:
 			err = ErrLockTimeout
 		}
 	}
 	return lock, ch, err
+}
+
+// observeFailed calls the observer of the provider, if there is one, for a Lock that has failed
+// before there was a lock.
+func (p *PreemptiveLocker) observeFailed(asked time.Time, t terms, err error) {
+	var observe func(Observation)
+	switch own := p.provider.(type) {
+	case *PostgresLockProvider:
+		observe = own.conf.observer
+	case *FakeLockProvider:
+		observe = own.conf.observer
+	}
+	if observe != nil {
+		observe(Observation{Kind: ObservedFailed, Event: p.event, Labels: decodeLabels(t.labels), After: time.Since(asked), Err: err})
+	}
 }
 
 // claim creates the lock, announces the claim and waits for the key. It returns the lock if it was
@@ -694,6 +713,10 @@ func (p *PreemptiveLocker) arrive(lock PreemptableLock, err error) error {
 			cancel(nil)
 		}
 	}()
+	var token int64
+	if l, ok := lock.(interface{ Token() int64 }); ok && err == nil {
+		token = l.Token()
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.aborted {
@@ -702,13 +725,10 @@ func (p *PreemptiveLocker) arrive(lock PreemptableLock, err error) error {
 	if err != nil {
 		return err
 	}
-	p.stage = locked
+	p.stage, p.token = locked, token
 	// The hold of a lock of another provider may need the context of its Lock.
 	if ownLock(lock) != nil {
 		cancel, p.calls, p.cancel = p.cancel, nil, nil
-	}
-	if l, ok := lock.(interface{ Token() int64 }); ok {
-		p.token = l.Token()
 	}
 	return nil
 }

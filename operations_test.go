@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"log/slog"
 	"math"
+	"net/url"
 	"os"
 	"strings"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/preemptable/locker/internal/pgserver"
 	"github.com/stretchr/testify/require"
 )
 
@@ -473,4 +475,52 @@ func TestFreeRowSaysNothing(t *testing.T) {
 	require.NoError(t, err)
 	require.True(t, lockOf(locker.lock).spared.IsZero())
 	require.NoError(t, locker.Release(pgBackground))
+}
+
+// The two ways of docs/operations.md to take a lock work with the privileges that it grants, in every
+// state of a key, and can be repeated.
+func TestOperatorsTakeLocks(t *testing.T) {
+	t.Parallel()
+	page, err := os.ReadFile("docs/operations.md")
+	require.NoError(t, err)
+	block := func(after string) string {
+		_, rest, found := strings.Cut(string(page), after)
+		require.True(t, found, after)
+		_, rest, found = strings.Cut(rest, "```sql\n")
+		require.True(t, found, after)
+		text, _, _ := strings.Cut(rest, "```")
+		return text
+	}
+	server := pgCluster(t, pgserver.Options{})
+	uri, err := server.CreateDatabase(pgBackground, "roles")
+	require.NoError(t, err)
+	admin := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	f := pgLocker(t, p)
+	require.NoError(t, goRound(f("org/repo", 7, "creates the schema")))
+	pgExec(t, admin, `CREATE ROLE app LOGIN; CREATE ROLE ops LOGIN`)
+	pgExec(t, admin, block("## Privileges, and the schema by hand"))
+	as := func(user string) string {
+		u, err := url.Parse(uri)
+		require.NoError(t, err)
+		u.User = url.User(user)
+		return u.String()
+	}
+	ops, service := pgDB(t, as("ops")), pgLocker(t, pgProvider(t, as("app")))
+	for _, way := range []string{"**The safe way:**", "**The fast way:**"} {
+		take := block(way)
+		pgExec(t, ops, take) // the key is free
+		holder := service("org/repo", 7, "holder")
+		ch, err := holder.Lock(pgBackground)
+		require.NoError(t, err)
+		pgExec(t, ops, take)
+		pgExec(t, ops, take)
+		require.Equal(t, 0, pgGet[int](t, admin, `SELECT count(*) FROM env_lock_overview WHERE alive`), way)
+		pgReceive(t, "the holder is notified", ch)
+		require.ErrorIs(t, holder.Release(pgBackground), ErrLockLost)
+		// A claim waits for a key that has just become free.
+		pgExec(t, admin, `UPDATE env_lock_state SET holder_id = NULL, holder_session = NULL, claim_open = true`)
+		pgExec(t, ops, take)
+		require.NoError(t, goRound(service("org/repo", 7, "next")), way)
+	}
 }

@@ -29,6 +29,8 @@ const (
 
 	// The column is a PostgreSQL integer.
 	maxPullRequest = 1<<31 - 1
+	// In bytes. An entry of the index of env_locks has at most 2,704.
+	maxRepo = 2_000
 )
 
 // LockProviderConfig is the configuration of a [LockProvider]. The [LockProviderOption] functions
@@ -208,7 +210,7 @@ func WithObserver(f func(Observation)) LockProviderOption {
 // An Observation is one event in the life of a lock, or of the session of all locks.
 type Observation struct {
 	Kind   ObservationKind
-	Key    int64             // 0 for a session
+	Key    int64             // 0 for a session, and for a Lock that failed before the key was known
 	Event  string            // of the lock's claim
 	Labels map[string]string // of the lock's claim
 	// After is the time since Lock was called, since the hold began, or since the session was
@@ -413,6 +415,8 @@ func checkRepo(repo string, pr uint) error {
 	switch {
 	case !utf8.ValidString(repo):
 		return fmt.Errorf("locker: repo %q is not valid UTF-8", repo)
+	case len(repo) > maxRepo:
+		return fmt.Errorf("locker: repo %.50q… is longer than %d bytes", repo, maxRepo)
 	case strings.ContainsRune(repo, 0):
 		return fmt.Errorf("locker: repo %q contains a NUL", repo)
 	case pr > maxPullRequest:

@@ -25,10 +25,15 @@ func (s *session) lookAfterRows(ref sessionRef, beats int) {
 	if !wanted {
 		return
 	}
-	s.enqueueCheck(ref, func(ctx context.Context, l *link) error {
-		s.mu.Lock()
-		s.checking = sessionRef{}
-		s.mu.Unlock()
+	s.enqueueCheck(ref, func(ctx context.Context, l *link) (err error) {
+		defer func() {
+			// Otherwise the worker repeats this check, so no other one is needed.
+			if err == nil {
+				s.mu.Lock()
+				s.checking = sessionRef{}
+				s.mu.Unlock()
+			}
+		}()
 		if mute && l.exec(ctx, sqlNotify, `{"kind":"`+kindCheck+`"}`) == nil {
 			s.mu.Lock()
 			s.mute = false
@@ -121,14 +126,21 @@ func (s *session) checkRows(ctx context.Context, l *link, ref sessionRef, all bo
 			return lost, nil
 		}
 		if !alive {
-			s.suspect(ref, errors.New("the server of the rows does not see the session"))
-			return lost, nil
+			// The fault may be with either connection, so both are opened again.
+			s.suspect(ref, errElsewhere)
+			return lost, errElsewhere
 		}
+		var gone []claim
 		for _, n := range news {
 			if n.ev.kind == evGone {
-				lost++
+				gone = append(gone, claim{key: n.key, id: n.ev.hold})
 			}
 			s.hub.dispatch(n.key, n.ev)
+		}
+		lost += len(gone)
+		// Such a hold is not released, not even when its function has returned.
+		if s.conf.originalReplicas {
+			s.unlockKeys(gone)
 		}
 		if !all || !more {
 			return lost, nil
@@ -160,6 +172,10 @@ func (s *session) releaseForgotten(ctx context.Context, l *link, ref sessionRef)
 			gone = append(gone, c)
 		}
 	})
+	// The holders of a session that was lost meanwhile release their keys themselves.
+	if now, connected := s.trust.current(); now != ref || !connected {
+		return err
+	}
 	for _, c := range forgotten {
 		s.release(context.Background(), c)
 	}
@@ -175,14 +191,14 @@ func (s *session) sweep(ctx context.Context, l *link, ref sessionRef) error {
 	var lock int64
 	var timeout float64
 	var expired []int64
-	err := l.each(ctx, sqlDeadSessions, []any{ref.id}, []any{&lock, &timeout}, func() {
+	err := l.each(ctx, sqlDeadSessions, []any{ref.lock}, []any{&lock, &timeout}, func() {
 		s.watches.dead(lock, seconds(timeout))
 		if s.watches.expired(lock) {
 			expired = append(expired, lock)
 		}
 	})
 	if err == nil && len(expired) > 0 {
-		err = l.exec(ctx, sqlSweep, int64Array(expired))
+		err = l.exec(ctx, sqlSweep, ref.lock, int64Array(expired))
 	}
 	return err
 }

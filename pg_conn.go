@@ -193,8 +193,10 @@ func (l *link) createSchema(ctx context.Context, user string) error {
 	}
 	// After Commit this does nothing.
 	defer func() { _ = tx.Rollback() }()
-	if _, err = tx.ExecContext(ctx, `SET LOCAL lock_timeout = 0; `+sqlSchemaLock); err == nil {
-		_, err = tx.ExecContext(ctx, SchemaSQL)
+	for _, text := range []string{`SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0; ` + sqlSchemaLock, sqlSchemaPath, SchemaSQL} {
+		if err == nil {
+			_, err = tx.ExecContext(ctx, text)
+		}
 	}
 	if err == nil {
 		err = tx.Commit()
@@ -206,6 +208,9 @@ func (l *link) createSchema(ctx context.Context, user string) error {
 		case e.Code.Class() == "42":
 			return refusedError{errors.Wrap(err, "locker: create schema: there are tables with the same names that are not those of locker.SchemaSQL (schema.sql)")}
 		}
+	}
+	if ctx.Err() != nil {
+		return errors.Wrap(err, "locker: create schema: this takes too long: if the tables are large, run the SQL in locker.SchemaSQL (schema.sql) once")
 	}
 	return errors.Wrap(err, "locker: create schema")
 }

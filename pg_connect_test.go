@@ -378,6 +378,7 @@ func TestConnectParametersThatAreDropped(t *testing.T) {
 		"postgres://h/db?password=" + secret + ";x", "postgres://h/db?password=%" + secret, "postgres://h/db?sslmode=%zz", "postgres://h/db?%=1",
 		"postgres://a:1,b:2/db?sslmode=disable;port=3", "postgres://%2Frun/db?password=" + secret + ";", "postgres://h/db?password=" + secret + "#x",
 		"postgres://h/db#sslmode=disable", "postgres://user:1#" + secret + "@h/db", "postgres://a:1,b:2/db?sslmode=disable#x",
+		"postgres://user:/" + secret + "@h/db", "postgres://user:1/" + secret + "@h:5432/db", "postgres://a:1,b:2/" + secret + "@h/db",
 	} {
 		_, err := sessionDSN(uri)
 		requireRefused(t, err, "URI is invalid")
@@ -386,10 +387,11 @@ func TestConnectParametersThatAreDropped(t *testing.T) {
 	for _, call := range constructors(t) {
 		requireRefused(t, call("postgres://h/db?sslmode=disable;password="+secret), "; as %3B")
 	}
-	dsn, err := sessionDSN("postgres://a:1,b:2/db?password=a%3Bb%23c%25&search_path=x%3By")
+	dsn, err := sessionDSN("postgres://a:1,b:2/d%40b?password=a%3Bb%23c%25&search_path=x%3By")
 	require.NoError(t, err)
 	cfg, err := pq.NewConfig(dsn)
 	require.NoError(t, err)
+	require.Equal(t, "d@b", cfg.Database)
 	require.Equal(t, "a;b#c%", cfg.Password)
 	require.Equal(t, "x;y", cfg.Runtime["search_path"])
 }
@@ -1131,4 +1133,56 @@ func TestURIFunctionWithAnErrorOfTheDriver(t *testing.T) {
 	_, err := u.dsn(pgBackground)
 	require.ErrorContains(t, err, "vault")
 	require.False(t, isLogin(err), "this server has refused no login")
+}
+
+// A part of the schema is missing, and a schema that comes first in the search path is empty. The
+// part is created next to the other tables, and not in new ones that would hide them.
+func TestConnectSchemaNextToTables(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	with := func(path string) string {
+		u, err := url.Parse(uri)
+		require.NoError(t, err)
+		q := u.Query()
+		q.Set("search_path", path)
+		u.RawQuery = q.Encode()
+		return u.String()
+	}
+	holder, ch := pgHold(t, pgProvider(t, uri), 1, "holder")
+	pgExec(t, db, `CREATE SCHEMA first; ALTER TABLE env_lock_state DROP COLUMN streak CASCADE; ALTER TABLE env_lock_state DROP COLUMN holder_stop CASCADE`)
+	p := pgProvider(t, with("first, public"))
+	require.NoError(t, pgNew(t, p, 1, "claim").Notify(pgBackground))
+	require.Equal(t, "claim", pgReceive(t, "the holder is notified", ch).Message)
+	require.NoError(t, holder.Unlock(pgBackground))
+	fieldWorks(t, p, 2)
+	require.Zero(t, pgGet[int](t, db, `SELECT count(*) FROM pg_class WHERE relnamespace = 'first'::regnamespace`))
+}
+
+// With WithOriginalReplicas, a session reconnects although the server has not noticed the end of its
+// last connection, and although its role may not end connections: the role that has logged in may.
+func TestConnectDayRoleReconnects(t *testing.T) {
+	t.Parallel()
+	server := pgCluster(t, pgserver.Options{})
+	uri, err := server.CreateDatabase(pgBackground, "roles")
+	require.NoError(t, err)
+	admin := pgDB(t, uri)
+	pgExec(t, admin, `CREATE ROLE owner; GRANT ALL ON SCHEMA public TO owner; CREATE ROLE day_role LOGIN; GRANT owner TO day_role`)
+	u, err := url.Parse(uri)
+	require.NoError(t, err)
+	u.User = url.User("day_role")
+	q := u.Query()
+	q.Set("options", "-c role=owner")
+	u.RawQuery = q.Encode()
+	px := newProxy(t, "", u.String(), nil)
+	p := pgProvider(t, px.uri(t, u.String()), WithOriginalReplicas())
+	kept, notified := pgHold(t, p, 1, "kept")
+	old := pgSession(p).lock
+	require.True(t, px.silenceBackend(pgOwn(t, admin, p.session)))
+	pgUntil(t, "the session has reconnected", func() bool {
+		now, connected := p.session.trust.current()
+		return connected && now.lock != old
+	})
+	require.Empty(t, notified, "C24 the hold is kept")
+	require.NoError(t, kept.Unlock(pgBackground))
 }

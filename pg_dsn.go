@@ -321,16 +321,17 @@ func isURL(uri string) bool {
 }
 
 // parameters returns the parameters of a URL, or an error if url.URL.Query, which the driver uses,
-// would drop one of them. The driver ignores a fragment, so that is an error as well.
+// would drop one of them. The driver ignores a fragment, so that is an error as well. So is an @ in
+// the path: the URL has a password with a slash, and a part of it would count as the database.
 func parameters(u *url.URL) (url.Values, error) {
 	q, err := url.ParseQuery(u.RawQuery)
-	if err != nil || u.Fragment != "" {
+	if err != nil || u.Fragment != "" || strings.Contains(u.EscapedPath(), "@") {
 		return nil, errParameters
 	}
 	return q, nil
 }
 
-var errParameters = errors.New("locker: postgres URI is invalid: put & between its parameters, and write ; as %3B, # as %23 and % as %25 (the value is not shown because it may hold a password)")
+var errParameters = errors.New("locker: postgres URI is invalid: put & between its parameters, and write ; as %3B, # as %23, / as %2F, @ as %40 and % as %25 (the value is not shown because it may hold a password)")
 
 // spelledOut returns a URL with its hosts as parameters, if it names several hosts with ports, or a
 // socket. Otherwise it returns uri. url.Parse does not accept a socket, and only some versions of

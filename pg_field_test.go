@@ -673,8 +673,11 @@ func TestFieldDeafListener(t *testing.T) {
 	})
 	t.Logf("it listens anew after %.1f s", time.Since(start).Seconds())
 	assert.NotZero(t, f.logged("listen"), "not a line in the log:\n%s", f.log)
+	other := f.other(t)
+	l, _ := pgHold(t, other, 2, "connects")
+	require.NoError(t, l.Unlock(pgBackground))
 	start = time.Now()
-	require.NoError(t, pgNew(t, f.other(t), 1, "claim").Notify(pgBackground))
+	require.NoError(t, pgNew(t, other, 1, "claim").Notify(pgBackground))
 	require.Equal(t, "claim", pgReceive(t, "the holder is notified", ch).Message)
 	require.Less(t, time.Since(start), 2*time.Second, "not by the listener")
 }

@@ -191,7 +191,7 @@ func forOneEffect(ctx context.Context, conn *sql.Conn, text string, args []any, 
 	defer func() { _ = tx.Rollback() }()
 	rows, err := tx.QueryContext(ctx, text, args...)
 	if err == nil {
-		values, targets := make([]any, 13), []any{}
+		values, targets := make([]any, 14), []any{}
 		for i := range values {
 			targets = append(targets, &values[i])
 		}

@@ -84,6 +84,7 @@ func (s *session) lockKeys(ctx context.Context, l *link, ref sessionRef, batch [
 		o.keyLocked, o.untried = owned[i], !owned[i] && !tried
 	}
 	if failed != nil && !broken(failed) {
+		s.keepKeys(batch, failed)
 		return failed
 	}
 	// Without a connection the session is suspended, and the statement takes nothing.

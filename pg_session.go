@@ -99,7 +99,7 @@ func newSession(dsn dsnFunc, conf LockProviderConfig) *session {
 		listen: make(chan struct{}, 1),
 	}
 	s.trust = newTrust(&s.conf, s.hub)
-	s.trust.lost = func() { s.dropOwn(errors.New("the session is lost")) }
+	s.trust.lost = func() { s.dropOwn(errSessionLost) }
 	s.disk, s.swift = newWorker(s), newWorker(s)
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	return s
@@ -465,6 +465,10 @@ func (s *session) serveOwn(l *line, ref sessionRef) error {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	last := time.Now()
+	// It may have been lost before dropOwn could close this connection.
+	if now, _ := s.trust.current(); now != ref {
+		return errSessionLost
+	}
 	if s.conf.originalReplicas {
 		s.settleKeys(l)
 	}
@@ -474,14 +478,16 @@ func (s *session) serveOwn(l *line, ref sessionRef) error {
 		}
 		// The monotonic clock stands still while the machine is suspended.
 		start := time.Now()
-		if slept := start.Round(0).Sub(last.Round(0)) - start.Sub(last); slept > s.conf.sessionTimeout/2 {
+		if slept := suspendedFor(last, start); slept > s.conf.sessionTimeout/2 {
 			return errors.Errorf("the machine was suspended for %v", slept.Round(time.Second))
 		}
 		last = start
 		if err := l.exec(heartbeatDeadline(s.conf.sessionTimeout), fmt.Sprintf(sqlHeartbeat, ref.lock)); err != nil {
 			return heartbeatError(err)
 		}
-		s.trust.beat(ref, start)
+		if !s.trust.beat(ref, start) {
+			return errSessionLost
+		}
 		if s.rest(ref) {
 			return errIdle
 		}
@@ -510,7 +516,17 @@ func (s *session) rest(ref sessionRef) bool {
 	return true
 }
 
-var errIdle = errors.New("locker: the provider is idle")
+var (
+	errIdle        = errors.New("locker: the provider is idle")
+	errSessionLost = errors.New("the session is lost")
+	errElsewhere   = errors.New("the server of the rows does not see the session")
+)
+
+// suspendedFor returns how long the machine was suspended between two times. The monotonic clock
+// stands still meanwhile. A step of the wall clock counts as well.
+func suspendedFor(from, to time.Time) time.Duration {
+	return to.Round(0).Sub(from.Round(0)) - to.Sub(from)
+}
 
 // heartbeatError explains the errors of sqlHeartbeat.
 func heartbeatError(err error) error {

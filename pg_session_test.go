@@ -11,10 +11,14 @@ import (
 	"net/url"
 	"os"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
+	"github.com/lib/pq"
 	"github.com/preemptable/locker/internal/pgserver"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -1291,4 +1295,290 @@ func TestSkipWhileKeyLockCannotBeTried(t *testing.T) {
 	require.NoError(t, l.Unlock(pgBackground))
 	require.Empty(t, notified, "C24 the hold is kept")
 	require.NoError(t, kept.Unlock(pgBackground))
+}
+
+// With WithOriginalReplicas: a key that was taken from its holder by hand is free for others, even
+// if the holder never returns.
+func TestTakenHoldGivesKeyLockBack(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri, WithOriginalReplicas())
+	holder, ch := pgHold(t, p, 1, "never returns")
+	require.NotZero(t, pgAdvisory(t, db)[1], "the key's own lock")
+	pgExec(t, db, `UPDATE env_lock_state SET holder_id = NULL, holder_session = NULL, holder_event = NULL, held_since = NULL WHERE lock_key = 1`)
+	pgReceive(t, "the holder is notified", ch)
+	pgUntil(t, "the key's own lock is given back", func() bool { return pgAdvisory(t, db)[1] == 0 })
+	next, _ := pgHold(t, p, 1, "next")
+	require.NoError(t, next.Unlock(pgBackground))
+	require.ErrorIs(t, holder.Unlock(pgBackground), ErrLockLost)
+}
+
+// announceOps returns announcements of claims on keys, as they wait in a worker's queue.
+func announceOps(asked time.Time, keys ...int64) (batch []*op) {
+	for _, key := range keys {
+		o := newOp(pgBackground, opAnnounce, claim{key: key, id: uuid.New(), event: "old"})
+		o.asked = asked
+		batch = append(batch, o)
+	}
+	return batch
+}
+
+// A claim that was delayed arrives with a statement that begins before a later claim is announced,
+// and ends after that.
+func TestDelayedClaimInSlowStatement(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p, q := pgProvider(t, uri), pgProvider(t, uri)
+	for _, key := range []int64{1, 2} {
+		l, _ := pgHold(t, p, key, "creates the row")
+		require.NoError(t, l.Unlock(pgBackground))
+	}
+	newer := pgNew(t, q, 2, "newer")
+	tx, err := db.BeginTx(pgBackground, nil)
+	require.NoError(t, err)
+	defer func() { _ = tx.Rollback() }()
+	_, err = tx.ExecContext(pgBackground, `UPDATE env_lock_state SET waiting = waiting WHERE lock_key = 1`)
+	require.NoError(t, err)
+	batch := announceOps(time.Now().Add(-5*time.Second), 1, 2)
+	done := make(chan error, 1)
+	go func() {
+		done <- onWorker(t, p.session.disk, func(_ context.Context, on *link) error {
+			p.session.disk.execute(on, pgSession(p), slices.Clone(batch))
+			return nil
+		})
+	}()
+	pgBlocked(t, db)
+	require.NoError(t, newer.Notify(pgBackground))
+	require.NoError(t, tx.Rollback())
+	require.NoError(t, pgReceive(t, "the worker", done))
+	for _, o := range batch {
+		pgReceive(t, "the delayed claim", o.done)
+	}
+	require.Equal(t, lockOf(newer).claim.id.String(), pgGet[string](t, db, `SELECT claim_id FROM env_lock_state WHERE lock_key = 2`))
+}
+
+// Another session creates the missing row of a key after a claim was announced in vain, and before
+// the reason is asked for.
+func TestRowCreatedMeanwhile(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	l, _ := pgHold(t, p, 2, "connects")
+	require.NoError(t, l.Unlock(pgBackground))
+	var asked atomic.Int32
+	ctx := context.WithValue(pgBackground, tracerKey{}, Tracer(func(ctx context.Context, o Operation) (context.Context, func(OperationEnd)) {
+		if o.Statement == statementNames[sqlWhyNot] && asked.Add(1) == 1 {
+			pgExec(t, db, `INSERT INTO env_lock_state (lock_key) VALUES (1)`)
+		}
+		return ctx, nil
+	}))
+	l = pgNew(t, p, 1, "claim")
+	require.NoError(t, l.Notify(ctx))
+	require.Equal(t, int32(1), asked.Load(), "the test is void")
+	_, err := l.Lock(pgBackground)
+	require.NoError(t, err)
+	require.NoError(t, l.Unlock(pgBackground))
+}
+
+// The caller of an announcement leaves while the worker connects. The announcement is not sent.
+func TestCallerLeavesWhileWorkerConnects(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	var slow atomic.Bool
+	asked, goOn := make(chan struct{}, 1), make(chan struct{})
+	made, err := NewLockProvider(PostgresLockProviderKind, WithPostgresURI(func(context.Context) (string, error) {
+		if slow.CompareAndSwap(true, false) {
+			asked <- struct{}{}
+			<-goOn
+		}
+		return uri, nil
+	}))
+	require.NoError(t, err)
+	p := made.(*PostgresLockProvider)
+	t.Cleanup(func() { _ = p.Close() })
+	holder, ch := pgHold(t, p, 1, "holder")
+	// The function hangs up its own worker, which connects again for the next operation.
+	require.NoError(t, onWorker(t, p.session.disk, func(context.Context, *link) error {
+		slow.Store(true)
+		p.session.disk.hangUp()
+		return nil
+	}))
+	ctx, cancel := context.WithCancel(pgBackground)
+	failed := make(chan error, 1)
+	left := pgNew(t, p, 1, "has left")
+	go func() { failed <- left.Notify(ctx) }()
+	pgReceive(t, "the worker connects", asked)
+	cancel()
+	require.ErrorIs(t, pgReceive(t, "the caller", failed), context.Canceled)
+	close(goOn)
+	require.NoError(t, onWorker(t, p.session.disk, func(context.Context, *link) error { return nil }))
+	pgQuiet(t, ch)
+	require.NotEqual(t, "has left", pgGet[string](t, db, `SELECT claim_event FROM env_lock_state WHERE lock_key = 1`))
+	require.NoError(t, holder.Unlock(pgBackground))
+}
+
+// The caller of a claim has left, and the claim was withdrawn, when its last attempt records that it
+// waits.
+func TestAttemptAfterWithdraw(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p, q := pgProvider(t, uri), pgProvider(t, uri)
+	holder, _ := pgHold(t, q, 1, "holder")
+	left := pgNew(t, p, 1, "has left")
+	require.NoError(t, left.Notify(pgBackground))
+	pgExec(t, db, `UPDATE env_lock_state SET claim_open = false WHERE lock_key = 1`)
+	o := newOp(pgBackground, opAcquire, claim{})
+	o.req = left.request(terms{}, 0)
+	o.state = opAbandoned
+	require.NoError(t, onWorker(t, p.session.disk, func(_ context.Context, on *link) error {
+		p.session.disk.execute(on, pgSession(p), []*op{o})
+		return nil
+	}))
+	pgReceive(t, "the attempt", o.done)
+	require.True(t, o.found, "the row does not say that the claim waits: the test is void")
+	pgUntil(t, "the claim is withdrawn", func() bool {
+		return !pgGet[bool](t, db, `SELECT claim_open FROM env_lock_state WHERE lock_key = 1`)
+	})
+	require.NoError(t, holder.Unlock(pgBackground))
+}
+
+// A worker's connection leads to a server that does not have the session's lock, where every
+// session seems dead. No watch begins there.
+func TestWorkerOnAnotherServer(t *testing.T) {
+	t.Parallel()
+	uri, other := newDatabase(t), newDatabase(t)
+	p, q := pgProvider(t, uri), pgProvider(t, other)
+	for _, provider := range []*PostgresLockProvider{p, q} {
+		l, _ := pgHold(t, provider, 1, "connects")
+		require.NoError(t, l.Unlock(pgBackground))
+	}
+	pgExec(t, pgDB(t, other), `INSERT INTO env_lock_sessions (id, lock, timeout) VALUES (1, 1, '1 s'), ($1, $2, '1 s')`,
+		pgSession(p).id, pgSession(p).lock)
+	watched := func(s *session) int {
+		s.watches.mu.Lock()
+		defer s.watches.mu.Unlock()
+		return len(s.watches.ripe)
+	}
+	require.NoError(t, onWorker(t, q.session.swift, func(ctx context.Context, on *link) error {
+		return q.session.sweep(ctx, on, pgSession(q))
+	}))
+	require.Equal(t, 2, watched(q.session), "the test is void")
+	require.NoError(t, onWorker(t, q.session.swift, func(ctx context.Context, on *link) error {
+		return p.session.sweep(ctx, on, pgSession(p))
+	}))
+	require.Zero(t, watched(p.session))
+	var elsewhere error
+	require.NoError(t, onWorker(t, q.session.swift, func(ctx context.Context, on *link) error {
+		_, elsewhere = p.session.checkRows(ctx, on, pgSession(p), true)
+		return nil
+	}))
+	require.Equal(t, errElsewhere, elsewhere)
+}
+
+// While the check of rows fails, no further one is queued.
+func TestChecksDoNotPileUp(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri)
+	holder, ch := pgHold(t, p, 1, "holder")
+	s := p.session
+	checks := func() (n int, failed bool) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for _, o := range s.swift.queues[opCall] {
+			failed = failed || o.trouble != nil
+		}
+		return len(s.swift.queues[opCall]), failed
+	}
+	tx, err := db.BeginTx(pgBackground, nil)
+	require.NoError(t, err)
+	defer func() { _ = tx.Rollback() }()
+	_, err = tx.ExecContext(pgBackground, `LOCK TABLE env_lock_state`)
+	require.NoError(t, err)
+	s.lookAfterRows(pgSession(p), 1)
+	pgUntil(t, "the check has failed", func() bool {
+		_, failed := checks()
+		return failed
+	})
+	for range 3 {
+		s.lookAfterRows(pgSession(p), 1)
+	}
+	n, _ := checks()
+	require.LessOrEqual(t, n, 1)
+	require.NoError(t, tx.Rollback())
+	pgUntil(t, "the check has succeeded", func() bool {
+		n, _ := checks()
+		return n == 0
+	})
+	pgQuiet(t, ch)
+	require.NoError(t, holder.Unlock(pgBackground))
+}
+
+// A session is lost while a check of its rows is in flight. Its holders release their keys
+// themselves, when they have stopped.
+func TestSessionLostDuringCheck(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	p := pgProvider(t, uri)
+	db := pgDB(t, uri)
+	l, _ := pgHold(t, p, 1, "creates the row")
+	require.NoError(t, l.Unlock(pgBackground))
+	now := pgSession(p)
+	pgExec(t, db, `UPDATE env_lock_state SET holder_id = gen_random_uuid(), holder_session = $1, holder_event = 'lost', held_since = now()
+		WHERE lock_key = 1`, now.id)
+	forgotten := func(ref sessionRef) {
+		require.NoError(t, onWorker(t, p.session.swift, func(ctx context.Context, on *link) error {
+			return p.session.releaseForgotten(ctx, on, ref)
+		}))
+		// Releases run before this.
+		require.NoError(t, onWorker(t, p.session.swift, func(context.Context, *link) error { return nil }))
+	}
+	old := now
+	old.generation--
+	forgotten(old)
+	require.Len(t, pgHolders(t, db), 1)
+	forgotten(now)
+	pgFree(t, db, 1)
+}
+
+// A session that was lost while its connection was opened sends no heartbeats on it.
+func TestSessionLostWhileItConnects(t *testing.T) {
+	t.Parallel()
+	p := pgProvider(t, newDatabase(t))
+	l, _ := pgHold(t, p, 1, "connects")
+	require.NoError(t, l.Unlock(pgBackground))
+	old := pgSession(p)
+	old.generation--
+	require.Equal(t, errSessionLost, p.session.serveOwn(nil, old))
+	require.False(t, p.session.trust.beat(old, time.Now()))
+}
+
+// C4: a waiter that was announced is superseded by its holder's next announcement immediately: the
+// server sends a notification.
+func TestHolderAnnouncesAgain(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	p, q := pgProvider(t, uri), pgProvider(t, uri)
+	holder, _ := pgHold(t, p, 1, "holder")
+	waiter := pgNew(t, q, 1, "waiter")
+	require.NoError(t, waiter.Notify(pgBackground))
+	out := pgWaits(t, waiter)
+	listener := pq.NewListener(uri, time.Second, time.Second, nil)
+	t.Cleanup(func() { _ = listener.Close() })
+	require.NoError(t, listener.Listen(notifyChannel))
+	require.NoError(t, holder.Notify(pgBackground))
+	for {
+		n := pgReceive(t, "a notification of the holder's claim", listener.Notify)
+		if n != nil && strings.Contains(n.Extra, lockOf(holder).claim.id.String()) {
+			break
+		}
+	}
+	require.ErrorIs(t, pgReceive(t, "the waiter", out), ErrLockPreempted)
+	require.NoError(t, holder.Unlock(pgBackground))
 }

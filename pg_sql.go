@@ -96,7 +96,7 @@ RETURNING s.lock_key, ` + sqlNoFlush
 	//
 	// The commit is flushed, which makes the token durable, and with it every claim before. For a
 	// key that was not taken the statement returns the number of its newest claim, its holder's
-	// session and whether that lives.
+	// session and whether that lives. A session without a row counts as one with the longest timeout.
 	sqlAcquire = `
 WITH want AS MATERIALIZED (
     SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::bigint[], $4::uuid[], $5::boolean[], $6::text[], $7::bigint[], $10::boolean[], $11::text[], $12::boolean[])
@@ -135,7 +135,7 @@ SELECT w.key, t.token, t.spared, t.lock_key IS NULL AND s.lock_key IS NULL,
     s.holder_id IS NOT NULL,
     s.holder_id IS NULL OR s.claim_id = w.id AND (s.claimer_session IS DISTINCT FROM $8::bigint OR NOT s.claim_open),
     CASE WHEN s.holder_id IS NOT NULL THEN coalesce(x.lock, s.holder_session, 0) END,
-    date_part('epoch', x.timeout),
+    x.id IS NOT NULL, date_part('epoch', coalesce(x.timeout, (SELECT max(o.timeout) FROM env_lock_sessions o))),
     CASE WHEN s.holder_id IS NOT NULL THEN NOT pg_try_advisory_xact_lock_shared(coalesce(x.lock, s.holder_session, 0)) END,
     (SELECT NOT pg_try_advisory_xact_lock_shared($9::bigint))
 FROM want w
@@ -240,14 +240,18 @@ UNION ALL
 SELECT lock_key, claim_id, false FROM env_lock_state
 WHERE claimer_session = $1::bigint AND claim_open AND holder_id IS DISTINCT FROM claim_id`
 
-	// sqlDeadSessions returns sessions that are dead now. sqlSweep deletes those that this process
-	// has watched being dead, and that hold nothing.
+	// sqlDeadSessions returns sessions that are dead now, of some that are chosen at random. sqlSweep
+	// deletes those that this process has watched being dead, and that hold nothing. Neither finds
+	// any on a server that does not see this process's own session ($1): there, every session seems
+	// dead.
 	sqlDeadSessions = `
-SELECT x.lock, date_part('epoch', x.timeout) FROM env_lock_sessions x
-WHERE x.id <> $1::bigint AND pg_try_advisory_xact_lock_shared(x.lock)`
+SELECT x.lock, date_part('epoch', x.timeout)
+FROM (SELECT o.lock, o.timeout FROM env_lock_sessions o WHERE o.lock <> $1::bigint ORDER BY random() LIMIT 500) x
+WHERE (SELECT NOT pg_try_advisory_xact_lock_shared($1::bigint)) AND pg_try_advisory_xact_lock_shared(x.lock)`
 	sqlSweep = `
 DELETE FROM env_lock_sessions x
-WHERE x.lock = ANY ($1::bigint[]) AND pg_try_advisory_xact_lock_shared(x.lock)
+WHERE (SELECT NOT pg_try_advisory_xact_lock_shared($1::bigint))
+    AND x.lock = ANY ($2::bigint[]) AND pg_try_advisory_xact_lock_shared(x.lock)
     AND NOT EXISTS (SELECT FROM env_lock_state s WHERE s.holder_session = x.id AND s.holder_id IS NOT NULL)`
 
 	sqlTime = `SELECT date_part('epoch', clock_timestamp())`
@@ -303,6 +307,13 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
 	// two-key space of advisory locks.
 	sqlSchemaLock = `SELECT pg_advisory_xact_lock(1819239269, 1919116148)`
 
+	// Makes the transaction create what is missing next to the tables that exist. Otherwise it might
+	// create it in an earlier schema of the search path, where new tables would hide the others.
+	sqlSchemaPath = `
+SELECT set_config('search_path', quote_ident(n.nspname), true)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.oid = coalesce(to_regclass('env_lock_state'), to_regclass('env_locks'), to_regclass('env_lock_sessions'))`
+
 	sqlListen    = `LISTEN ` + notifyChannel
 	sqlListening = `SELECT 1 / (EXISTS (SELECT FROM pg_listening_channels() c WHERE c = '` + notifyChannel + `'))::int`
 )
@@ -340,7 +351,7 @@ func sqlAnnounce(full bool) string {
 	set, labels, stops := "claim_order = NULL, spared_until = CASE WHEN s.holder_id IS NOT NULL THEN s.spared_until END", "NULL", "true"
 	payload := pq.QuoteLiteral(payloadPlain) + `, s.lock_key, s.claim, s.claim_id, to_json(s.claim_event)`
 	condition := ` AND (NOT w.late OR s.claim_id = w.id OR s.claimed_at IS NULL
-        OR s.claimed_at <= w.asked OR s.claimed_at > statement_timestamp())`
+        OR s.claimed_at <= w.asked OR s.claimed_at > clock_timestamp())`
 	if full {
 		names, arrays, columns = ", ord, labels, finish", ", $13::bigint[], $14::text[], $15::boolean[]", " u.ord, u.labels::json AS labels, u.finish,"
 		set, labels, stops = `claim_order = w.ord, top_order = coalesce(w.ord, s.top_order),
@@ -358,7 +369,8 @@ WITH want AS MATERIALIZED (
     SELECT u.key, u.id, u.event, u.acquire, least(to_timestamp(u.asked), statement_timestamp()) AS asked,
         coalesce(u.repeated, false) OR statement_timestamp() - to_timestamp(u.asked) > $11::interval AS late,` + columns + `
         CASE WHEN u.acquire AND s.holder_id IS NULL AND NOT s.waiting AND (SELECT NOT pg_try_advisory_xact_lock_shared($9::bigint))
-            THEN pg_try_advisory_xact_lock(u.key) ELSE false END AS got
+            THEN pg_try_advisory_xact_lock(u.key) ELSE false END AS got,
+        s.holder_id = u.id AND s.claim_open AND s.claim_id <> u.id AS waited
     FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::float8[], $12::boolean[]` + arrays + `)
         AS u(key, id, event, repo, pull_request, acquire, asked, repeated` + names + `)
     JOIN env_lock_state s ON s.lock_key = u.key
@@ -386,8 +398,8 @@ FROM want w
 WHERE s.lock_key = w.key` + condition + `
 RETURNING s.lock_key, s.claim, CASE WHEN w.acquire AND s.holder_id = w.id AND s.holder_session = $8::bigint THEN s.token END,
     s.spared_until IS NOT NULL,
-    CASE WHEN s.waiting OR s.holder_id IS DISTINCT FROM w.id THEN ` + sqlNoFlush + ` END,
-    CASE WHEN NOT $10::boolean AND (s.waiting OR s.holder_id <> w.id) THEN pg_notify('` + notifyChannel + `',
+    CASE WHEN s.waiting OR w.waited OR s.holder_id IS DISTINCT FROM w.id THEN ` + sqlNoFlush + ` END,
+    CASE WHEN NOT $10::boolean AND (s.waiting OR w.waited OR s.holder_id <> w.id) THEN pg_notify('` + notifyChannel + `',
         format(` + payload + `))::text END`
 }
 
@@ -461,9 +473,11 @@ FROM unnest('{%s}'::bigint[]) AS k WHERE NOT pg_try_advisory_lock(k)`
 	sqlKeyUnlock = `SELECT pg_advisory_unlock(k) FROM unnest('{%s}'::bigint[]) AS k`
 
 	// sqlSessionKill ends the connections that have the given session locks, and sqlSessionDead
-	// waits for that. Other connections have such a lock only for moments, and shared.
+	// waits for that. Other connections have such a lock only for moments, and shared. A role may end
+	// the connections that it has logged in, which the role of "SET ROLE" may not.
 	sqlSessionKill = `
-SELECT pg_terminate_backend(pid) FROM pg_locks
+WITH login AS MATERIALIZED (SELECT set_config('role', 'none', true) AS role)
+SELECT pg_terminate_backend(pid) FROM login JOIN pg_locks ON role = 'none'
 WHERE locktype = 'advisory' AND granted AND mode = 'ExclusiveLock' AND objsubid = 1
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
     AND (classid::bigint << 32) | objid::bigint = ANY ('{%s}'::bigint[])`

@@ -25,8 +25,8 @@ const clockFor = 10 * time.Second
 // earlier than that. So a claim never counts as older than it is, and never older than one that had
 // returned before its caller asked, however different the measurements of two connections are.
 func (l *link) serverTime(ctx context.Context, t time.Time) (float64, error) {
-	if l.clockAt.IsZero() || time.Since(l.clockAt) > clockFor {
-		start := time.Now()
+	start := time.Now()
+	if passed := start.Sub(l.clockAt); l.clockAt.IsZero() || passed > clockFor || suspendedFor(l.clockAt, start) > lateAfter/4 {
 		if err := l.each(ctx, sqlTime, nil, []any{&l.clock}, func() {}); err != nil {
 			return 0, err
 		}
@@ -129,7 +129,7 @@ func lookupKeys(ctx context.Context, l *link, batch []*op) error {
 // announceClaims runs the announcements of a batch, and creates the rows that are missing.
 func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
 	// In the second attempt a row that was missing exists.
-	for range 3 {
+	for attempt := range 3 {
 		now := time.Now()
 		clock, err := l.serverTime(ctx, now)
 		if err != nil {
@@ -158,7 +158,7 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 		}
 		var missing bool
 		if err == nil {
-			missing, err = w.whyNot(ctx, l, batch)
+			missing, err = w.whyNot(ctx, l, batch, attempt == 0)
 		}
 		if err == nil && !missing {
 			return nil
@@ -246,8 +246,9 @@ func (p *pullRequest) columns() (repo string, pr int32) {
 }
 
 // whyNot sets the outcomes of the claims that were not announced, and creates the rows that are
-// missing. It reports whether rows were missing.
-func (w *worker) whyNot(ctx context.Context, l *link, batch []*op) (missing bool, err error) {
+// missing. It reports whether rows were missing. In the first attempt each of them may have been:
+// another session may have created it since.
+func (w *worker) whyNot(ctx context.Context, l *link, batch []*op, first bool) (missing bool, err error) {
 	var keys, absentKeys []int64
 	var repos, pulls array
 	for _, o := range batch {
@@ -273,12 +274,14 @@ func (w *worker) whyNot(ctx context.Context, l *link, batch []*op) (missing bool
 	row := []any{&key, &moved, &absent, &newest, &top, &since}
 	err = l.each(ctx, sqlWhyNot, []any{int64Array(keys), repos, pulls}, row, func() {
 		o := find(batch, key)
-		o.found = !absent || moved
+		o.found = moved || !absent && !first
+		missing = missing || !o.found
 		switch {
 		case moved:
 			o.err = errKeyMoved
 		case absent:
 			absentKeys = append(absentKeys, key)
+		case first:
 		case o.terms.sequence != nil && top.Valid && *o.terms.sequence <= top.Int64:
 			o.err = outdated(key, *o.terms.sequence, top.Int64, since.Time, decodeClaim(newest))
 		default:
@@ -289,7 +292,7 @@ func (w *worker) whyNot(ctx context.Context, l *link, batch []*op) (missing bool
 	if err == nil && len(absentKeys) > 0 {
 		err = w.ensure(ctx, l, absentKeys)
 	}
-	return len(absentKeys) > 0, err
+	return missing, err
 }
 
 // ensure creates missing rows.
@@ -366,15 +369,15 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 	var missing, unheard []int64
 	unheardIDs, finishes := newArray(oid.T_uuid, 0, 0), newArray(oid.T_bool, 0, 0)
 	seen := true
-	holds, max := s.conf.progress.args()
-	args := []any{keys, ids, claims, claimIDs, firsts, events, dead, ref.id, ref.lock, locked, labels, skips, holds, max}
+	holds, longest := s.conf.progress.args()
+	args := []any{keys, ids, claims, claimIDs, firsts, events, dead, ref.id, ref.lock, locked, labels, skips, holds, longest}
 	var key int64
 	var absent, held, hidden, mine bool
-	var valid, alive, spared sql.NullBool
+	var valid, known, alive, spared sql.NullBool
 	var number, token, blocker sql.NullInt64
 	var id uuid.NullUUID
 	var timeout sql.NullFloat64
-	row := []any{&key, &token, &spared, &absent, &valid, &number, &id, &held, &hidden, &blocker, &timeout, &alive, &mine}
+	row := []any{&key, &token, &spared, &absent, &valid, &number, &id, &held, &hidden, &blocker, &known, &timeout, &alive, &mine}
 	err := l.each(ctx, sqlAcquire, args, row, func() {
 		o := find(batch, key)
 		a := &o.answer
@@ -400,9 +403,9 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 		}
 		a.outcome = busy
 		if held && !alive.Bool {
-			watch := unknownTimeout(s.conf.sessionTimeout)
-			if timeout.Valid {
-				watch = seconds(timeout.Float64)
+			watch := seconds(timeout.Float64)
+			if !known.Bool {
+				watch = max(watch, unknownTimeout(s.conf.sessionTimeout))
 			}
 			a.blocker, a.retryAt = blocker.Int64, s.watches.dead(blocker.Int64, watch)
 		}
@@ -416,7 +419,8 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 		return err
 	}
 	if !seen {
-		s.suspect(ref, errors.New("the server of the rows does not see the session"))
+		s.suspect(ref, errElsewhere)
+		defer w.hangUp()
 	}
 	if len(missing) > 0 {
 		err = w.ensure(ctx, l, missing)
@@ -426,7 +430,8 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 		var asked bool
 		err = l.each(ctx, sqlWait, []any{int64Array(unheard), unheardIDs, ref.id, quiet, finishes}, []any{&key, &asked, discard, discard}, func() {
 			if asked {
-				find(batch, key).answer.outcome = again
+				o := find(batch, key)
+				o.found, o.answer.outcome = true, again
 			}
 		})
 	}

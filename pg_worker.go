@@ -58,7 +58,8 @@ type op struct {
 }
 
 type result struct {
-	found    bool     // whether a row was about the operation
+	// Whether a row was about the operation. For an acquire: whether the row says that it waits.
+	found    bool
 	key      int64    // lookup
 	answer   answer   // announce and acquire
 	keyState keyState // explain
@@ -472,16 +473,21 @@ func (s *session) hangUpAfter() time.Duration {
 	return s.conf.sessionTimeout
 }
 
-// open returns the worker's connection. If it cannot be opened, open puts the batch back, waits and
-// returns nil.
+// open returns the worker's connection. If there is none, it puts the batch back, opens one and
+// returns nil: meanwhile callers may have left, and the session may have changed. If the connection
+// cannot be opened, open also waits.
 func (w *worker) open(batch []*op) *link {
 	s := w.session
 	s.mu.Lock()
 	l := w.link
+	if l == nil {
+		w.queues[batch[0].kind] = slices.Concat(batch, w.queues[batch[0].kind])
+	}
 	s.mu.Unlock()
 	if l != nil {
 		return l
 	}
+	clear(batch)
 	l, err := openLink(w.ctx, w.way.dsn, s.conf.tracer, s.conf.sessionTimeout)
 	s.mu.Lock()
 	if err == nil && w.ctx.Err() != nil {
@@ -489,19 +495,14 @@ func (w *worker) open(batch []*op) *link {
 	}
 	first := err != nil && w.trouble == nil
 	w.link, w.trouble = l, err
-	if err != nil {
-		w.queues[batch[0].kind] = slices.Concat(batch, w.queues[batch[0].kind])
-	}
 	s.mu.Unlock()
 	if first {
 		s.log.Warn("locker: cannot connect; trying again", slog.String("connection", "statements"), slog.String("error", err.Error()))
 	}
 	if err != nil {
-		clear(batch)
 		w.pause(err)
-		return nil
 	}
-	return l
+	return nil
 }
 
 // pause waits before the next attempt to connect.
@@ -564,7 +565,7 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 		if batch[0].attempts > 1 {
 			w.pause(err)
 		}
-	case sqlState(err) == "54000":
+	case sqlState(err) == "54000" && batch[0].kind != opLookup:
 		s.muted(err)
 		// A call cannot do without NOTIFY.
 		if o := batch[0]; o.kind == opCall {
@@ -675,7 +676,7 @@ func (s *session) followUpLocked(o *op) {
 	if granted || o.doubt && (o.kind == opAcquire || o.acquire) {
 		s.enqueueLocked(newOp(context.WithoutCancel(o.ctx), opRelease, o.req.claim))
 	}
-	if !granted && o.kind == opAnnounce && (o.doubt || o.found) {
+	if !granted && (o.kind == opAnnounce || o.kind == opAcquire) && (o.doubt || o.found) {
 		s.enqueueLocked(newOp(context.WithoutCancel(o.ctx), opWithdraw, o.req.claim))
 	}
 }

@@ -1,7 +1,6 @@
 package locker
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"net"
@@ -111,11 +110,11 @@ func (plp *PostgresLockProvider) New(ctx context.Context, key int64, event strin
 // waits, within ctx and the lock timeout, and then returns an error that matches ctx's error or
 // [ErrLockTimeout]. It returns [ErrProviderClosed] after Close.
 func (plp *PostgresLockProvider) LockKey(ctx context.Context, repo string, pr uint) (int64, error) {
-	key, err := plp.lockKey(ctx, repo, pr, 0)
+	key, err := plp.lockKey(ctx, repo, pr, plp.conf.lockTimeout)
 	return key, annotate(err, "locker: lock key of %q#%d", repo, pr)
 }
 
-// lockKey is LockKey, but waits no longer than wait instead of the lock timeout, unless wait is 0.
+// lockKey is LockKey, but waits no longer than wait instead of the lock timeout.
 func (plp *PostgresLockProvider) lockKey(ctx context.Context, repo string, pr uint, wait time.Duration) (int64, error) {
 	if plp.session == nil {
 		return 0, errProviderZero
@@ -124,7 +123,7 @@ func (plp *PostgresLockProvider) lockKey(ctx context.Context, repo string, pr ui
 		return 0, err
 	}
 	var key int64
-	err := within(ctx, cmp.Or(wait, plp.conf.lockTimeout), func(stop <-chan struct{}) (err error) {
+	err := within(ctx, wait, func(stop <-chan struct{}) (err error) {
 		key, err = plp.session.lookup(ctx, stop, repo, pr)
 		return err
 	})

@@ -59,8 +59,9 @@ func heartbeatInterval(t time.Duration) time.Duration { return min(t*3/10, 3*tim
 func heartbeatDeadline(t time.Duration) time.Duration { return min(t/5, 2*time.Second) }
 
 // unknownTimeout returns how long a watcher with the session timeout t watches a session whose own
-// timeout is not known, because the session has no row: an operator has deleted the row of the
-// session or of the key. Meanwhile the check of its rows notifies the holder.
+// timeout is not known, because the session has no row: an operator has taken the key away, or has
+// deleted the row of the session or of the key. The watch is longer if another session has a longer
+// timeout, which may be that of the holder. Meanwhile the check of its rows notifies the holder.
 func unknownTimeout(t time.Duration) time.Duration { return max(t, defaultSessionTimeout) }
 
 // lease returns for how long the server keeps a connection that is silent.
@@ -96,14 +97,16 @@ func (t *trust) connect(s sessionRef, start time.Time) (suspended time.Time, ok 
 }
 
 // beat records a good heartbeat that began at start, and arms the timer that ends the session if no
-// other heartbeat follows in time.
-func (t *trust) beat(s sessionRef, start time.Time) {
+// other heartbeat follows in time. It reports whether the session is s and connected.
+func (t *trust) beat(s sessionRef, start time.Time) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.session == s && t.connected {
-		t.good = start
-		t.armLocked()
+	if t.session != s || !t.connected {
+		return false
 	}
+	t.good = start
+	t.armLocked()
+	return true
 }
 
 // armLocked sets the timer to the moment at which the session is lost without another good
