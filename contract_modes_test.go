@@ -462,7 +462,8 @@ func causeAfter(e *env, l PreemptableLock, ch <-chan NotificationPayload) error 
 func sparedAgain(e *env) {
 	max := 10 * time.Minute
 	if !e.fake() {
-		max = time.Second
+		// Long enough for a slow machine to announce three claims.
+		max = 8 * time.Second
 	}
 	p, q := e.process(WithProgress(1, max), patient), e.process(WithProgress(1, max), patient)
 	key := e.key()
@@ -485,7 +486,7 @@ func sparedAgain(e *env) {
 			e.Error(e.announced(q, key, "next").Unlock(e.ctx))
 			e.Equal("next", e.payload(ch).Message)
 		} else {
-			e.wait(max + max/2)
+			e.wait(max + max/8)
 			e.quiet(p, ch)
 		}
 		e.Error(older.Unlock(e.ctx))

@@ -184,7 +184,6 @@ func takenFromLongerTimeout(e *env) {
 	waiter := e.lock(q, key, "waiter")
 	out := e.start(e.ctx, waiter)
 	e.payload(ch)
-	e.pending(out)
 	e.acquired(out)
 	e.took(start, long)
 	e.NoError(waiter.Unlock(e.ctx))
