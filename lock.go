@@ -52,6 +52,8 @@ type lock struct {
 	phase phase
 	// Whether the claim was announced.
 	announced bool
+	// Waiting: whether Notify has announced the claim meanwhile.
+	renewed bool
 	// Whether the claim lets the holder finish.
 	finish bool
 	// Whether standing is set: by Notify, or by the first result for a claim that was never
@@ -160,9 +162,10 @@ func (l *lock) announce(ctx context.Context, stop <-chan struct{}, how announcem
 	l.mu.Lock()
 	l.placeLocked(a.newest)
 	l.announced, l.finish = true, how.terms.mode == LetFinish
+	l.renewed = l.renewed || l.phase == waiting && !how.acquire
 	over := l.phase == ended
 	l.mu.Unlock()
-	// A wait that ended meanwhile has withdrawn nothing.
+	// The end of the wait or of the hold has not withdrawn this claim.
 	if over {
 		l.backend.withdraw(l.claim)
 	}
@@ -361,7 +364,7 @@ func (l *lock) expire() {
 		switch {
 		case missed == nil || time.Since(l.began) >= l.conf.maxLockDuration:
 			report = l.notifyLocked(ErrMaxLockDuration, l.ownPayload(ErrMaxLockDuration))
-		case missed.kind == evNewest || missed.from.number > l.standing.number:
+		case missed.from.number > l.standing.number:
 			// The holder was spared until now.
 			report = l.preemptLocked(*missed)
 		default:
@@ -426,9 +429,11 @@ func (l *lock) leave(err error) {
 	l.phase = ended
 	waited := time.Since(l.began)
 	l.backend.events().alarms.drop(l)
-	returned, announced := l.returned, l.announced
+	returned := l.returned
+	// A claim that is superseded waits no longer, unless it has become the newest again.
+	withdraw := l.announced && (l.renewed || !errors.Is(err, ErrLockPreempted))
 	l.mu.Unlock()
-	if announced && !errors.Is(err, ErrLockPreempted) {
+	if withdraw {
 		l.backend.withdraw(l.claim)
 	}
 	switch {

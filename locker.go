@@ -107,10 +107,10 @@ const (
 // The event is the reason for the claim. It is shown to the holders and waiters that lose to the
 // claim.
 //
-// Repo may be any name in valid UTF-8 without NUL, even the empty one, and is compared byte by
-// byte. See docs/webhook.md in the repository for the
-// choice of a name, and for locks without a pull request. The factory returns no error: Lock
-// returns one if repo or pr is not valid.
+// Repo may be any name of up to 2,000 bytes in valid UTF-8 without NUL, even the empty one, and is
+// compared byte by byte. See docs/webhook.md in the repository for the choice of a name, and for
+// locks without a pull request. The factory returns no error: Lock returns one if repo or pr is not
+// valid.
 //
 // A factory is safe for concurrent use. Create one for each process.
 type PreemptiveLockerFactory func(repo string, pr uint, event string) *PreemptiveLocker
@@ -559,7 +559,7 @@ func (p *PreemptiveLocker) acquire(ctx context.Context, asked time.Time) (lock P
 	call := lockCall{asked: asked, announce: true, terms: set.orElse(termsFromContext(ctx)).orElse(terms{mode: p.conf.mode})}
 	wait := call.terms.wait
 	defer func() {
-		// The lock observes every other failure.
+		// A lock observes the failure of its Lock.
 		if err != nil && lock == nil {
 			p.observeFailed(asked, call.terms, err)
 		}

@@ -109,7 +109,7 @@ func WithPreemptionTimeout(duration time.Duration) LockProviderOption {
 //
 // The database keeps the timeout in the session's row. If that row does not exist, for example
 // because an operator has deleted it, the timeout of the holder is not known. The successor then
-// waits for its own session timeout, but at least 10 s.
+// waits for its own session timeout or the longest of all sessions, but at least 10 s.
 func WithSessionTimeout(timeout time.Duration) LockProviderOption {
 	return func(c *LockProviderConfig) { c.sessionTimeout = timeout }
 }

@@ -27,8 +27,8 @@ func (s *session) lookAfterRows(ref sessionRef, beats int) {
 	}
 	s.enqueueCheck(ref, func(ctx context.Context, l *link) (err error) {
 		defer func() {
-			// Otherwise the worker repeats this check, so no other one is needed.
-			if err == nil {
+			// After any other error the worker repeats this check, so no other one is needed.
+			if err == nil || badInput(err) {
 				s.mu.Lock()
 				s.checking = sessionRef{}
 				s.mu.Unlock()

@@ -193,7 +193,7 @@ func (l *link) createSchema(ctx context.Context, user string) error {
 	}
 	// After Commit this does nothing.
 	defer func() { _ = tx.Rollback() }()
-	for _, text := range []string{`SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0; ` + sqlSchemaLock, sqlSchemaPath, SchemaSQL} {
+	for _, text := range []string{sqlSchemaLimits + sqlSchemaLock, sqlSchemaPath, SchemaSQL} {
 		if err == nil {
 			_, err = tx.ExecContext(ctx, text)
 		}
@@ -209,8 +209,8 @@ func (l *link) createSchema(ctx context.Context, user string) error {
 			return refusedError{errors.Wrap(err, "locker: create schema: there are tables with the same names that are not those of locker.SchemaSQL (schema.sql)")}
 		}
 	}
-	if ctx.Err() != nil {
-		return errors.Wrap(err, "locker: create schema: this takes too long: if the tables are large, run the SQL in locker.SchemaSQL (schema.sql) once")
+	if state := sqlState(err); state == "55P03" || state == "57014" {
+		return errors.Wrap(err, "locker: create schema: the tables are locked or large: end what locks them, or run the SQL in locker.SchemaSQL (schema.sql) once")
 	}
 	return errors.Wrap(err, "locker: create schema")
 }

@@ -1149,8 +1149,12 @@ func TestConnectSchemaNextToTables(t *testing.T) {
 		u.RawQuery = q.Encode()
 		return u.String()
 	}
-	holder, ch := pgHold(t, pgProvider(t, uri), 1, "holder")
-	pgExec(t, db, `CREATE SCHEMA first; ALTER TABLE env_lock_state DROP COLUMN streak CASCADE; ALTER TABLE env_lock_state DROP COLUMN holder_stop CASCADE`)
+	l, _ := pgHold(t, pgProvider(t, uri), 1, "creates the tables")
+	require.NoError(t, l.Unlock(pgBackground))
+	pgExec(t, db, `CREATE SCHEMA first`)
+	// The check of its rows may add the columns before p does.
+	holder, ch := pgHold(t, pgProvider(t, with("first, public")), 1, "holder")
+	pgExec(t, db, `ALTER TABLE env_lock_state DROP COLUMN streak CASCADE; ALTER TABLE env_lock_state DROP COLUMN holder_stop CASCADE`)
 	p := pgProvider(t, with("first, public"))
 	require.NoError(t, pgNew(t, p, 1, "claim").Notify(pgBackground))
 	require.Equal(t, "claim", pgReceive(t, "the holder is notified", ch).Message)
@@ -1175,7 +1179,7 @@ func TestConnectDayRoleReconnects(t *testing.T) {
 	q.Set("options", "-c role=owner")
 	u.RawQuery = q.Encode()
 	px := newProxy(t, "", u.String(), nil)
-	p := pgProvider(t, px.uri(t, u.String()), WithOriginalReplicas())
+	p := pgProvider(t, px.uri(t, u.String()), WithOriginalReplicas(), WithSessionTimeout(time.Minute))
 	kept, notified := pgHold(t, p, 1, "kept")
 	old := pgSession(p).lock
 	require.True(t, px.silenceBackend(pgOwn(t, admin, p.session)))
@@ -1185,4 +1189,31 @@ func TestConnectDayRoleReconnects(t *testing.T) {
 	})
 	require.Empty(t, notified, "C24 the hold is kept")
 	require.NoError(t, kept.Unlock(pgBackground))
+}
+
+// A column is missing, and another program has a lock of its table for as long as it likes. First use
+// waits for it, with an error that says so. No server process that nobody waits for stays in the
+// queue, where it would stop every other statement.
+func TestConnectSchemaLocked(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	l, _ := pgHold(t, pgProvider(t, uri), 1, "creates the tables")
+	require.NoError(t, l.Unlock(pgBackground))
+	pgExec(t, db, `ALTER TABLE env_lock_state DROP COLUMN holder_stop CASCADE`)
+	tx, err := db.BeginTx(pgBackground, nil)
+	require.NoError(t, err)
+	defer func() { _ = tx.Rollback() }()
+	_, err = tx.ExecContext(pgBackground, `LOCK TABLE env_lock_state IN ACCESS SHARE MODE`)
+	require.NoError(t, err)
+	p := pgProvider(t, uri, WithLockTimeout(9*time.Second))
+	_, err = pgLocker(t, p)("org/repo", 1, "waits").Lock(pgBackground)
+	require.ErrorIs(t, err, ErrLockTimeout)
+	require.ErrorContains(t, err, "the tables are locked or large")
+	require.NoError(t, p.Close())
+	pgUntil(t, "no server process waits", func() bool {
+		return pgGet[int](t, db, `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`) == 0
+	})
+	require.NoError(t, tx.Rollback())
+	fieldWorks(t, pgProvider(t, uri), 1)
 }

@@ -170,10 +170,10 @@ func (s *session) close() {
 		<-s.swift.done
 		limit.Stop()
 	}
+	s.stop()
 	if first {
 		s.trust.end()
 	}
-	s.stop()
 	s.running.Wait()
 	s.mu.Lock()
 	s.listens = false

@@ -135,7 +135,8 @@ SELECT w.key, t.token, t.spared, t.lock_key IS NULL AND s.lock_key IS NULL,
     s.holder_id IS NOT NULL,
     s.holder_id IS NULL OR s.claim_id = w.id AND (s.claimer_session IS DISTINCT FROM $8::bigint OR NOT s.claim_open),
     CASE WHEN s.holder_id IS NOT NULL THEN coalesce(x.lock, s.holder_session, 0) END,
-    x.id IS NOT NULL, date_part('epoch', coalesce(x.timeout, (SELECT max(o.timeout) FROM env_lock_sessions o))),
+    x.id IS NOT NULL,
+    CASE WHEN s.holder_id IS NOT NULL THEN date_part('epoch', coalesce(x.timeout, (SELECT max(o.timeout) FROM env_lock_sessions o))) END,
     CASE WHEN s.holder_id IS NOT NULL THEN NOT pg_try_advisory_xact_lock_shared(coalesce(x.lock, s.holder_session, 0)) END,
     (SELECT NOT pg_try_advisory_xact_lock_shared($9::bigint))
 FROM want w
@@ -306,6 +307,10 @@ SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_l
 	// Makes concurrent starts create the schema one after the other. No key of a user is in the
 	// two-key space of advisory locks.
 	sqlSchemaLock = `SELECT pg_advisory_xact_lock(1819239269, 1919116148)`
+
+	// A server process that waits for a lock does not notice that its client has left. So the server
+	// ends the wait before the client would leave (answerTimeout).
+	sqlSchemaLimits = `SET LOCAL lock_timeout = '3s'; SET LOCAL statement_timeout = '5s'; `
 
 	// Makes the transaction create what is missing next to the tables that exist. Otherwise it might
 	// create it in an earlier schema of the search path, where new tables would hide the others.

@@ -274,15 +274,16 @@ func (w *worker) whyNot(ctx context.Context, l *link, batch []*op, first bool) (
 	row := []any{&key, &moved, &absent, &newest, &top, &since}
 	err = l.each(ctx, sqlWhyNot, []any{int64Array(keys), repos, pulls}, row, func() {
 		o := find(batch, key)
-		o.found = moved || !absent && !first
+		late := o.terms.sequence != nil && top.Valid && *o.terms.sequence <= top.Int64
+		o.found = moved || !absent && !first || late && *o.terms.sequence < top.Int64
 		missing = missing || !o.found
 		switch {
 		case moved:
 			o.err = errKeyMoved
 		case absent:
 			absentKeys = append(absentKeys, key)
-		case first:
-		case o.terms.sequence != nil && top.Valid && *o.terms.sequence <= top.Int64:
+		case !o.found:
+		case late:
 			o.err = outdated(key, *o.terms.sequence, top.Int64, since.Time, decodeClaim(newest))
 		default:
 			// A claim that was asked for later was announced before.

@@ -81,7 +81,7 @@ ALTER TABLE env_lock_state
     ADD COLUMN IF NOT EXISTS streak integer NOT NULL DEFAULT 0;
 
 -- That version had no sessions. Its holds are assigned to a session that does
--- not exist, so that a successor waits for its own session timeout, but at
+-- not exist, so that a successor waits for the longest session timeout, but at
 -- least 10 s.
 UPDATE env_lock_state SET holder_session = (random() * 9000000000000000000)::bigint + 1
 WHERE holder_id IS NOT NULL AND holder_session IS NULL;
