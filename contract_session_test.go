@@ -132,6 +132,19 @@ func lostGivenBack(e *env) {
 	e.NoError(next.Unlock(e.ctx))
 }
 
+// takeAway gives the hold of a key to a session that does not exist.
+func (e *env) takeAway(key int64) {
+	e.t.Helper()
+	if e.fake() {
+		e.store.mu.Lock()
+		defer e.store.mu.Unlock()
+		e.store.rows[key].session = 1
+		return
+	}
+	_, err := e.admin.Exec(`UPDATE env_lock_state SET holder_session = (5e18 + random() * 1e18)::bigint WHERE lock_key = $1`, key)
+	e.NoError(err)
+}
+
 // An operator takes a key from a holder by giving the hold to a session that does not exist. The
 // holder is notified by the check of its row, and its successor waits for the session timeout.
 func rowTaken(e *env) {
@@ -139,16 +152,11 @@ func rowTaken(e *env) {
 	key := e.key()
 	holder, ch := e.hold(p, key, "holder")
 	start := time.Now()
+	e.takeAway(key)
 	if e.fake() {
-		e.store.mu.Lock()
-		e.store.rows[key].session = 1
-		e.store.mu.Unlock()
 		// The fake has no other reason to check its rows.
 		e.suspend(p)
 		e.restore(p)
-	} else {
-		_, err := e.admin.Exec(`UPDATE env_lock_state SET holder_session = (5e18 + random() * 1e18)::bigint WHERE lock_key = $1`, key)
-		e.NoError(err)
 	}
 	waiter := e.lock(q, key, "waiter")
 	out := e.start(e.ctx, waiter)
@@ -173,14 +181,7 @@ func takenFromLongerTimeout(e *env) {
 	holder, ch := e.hold(p, key, "holder")
 	e.suspend(p)
 	start := time.Now()
-	if e.fake() {
-		e.store.mu.Lock()
-		e.store.rows[key].session = 1
-		e.store.mu.Unlock()
-	} else {
-		_, err := e.admin.Exec(`UPDATE env_lock_state SET holder_session = (5e18 + random() * 1e18)::bigint WHERE lock_key = $1`, key)
-		e.NoError(err)
-	}
+	e.takeAway(key)
 	waiter := e.lock(q, key, "waiter")
 	out := e.start(e.ctx, waiter)
 	e.payload(ch)

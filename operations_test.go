@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"log/slog"
 	"math"
-	"net/url"
 	"os"
 	"strings"
 	"testing"
@@ -500,13 +499,7 @@ func TestOperatorsTakeLocks(t *testing.T) {
 	require.NoError(t, goRound(f("org/repo", 7, "creates the schema")))
 	pgExec(t, admin, `CREATE ROLE app LOGIN; CREATE ROLE ops LOGIN`)
 	pgExec(t, admin, block("## Privileges, and the schema by hand"))
-	as := func(user string) string {
-		u, err := url.Parse(uri)
-		require.NoError(t, err)
-		u.User = url.User(user)
-		return u.String()
-	}
-	ops, service := pgDB(t, as("ops")), pgLocker(t, pgProvider(t, as("app")))
+	ops, service := pgDB(t, pgAs(t, uri, "ops")), pgLocker(t, pgProvider(t, pgAs(t, uri, "app")))
 	for _, way := range []string{"**The safe way:**", "**The fast way:**"} {
 		take := block(way)
 		pgExec(t, ops, take) // the key is free

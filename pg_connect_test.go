@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"database/sql"
 	"encoding/pem"
 	"fmt"
 	"math/big"
@@ -1082,14 +1083,22 @@ func TestConnectTwoRows(t *testing.T) {
 	})
 }
 
-// B9: a role that is created for a day acts as an owner that stays, and can be dropped.
-func TestConnectDayRole(t *testing.T) {
-	t.Parallel()
+// dayRole creates a database, a role that may create the tables there, and the role day_role, which
+// may act as the other one.
+func dayRole(t *testing.T) (uri string, admin *sql.DB) {
+	t.Helper()
 	server := pgCluster(t, pgserver.Options{})
 	uri, err := server.CreateDatabase(pgBackground, "roles")
 	require.NoError(t, err)
-	admin := pgDB(t, uri)
+	admin = pgDB(t, uri)
 	pgExec(t, admin, `CREATE ROLE owner; GRANT ALL ON SCHEMA public TO owner; CREATE ROLE day_role LOGIN; GRANT owner TO day_role`)
+	return uri, admin
+}
+
+// B9: a role that is created for a day acts as an owner that stays, and can be dropped.
+func TestConnectDayRole(t *testing.T) {
+	t.Parallel()
+	uri, admin := dayRole(t)
 	u, err := url.Parse(uri)
 	require.NoError(t, err)
 	p := pgProvider(t, fmt.Sprintf("host=127.0.0.1 port=%s user=day_role dbname=%s sslmode=disable options='-c role=owner'", u.Port(), u.Path[1:]))
@@ -1141,21 +1150,14 @@ func TestConnectSchemaNextToTables(t *testing.T) {
 	t.Parallel()
 	uri := newDatabase(t)
 	db := pgDB(t, uri)
-	with := func(path string) string {
-		u, err := url.Parse(uri)
-		require.NoError(t, err)
-		q := u.Query()
-		q.Set("search_path", path)
-		u.RawQuery = q.Encode()
-		return u.String()
-	}
+	both := pgWith(t, uri, "search_path", "first, public")
 	l, _ := pgHold(t, pgProvider(t, uri), 1, "creates the tables")
 	require.NoError(t, l.Unlock(pgBackground))
 	pgExec(t, db, `CREATE SCHEMA first`)
 	// The check of its rows may add the columns before p does.
-	holder, ch := pgHold(t, pgProvider(t, with("first, public")), 1, "holder")
+	holder, ch := pgHold(t, pgProvider(t, both), 1, "holder")
 	pgExec(t, db, `ALTER TABLE env_lock_state DROP COLUMN streak CASCADE; ALTER TABLE env_lock_state DROP COLUMN holder_stop CASCADE`)
-	p := pgProvider(t, with("first, public"))
+	p := pgProvider(t, both)
 	require.NoError(t, pgNew(t, p, 1, "claim").Notify(pgBackground))
 	require.Equal(t, "claim", pgReceive(t, "the holder is notified", ch).Message)
 	require.NoError(t, holder.Unlock(pgBackground))
@@ -1167,19 +1169,10 @@ func TestConnectSchemaNextToTables(t *testing.T) {
 // last connection, and although its role may not end connections: the role that has logged in may.
 func TestConnectDayRoleReconnects(t *testing.T) {
 	t.Parallel()
-	server := pgCluster(t, pgserver.Options{})
-	uri, err := server.CreateDatabase(pgBackground, "roles")
-	require.NoError(t, err)
-	admin := pgDB(t, uri)
-	pgExec(t, admin, `CREATE ROLE owner; GRANT ALL ON SCHEMA public TO owner; CREATE ROLE day_role LOGIN; GRANT owner TO day_role`)
-	u, err := url.Parse(uri)
-	require.NoError(t, err)
-	u.User = url.User("day_role")
-	q := u.Query()
-	q.Set("options", "-c role=owner")
-	u.RawQuery = q.Encode()
-	px := newProxy(t, "", u.String(), nil)
-	p := pgProvider(t, px.uri(t, u.String()), WithOriginalReplicas(), WithSessionTimeout(time.Minute))
+	uri, admin := dayRole(t)
+	uri = pgWith(t, pgAs(t, uri, "day_role"), "options", "-c role=owner")
+	px := newProxy(t, "", uri, nil)
+	p := pgProvider(t, px.uri(t, uri), WithOriginalReplicas(), WithSessionTimeout(time.Minute))
 	kept, notified := pgHold(t, p, 1, "kept")
 	old := pgSession(p).lock
 	require.True(t, px.silenceBackend(pgOwn(t, admin, p.session)))
@@ -1192,7 +1185,7 @@ func TestConnectDayRoleReconnects(t *testing.T) {
 }
 
 // A column is missing, and another program has a lock of its table for as long as it likes. First use
-// waits for it, with an error that says so. No server process that nobody waits for stays in the
+// waits for it, with an error that says so. No server process whose client has left stays in the
 // queue, where it would stop every other statement.
 func TestConnectSchemaLocked(t *testing.T) {
 	t.Parallel()

@@ -1218,6 +1218,13 @@ func TestGrantBeforeAnError(t *testing.T) {
 	require.NoError(t, next.Unlock(pgBackground))
 }
 
+// pgHoldUnknown makes the row of a key name a hold of a session that no lock of the session has.
+func pgHoldUnknown(t *testing.T, db *sql.DB, key int64, ref sessionRef) {
+	t.Helper()
+	pgExec(t, db, `UPDATE env_lock_state SET holder_id = gen_random_uuid(), holder_session = $2, holder_event = 'unknown', held_since = now()
+		WHERE lock_key = $1`, key, ref.id)
+}
+
 // An acquire may be carried out long after its reply was lost and its claim has left. A provider
 // that holds nothing finds that, too.
 func TestForgottenAcquireIsFound(t *testing.T) {
@@ -1231,8 +1238,7 @@ func TestForgottenAcquireIsFound(t *testing.T) {
 	s.mu.Lock()
 	s.unsure = time.Now().Add(-unsureFor)
 	s.mu.Unlock()
-	pgExec(t, db, `UPDATE env_lock_state SET holder_id = gen_random_uuid(), holder_session = $1, holder_event = 'late', held_since = now()
-		WHERE lock_key = 1`, pgSession(p).id)
+	pgHoldUnknown(t, db, 1, pgSession(p))
 	s.lookAfterRows(pgSession(p), sweepBeats)
 	pgFree(t, db, 1)
 }
@@ -1537,8 +1543,7 @@ func TestSessionLostDuringCheck(t *testing.T) {
 	l, _ := pgHold(t, p, 1, "creates the row")
 	require.NoError(t, l.Unlock(pgBackground))
 	now := pgSession(p)
-	pgExec(t, db, `UPDATE env_lock_state SET holder_id = gen_random_uuid(), holder_session = $1, holder_event = 'lost', held_since = now()
-		WHERE lock_key = 1`, now.id)
+	pgHoldUnknown(t, db, 1, now)
 	forgotten := func(ref sessionRef) {
 		require.NoError(t, onWorker(t, p.session.swift, func(ctx context.Context, on *link) error {
 			return p.session.releaseForgotten(ctx, on, ref)

@@ -248,11 +248,26 @@ func pgBlocked(t testing.TB, db *sql.DB) (pid int) {
 // pgNamed returns a URI with an application name.
 func pgNamed(t testing.TB, uri, application string) string {
 	t.Helper()
+	return pgWith(t, uri, "application_name", application)
+}
+
+// pgWith returns a URI with a parameter.
+func pgWith(t testing.TB, uri, name, value string) string {
+	t.Helper()
 	u, err := url.Parse(uri)
 	require.NoError(t, err)
 	q := u.Query()
-	q.Set("application_name", application)
+	q.Set(name, value)
 	u.RawQuery = q.Encode()
+	return u.String()
+}
+
+// pgAs returns a URI with another user, who has no password.
+func pgAs(t testing.TB, uri, user string) string {
+	t.Helper()
+	u, err := url.Parse(uri)
+	require.NoError(t, err)
+	u.User = url.User(user)
 	return u.String()
 }
 
