@@ -183,13 +183,11 @@ func TestInputURIMeaning(t *testing.T) {
 		"postgres://host/db?search_path=a%2Cb&options=-c%20geqo%3Doff&work_mem=64MB",
 		"host=h", "host=h port=7 user=u password=" + secret + " dbname=d", `user='a b' password='\'\\` + secret + `' dbname=d`,
 		"postgres://host/db?binary_parameters=no", "host=h binary_parameters=no", "host=a,b target_session_attrs=any", "host=/sockets dbname=d", "password=postgres://x host=h", "password='mysql://x' host=h",
+		"host=h password=", "host=h password= \n", "host=h sslrootcert=", "host=h application_name=",
 	} {
 		want, err := pq.NewConfig(uri)
 		require.NoError(t, err, uri)
-		dsn, err := sessionDSN(uri)
-		require.NoError(t, err, uri)
-		got, err := pq.NewConfig(dsn)
-		require.NoError(t, err, uri)
+		got := configOf(t, uri)
 
 		assert.NotZero(t, got.ConnectTimeout, uri)
 		assert.NotEmpty(t, got.ApplicationName, uri)

@@ -167,6 +167,10 @@ func WithOriginalReplicas() LockProviderOption {
 // a non-empty name is an error.
 func WithPostgresBackend(postgresURI string, apmServiceName string) LockProviderOption {
 	return func(c *LockProviderConfig) {
+		// With an empty URI the option only names the service.
+		if postgresURI == "" && c.postgres != nil {
+			postgresURI = c.postgres.uri
+		}
 		c.postgres = &postgresTarget{uri: postgresURI, serviceName: apmServiceName}
 	}
 }

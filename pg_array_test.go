@@ -14,9 +14,7 @@ import (
 // PostgreSQL decodes the binary arrays to the same values as lib/pq's text arrays.
 func TestPostgresArrays(t *testing.T) {
 	t.Parallel()
-	dsn, err := sessionDSN(newDatabase(t))
-	require.NoError(t, err)
-	db := pgDB(t, dsn)
+	db := pgDB(t, pgWith(t, newDatabase(t), "binary_parameters", "yes"))
 	texts := []string{"", "a", "null", "NULL", `{"x",}\`, "\u2028ü\n", strings.Repeat("long ", 2000)}
 	numbers := []int64{0, 1, -1, math.MaxInt64, math.MinInt64}
 	ids := []uuid.UUID{uuid.Nil, uuid.Max, uuid.New()}
@@ -77,9 +75,7 @@ func TestPostgresForOne(t *testing.T) {
 		require.NotContains(t, one, "[]")
 		require.NotEqual(t, text, one)
 	}
-	dsn, err := sessionDSN(newDatabase(t))
-	require.NoError(t, err)
-	db := pgDB(t, dsn)
+	db := pgDB(t, pgWith(t, newDatabase(t), "binary_parameters", "yes"))
 	text, flag, padded := newArray(oid.T_text, 1, 0), newArray(oid.T_bool, 1, 0), array(nil)
 	text.addText("")
 	flag.addBool(true)

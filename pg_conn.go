@@ -39,16 +39,28 @@ func refused(format string, args ...any) error {
 }
 
 // connectError marks errors that connecting again does not change, such as a login that the server
-// refuses.
+// refuses. If several hosts have failed, an error that may pass decides.
 func connectError(err error) error {
+	var hosts interface{ Unwrap() []error }
+	if errors.As(err, &hosts) {
+		decides := hosts.Unwrap()[0]
+		for _, one := range hosts.Unwrap() {
+			if !isRefusal(connectError(one)) {
+				decides = one
+			}
+		}
+		err = hostsError{decides, strings.NewReplacer(":\n", ": ", "\n", "; ").Replace(err.Error())}
+	}
 	err = errors.Wrap(err, "locker: connect to postgres")
 	if e := pq.As(err); e != nil {
 		switch {
 		case e.Code.Class() == "28", // authentication
 			e.Code == "3D000",      // no such database
 			e.Code == "42501",      // no privilege to connect
-			e.Code == "08P01",      // a proxy that rejects the startup packet
 			e.Code.Class() == "22": // a value in the URI that the server does not accept
+			return refusedError{err}
+		// PgBouncer uses this state for outages as well.
+		case e.Code == "08P01" && strings.Contains(strings.ToLower(e.Message), "startup parameter"):
 			return refusedError{err}
 		case e.Code == "42704", e.Code == "55P02":
 			// The server does not know a parameter, or a session cannot set it.
@@ -67,6 +79,16 @@ func connectError(err error) error {
 	}
 	return err
 }
+
+// hostsError is the error of one host, with the errors of all hosts in one line of text.
+type hostsError struct {
+	error
+	text string
+}
+
+func (e hostsError) Error() string { return e.text }
+
+func (e hostsError) Unwrap() error { return e.error }
 
 // broken reports whether an error means that its connection can no longer be used. The SQLSTATE
 // decides, because the severity is a word in the server's language. A server that has become
@@ -119,8 +141,9 @@ func openLink(ctx context.Context, dsn dsnFunc, tracer Tracer, timeout time.Dura
 	}
 	l := &link{statements: map[string]*sql.Stmt{}, tracer: tracer}
 	cfg, err := connectConfig(uri)
+	// The environment or the service file has changed.
 	if err != nil {
-		return nil, err
+		return nil, refusedError{err}
 	}
 	connector, err := pq.NewConnectorConfig(cfg)
 	if err != nil {
@@ -137,7 +160,7 @@ func openLink(ctx context.Context, dsn dsnFunc, tracer Tracer, timeout time.Dura
 	if l.conn, err = l.db.Conn(ctx); err != nil {
 		return nil, connectError(err)
 	}
-	l.server = l.leadsTo(uri)
+	l.server = l.leadsTo(cfg)
 	if _, err = l.conn.ExecContext(context.WithoutCancel(ctx), settings(timeout)); err == nil {
 		err = l.conn.QueryRowContext(context.WithoutCancel(ctx), sqlEncoding).Scan(&l.encoding)
 	}
@@ -153,26 +176,27 @@ func setUpError(err error) error {
 	if late := noAnswerError(0); errors.As(err, &late) || errors.Is(err, os.ErrDeadlineExceeded) {
 		return errors.New("locker: no answer to the first statement of a connection: is a pool in between used up? A provider needs up to four connections")
 	}
+	// It does not know a setting.
+	if sqlState(err) == "42704" {
+		return refused("PostgreSQL 14 or later is needed: %v", err)
+	}
 	return errors.Wrap(err, "locker: set up connection")
 }
 
 // check returns an error unless the server can carry a session. It does not check NOTIFY. It
 // creates the schema if a part is missing.
 func (l *link) check(ctx context.Context) error {
-	var version int
-	var readOnly, schema, allowed bool
+	var readOnly, tables, view, allowed bool
 	var user string
-	if err := l.conn.QueryRowContext(ctx, sqlServer).Scan(&readOnly, &version, &user, &schema); err != nil {
+	if err := l.conn.QueryRowContext(ctx, sqlServer).Scan(&readOnly, &user, &tables, &view); err != nil {
 		return errors.Wrap(err, "locker: check server")
 	}
-	switch {
-	case version < 140000:
-		return refused("PostgreSQL 14 or later is needed, the server is %d.%d", version/10000, version%10000)
-	case readOnly:
+	if readOnly {
 		return refused("the server is read-only (a standby, or default_transaction_read_only): name the primary, or all hosts with target_session_attrs=read-write")
 	}
-	if !schema {
-		if err := l.createSchema(ctx, user); err != nil {
+	if !tables || !view {
+		// Only operators need the view.
+		if err := l.createSchema(ctx, user); err != nil && !tables {
 			return err
 		}
 	}
@@ -367,16 +391,11 @@ func openLine(ctx context.Context, dsn dsnFunc, timeout time.Duration, lock int6
 	}
 	cfg, err := connectConfig(uri)
 	if err != nil {
-		return nil, err
-	}
-	// The service file has been read. Without the service its values do not override the bound for
-	// connecting.
-	if cfg.Service != "" {
-		uri = withoutService(cfg)
+		return nil, refusedError{err}
 	}
 	notifications := make(chan *pq.Notification, 64)
 	// NewListenerConn takes no context and continues when ctx has ended. connectTimeout bounds it.
-	conn, err := pq.NewListenerConn(uri, notifications)
+	conn, err := pq.NewListenerConn(connectionString(cfg), notifications)
 	if err != nil {
 		return nil, connectError(err)
 	}

@@ -1,6 +1,7 @@
 package locker
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -35,6 +36,16 @@ import (
 // Tests of the connection to the server: connection strings, the environment, credentials that
 // change, sockets, TLS, pools, and the encoding of the database.
 
+// configOf returns the configuration that the library uses for a connection string.
+func configOf(t testing.TB, uri string) pq.Config {
+	t.Helper()
+	dsn, err := sessionDSN(uri)
+	require.NoError(t, err, uri)
+	cfg, err := connectConfig(dsn)
+	require.NoError(t, err, uri)
+	return cfg
+}
+
 // B1, B4: hosts with ports, and sockets, mean the same in a URL as in pairs, regardless of the
 // result of url.Parse.
 func TestConnectHosts(t *testing.T) {
@@ -47,23 +58,132 @@ func TestConnectHosts(t *testing.T) {
 		"postgres://%2Fvar%2Frun/db":                            "host=/var/run dbname=db",
 		"postgres://user@%2fvar%2frun:5433/db":                  "host=/var/run port=5433 user=user dbname=db",
 		"postgres:///db?host=/var/run&port=5433":                "host=/var/run port=5433 dbname=db",
+		"postgres://u@[::1]/db":                                 "host=::1 user=u dbname=db",
+		"postgres://u@:5433?dbname=db&password=" + secret:       "port=5433 user=u password=" + secret + " dbname=db",
+		"postgres://h:6432/db?user=u":                           "host=h port=6432 user=u dbname=db",
 	} {
-		want, err := sessionDSN(pairs)
-		require.NoError(t, err, pairs)
-		got, err := sessionDSN(uri)
-		require.NoError(t, err, uri)
-		w, err := pq.NewConfig(want)
-		require.NoError(t, err)
-		g, err := pq.NewConfig(got)
-		require.NoError(t, err)
-		require.Equal(t, meaning(w), meaning(g), uri)
+		require.Equal(t, meaning(configOf(t, pairs)), meaning(configOf(t, uri)), uri)
 	}
 	for _, uri := range []string{
 		"postgres://user:" + secret + "@a:1,b:2/db?port=3,4", "postgres://user:" + secret + "@a:1,b:2/db?host=c",
 		"postgres://user:" + secret + "@%2Frun/db?host=c", "postgres://user:" + secret + "@%2Frun%2Ca/db",
+		"postgres://user:" + secret + "@localhost/db?host=/cloudsql/a:b:c", "postgres://h:5432/db?port=6432", "postgres://:5432/db?port=6432",
 	} {
 		_, err := sessionDSN(uri)
 		requireRefused(t, err, "host=a,b port=5432,5433")
+	}
+	for _, uri := range []string{"postgres://u@h/db?user=v", "postgres://u:" + secret + "@h/db?password=" + secret, "postgres://h/db?dbname=other"} {
+		_, err := sessionDSN(uri)
+		requireRefused(t, err, "once, before the ? or after it")
+	}
+	// The driver would turn TLS off for all of them, or ask for it on the socket.
+	for _, uri := range []string{
+		"host=/run,db sslmode=verify-full password=" + secret, "host=db,/run", "host=@name,db", "postgres:///db?host=/run,db", "postgres://%2Frun,db/db",
+	} {
+		_, err := sessionDSN(uri)
+		requireRefused(t, err, "either hosts or the folders of sockets")
+	}
+	require.Len(t, configOf(t, "host=/run,@name").Multi, 1)
+	require.Len(t, configOf(t, "host=/run,db hostaddr=127.0.0.1,127.0.0.2").Multi, 1)
+	t.Setenv("PGHOST", "db,/run")
+	_, err := sessionDSN("dbname=db")
+	requireRefused(t, err, "either hosts or the folders of sockets")
+	// The driver would connect to the other hosts of the variable as well.
+	t.Setenv("PGHOST", "a,b,,d")
+	require.Len(t, configOf(t, "dbname=db").Multi, 3)
+	for _, uri := range []string{"postgres://h/db", "host=h", "host=a,c"} {
+		_, err := sessionDSN(uri)
+		requireRefused(t, err, "environment variable PGHOST")
+	}
+}
+
+// One of several hosts refuses the login, and the other one is not there for a moment: the claim
+// waits for it. If all refuse, it fails immediately. The errors of several hosts are one line.
+func TestConnectSeveralHostsFail(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	one, other := newFieldProxy(t, uri), newFieldProxy(t, uri)
+	both := strings.Replace(one.uri(t, uri), one.listener.Addr().String(), one.listener.Addr().String()+","+other.listener.Addr().String(), 1)
+	claim := func() <-chan fieldResult {
+		p := pgProvider(t, both)
+		return fieldGo(func() error {
+			_, _, err := fieldLock(t, p, 1, "claim")
+			return err
+		})
+	}
+	one.refuseLogins("28000", "no pg_hba.conf entry")
+	other.refuseLogins("28P01", "password authentication failed")
+	r := pgReceive(t, "the claim ends", claim())
+	require.True(t, isRefusal(r.err), "%v", r.err)
+	require.NotErrorIs(t, r.err, ErrLockTimeout)
+	requireOneLine(t, r.err)
+	require.ErrorContains(t, r.err, "no pg_hba.conf entry")
+	require.ErrorContains(t, r.err, "password authentication failed")
+
+	other.refuseLogins("57P03", "the database system is starting up")
+	waits := claim()
+	since := time.Now()
+	pgUntil(t, "it has tried three times", func() bool { return other.loginsSince(since) > 3 })
+	other.refuseLogins("", "")
+	require.NoError(t, pgReceive(t, "the claim ends", waits).err)
+}
+
+// requireOneLine fails the test unless an error is one line, even with its stack.
+func requireOneLine(t testing.TB, err error) {
+	t.Helper()
+	require.NotContains(t, fmt.Sprintf("%+v", err), "\n")
+}
+
+// A server that does not know a setting of all supported versions is too old.
+func TestConnectOldServer(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	old := newFieldProxy(t, uri)
+	old.set(func(r *fieldProxy) {
+		r.hook = func(_ *fieldConn, _ direction, message []byte) (verdict, []byte) {
+			return pass, bytes.ReplaceAll(message, []byte("idle_session_timeout"), []byte("idle_nothing_timeout"))
+		}
+	})
+	p := pgProvider(t, old.uri(t, uri))
+	_, err := p.LockKey(t.Context(), "repo", 1)
+	require.ErrorContains(t, err, "PostgreSQL 14 or later is needed")
+	require.NotErrorIs(t, err, ErrLockTimeout)
+}
+
+// A view that is missing is created at first use. A role that may not create it can lock nevertheless.
+func TestConnectViewMissing(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	pgExec(t, db, SchemaSQL)
+	pgExec(t, db, `DROP VIEW env_lock_overview`)
+	p := pgProvider(t, uri)
+	fieldWorks(t, p, 1)
+	_, err := p.ListLocks(t.Context())
+	require.NoError(t, err)
+
+	pgExec(t, db, `DROP VIEW env_lock_overview`)
+	role := pgRole(t, db)
+	pgExec(t, db, `GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO `+role)
+	weak := pgProvider(t, pgAs(t, uri, role))
+	fieldWorks(t, weak, 1)
+	_, err = weak.ListLocks(t.Context())
+	require.ErrorContains(t, err, "env_lock_overview")
+}
+
+// C31: a URL in the place of a host, a user or a database is not shown.
+func TestConnectURLInside(t *testing.T) {
+	url := "postgres://user:" + secret + "@db/app"
+	for _, pairs := range []string{"host=" + url, "host=h," + url, "dbname=" + url, "user=" + url} {
+		_, err := sessionDSN(pairs)
+		requireRefused(t, err, "is a URL")
+	}
+	for _, variable := range []string{"PGHOST", "PGDATABASE", "PGUSER"} {
+		t.Run(variable, func(t *testing.T) {
+			t.Setenv(variable, url)
+			_, err := sessionDSN("sslmode=disable")
+			requireRefused(t, err, "is a URL")
+		})
 	}
 }
 
@@ -105,6 +225,7 @@ func TestConnectEnvironment(t *testing.T) {
 		"PGGSSENCMODE": "prefer", "PGCHANNELBINDING": "require", "PGREQUIREAUTH": "scram-sha-256", "PGSSLCRL": "/crl",
 		"PGPORT": "tcp://10.0.0.1:5432/" + secret, "PGSSLMODE": secret, "PGCONNECT_TIMEOUT": "soon", "PGTARGETSESSIONATTRS": "best",
 		"PGCLIENTENCODING": "LATIN1", "PGDATESTYLE": "German", "PGMINPROTOCOLVERSION": "3.2", "PGSSLNEGOTIATION": "direct",
+		"PGSSLMINPROTOCOLVERSION": "TLSv1.3", "PGSSLMAXPROTOCOLVERSION": "TLSv1.2",
 	} {
 		t.Run(variable, func(t *testing.T) {
 			t.Setenv(variable, value)
@@ -117,6 +238,12 @@ func TestConnectEnvironment(t *testing.T) {
 			}
 		})
 	}
+	t.Run("TLS version", func(t *testing.T) {
+		t.Setenv("PGSSLMINPROTOCOLVERSION", "TLSv1.2")
+		_, err := sessionDSN(uri)
+		requireRefused(t, err, "set ssl_min_protocol_version in the URI")
+		require.Equal(t, pq.SSLProtocolVersion("TLSv1.3"), configOf(t, uri+"?ssl_min_protocol_version=TLSv1.3").SSLMinProtocolVersion)
+	})
 	t.Run("TLS", func(t *testing.T) {
 		for variables, want := range map[[2]string]pq.SSLMode{
 			{}:                              pq.SSLModeRequire,
@@ -130,22 +257,13 @@ func TestConnectEnvironment(t *testing.T) {
 				if variables[0] != "" {
 					t.Setenv(variables[0], variables[1])
 				}
-				dsn, err := sessionDSN(uri)
-				require.NoError(t, err)
-				require.Equal(t, want == pq.SSLModeRequire, strings.Contains(dsn, "sslmode=require"), dsn)
-				cfg, err := pq.NewConfig(dsn)
-				require.NoError(t, err)
-				require.Equal(t, want, cfg.SSLMode)
+				require.Equal(t, want, configOf(t, uri).SSLMode)
 			})
 		}
 		// A socket has no TLS.
 		t.Setenv("PGHOST", "/var/run")
 		for _, uri := range []string{"dbname=db", "postgres:///db", "postgres://"} {
-			dsn, err := sessionDSN(uri)
-			require.NoError(t, err)
-			cfg, err := pq.NewConfig(dsn)
-			require.NoError(t, err)
-			require.Equal(t, pq.SSLModeDisable, cfg.SSLMode)
+			require.Equal(t, pq.SSLModeDisable, configOf(t, uri).SSLMode)
 		}
 	})
 }
@@ -178,19 +296,7 @@ func TestConnectTimeout(t *testing.T) {
 	t.Setenv("PGSERVICEFILE", file)
 	requireTimeout := func(t *testing.T, uri string, want time.Duration) {
 		t.Helper()
-		dsn, err := sessionDSN(uri)
-		require.NoError(t, err, uri)
-		cfg, err := connectConfig(dsn)
-		require.NoError(t, err, uri)
-		require.Equal(t, want, cfg.ConnectTimeout, uri)
-		// Without a service file the string alone has the timeout.
-		if cfg.Service == "" {
-			cfg, err = pq.NewConfig(dsn)
-		} else {
-			cfg, err = pq.NewConfig(withoutService(cfg))
-		}
-		require.NoError(t, err, uri)
-		require.Equal(t, want, cfg.ConnectTimeout, uri)
+		require.Equal(t, want, configOf(t, uri).ConnectTimeout, uri)
 	}
 	for parameters, want := range map[string]time.Duration{
 		"": 5, "connect_timeout=300": 8, "connect_timeout=9": 8, "connect_timeout=8": 8, "connect_timeout=7": 7, "connect_timeout=1": 1,
@@ -211,8 +317,8 @@ func TestConnectTimeout(t *testing.T) {
 }
 
 // The listener and the session's connection are opened with a connection string that replaces the
-// service file. It means the same, whatever the environment contains.
-func TestConnectWithoutService(t *testing.T) {
+// caller's. It means the same, whatever the service file and the environment contain.
+func TestConnectString(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "services")
 	require.NoError(t, os.WriteFile(file, []byte(`[one]
 host=h
@@ -247,11 +353,8 @@ passfile=/passfile
 			"service=one", "service=several", "service=addresses", "service=both", "service=socket", "service=nothing",
 			"postgres://user:" + secret + "@x:1/db?service=nothing&search_path=a,%20b&my.own='", "service=one user='' dbname='' password=''", "host=h",
 		} {
-			dsn, err := sessionDSN(uri)
-			require.NoError(t, err, uri)
-			want, err := connectConfig(dsn)
-			require.NoError(t, err, uri)
-			got, err := pq.NewConfig(withoutService(want))
+			want := configOf(t, uri)
+			got, err := pq.NewConfig(connectionString(want))
 			require.NoError(t, err, uri)
 			require.Empty(t, got.Service)
 			for _, f := range reflect.VisibleFields(reflect.TypeFor[pq.Config]()) {
@@ -388,10 +491,7 @@ func TestConnectParametersThatAreDropped(t *testing.T) {
 	for _, call := range constructors(t) {
 		requireRefused(t, call("postgres://h/db?sslmode=disable;password="+secret), "; as %3B")
 	}
-	dsn, err := sessionDSN("postgres://a:1,b:2/d%40b?password=a%3Bb%23c%25&search_path=x%3By")
-	require.NoError(t, err)
-	cfg, err := pq.NewConfig(dsn)
-	require.NoError(t, err)
+	cfg := configOf(t, "postgres://a:1,b:2/d%40b?password=a%3Bb%23c%25&search_path=x%3By")
 	require.Equal(t, "d@b", cfg.Database)
 	require.Equal(t, "a;b#c%", cfg.Password)
 	require.Equal(t, "x;y", cfg.Runtime["search_path"])

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net/url"
 	"os"
 	"reflect"
@@ -106,11 +107,13 @@ func withoutSecret(err error) error {
 // quotedPassword allows for spaces, which key=value pairs may have.
 var quotedPassword = regexp.MustCompile(`(?i)password\s*=`)
 
-// way provides one goroutine with connection strings for its attempts to connect.
+// way provides one goroutine with connection strings for its attempts to connect, and with the
+// pauses between them.
 type way struct {
 	ask   dsnFunc
-	last  string // the string of the last attempt
-	fresh int    // attempts with other credentials since the last success
+	last  string        // the string of the last attempt
+	fresh int           // attempts with other credentials since the last success
+	pause time.Duration // the last one since the last success
 }
 
 // dsn returns the string for an attempt to connect.
@@ -123,7 +126,30 @@ func (w *way) dsn(ctx context.Context) (string, error) {
 }
 
 // connected records that an attempt has succeeded.
-func (w *way) connected() { w.fresh = 0 }
+func (w *way) connected() { w.fresh, w.pause = 0, 0 }
+
+const (
+	reopenMin = 50 * time.Millisecond // the pause between two attempts to connect, doubled with each
+	reopenMax = time.Second
+	loginMin  = 250 * time.Millisecond // the same after a failed login: too many of them lock an account
+	loginMax  = time.Minute
+)
+
+// next returns the pause after an attempt that has failed with err. urgent is the result of
+// session.urgent.
+func (w *way) next(err error, urgent time.Duration) time.Duration {
+	least, most := reopenMin, reopenMax
+	if isLogin(err) {
+		least, most = loginMin, loginMax
+		urgent *= 3
+	}
+	if urgent > 0 {
+		most = min(most, urgent/20)
+	}
+	w.pause = min(max(2*w.pause, least), most)
+	// It is random so that the processes of a service do not connect all together.
+	return w.pause*3/4 + rand.N(w.pause/2)
+}
 
 // rest waits for the pause after a failed attempt, or until ctx is done. After a failed login it
 // returns early, and reports that, if there are credentials other than the refused ones. This is
@@ -154,74 +180,85 @@ func (w *way) rest(ctx context.Context, pause time.Duration, failed error) (earl
 	}
 }
 
-// sessionDSN returns the connection string that sessions use. It is the caller's, with
-//
-//   - a name for pg_stat_activity,
-//   - a bound for connecting,
-//   - arguments in binary format,
-//   - TLS, unless the caller or the environment has a setting for it,
-//   - the demand for the host that accepts writes, if several hosts are named.
-//
-// Its errors never quote the string, which may contain a password (C31).
+// isLogin reports whether err means that the server has refused a login.
+func isLogin(err error) bool { return strings.HasPrefix(sqlState(err), "28") }
+
+// sessionDSN returns a caller's connection string in a form that connectConfig accepts. Its errors
+// never quote the string, which may contain a password (C31).
 func sessionDSN(uri string) (string, error) {
 	if strings.TrimSpace(uri) == "" {
 		return "", errors.New("locker: postgres URI is empty")
 	}
-	uri, err := spelledOut(uri)
-	if err != nil {
-		return "", err
+	dsn, err := spelledOut(uri)
+	if err == nil {
+		_, err = connectConfig(dsn)
 	}
-	cfg, err := pq.NewConfig(uri)
+	return dsn, err
+}
+
+// connectConfig returns the configuration that a string of sessionDSN has now. It reads the service
+// file and the environment. It adds
+//
+//   - a name for pg_stat_activity,
+//   - a bound for connecting,
+//   - arguments in binary format,
+//   - TLS, unless the string, the service file or the environment has a setting for it,
+//   - the demand for the host that accepts writes, if several hosts are named.
+func connectConfig(dsn string) (pq.Config, error) {
+	cfg, err := pq.NewConfig(dsn)
 	if err != nil {
-		return "", invalidURI(err)
+		return pq.Config{}, invalidURI(err)
 	}
 	if err := checkParameters(cfg); err != nil {
-		return "", err
+		return pq.Config{}, err
+	}
+	if err := checkHosts(cfg); err != nil {
+		return pq.Config{}, err
 	}
 	// The type array needs binary parameters.
-	extra := url.Values{"binary_parameters": {"yes"}}
-	if cfg.ApplicationName == "" && cfg.FallbackApplicationName == "" {
-		extra.Set("fallback_application_name", applicationName())
-	}
-	if timeout := connectTimeout(cfg); timeout != cfg.ConnectTimeout {
-		extra.Set("connect_timeout", wholeSeconds(timeout))
-	}
+	cfg.BinaryParameters = true
+	cfg.ApplicationName = cmp.Or(cfg.ApplicationName, applicationName())
+	cfg.ConnectTimeout = connectTimeout(cfg)
 	// For a socket the driver has set it to "disable".
-	if cfg.SSLMode == "" {
-		extra.Set("sslmode", string(pq.SSLModeRequire))
-	}
+	cfg.SSLMode = cmp.Or(cfg.SSLMode, pq.SSLModeRequire)
 	if len(cfg.Multi) > 0 && (cfg.TargetSessionAttrs == "" || cfg.TargetSessionAttrs == pq.TargetSessionAttrsAny) {
-		extra.Set("target_session_attrs", string(pq.TargetSessionAttrsReadWrite))
+		cfg.TargetSessionAttrs = pq.TargetSessionAttrsReadWrite
 	}
-	dsn := uri
-	if isURL(uri) {
-		u, err := url.Parse(uri)
-		if err != nil {
-			return "", invalidURI(err)
-		}
-		q, err := parameters(u)
-		if err != nil {
-			return "", err
-		}
-		for k, v := range extra {
-			q[k] = v
-		}
-		u.RawQuery = q.Encode()
-		if u.Path == "" {
-			// Without a path, and without a host, String would omit the slashes.
-			u.Path = "/"
-		}
-		dsn = u.String()
-	} else {
-		for k := range extra {
-			dsn += " " + pair(k, extra.Get(k))
-		}
-	}
-	if _, err := pq.NewConfig(dsn); err != nil {
-		return "", invalidURI(err)
-	}
-	return dsn, nil
+	return cfg, nil
 }
+
+// checkHosts returns an error for hosts and names that cannot be what the caller means.
+func checkHosts(cfg pq.Config) error {
+	hosts := append([]pq.ConfigMultihost{{Host: cfg.Host, Hostaddr: cfg.Hostaddr}}, cfg.Multi...)
+	sockets, names := 0, make([]string, len(hosts))
+	for i, h := range hosts {
+		names[i] = h.Host
+		// A URL in the wrong place would be quoted as the host that is not found, with its password.
+		if strings.Contains(h.Host, "://") {
+			return errURLInside
+		}
+		if !h.Hostaddr.IsValid() && (strings.HasPrefix(h.Host, "/") || strings.HasPrefix(h.Host, "@")) {
+			sockets++
+		}
+	}
+	variable := strings.Split(os.Getenv("PGHOST"), ",")
+	for i := range variable[1:] {
+		variable[i+1] = cmp.Or(variable[i+1], "localhost")
+	}
+	switch {
+	// The driver would add the hosts of the variable to those that take precedence.
+	case len(variable) > 1 && !slices.Equal(variable, names):
+		return errors.New("locker: environment variable PGHOST: it is a list, and the URI or a service file names hosts as well; unset it for this process")
+	case strings.Contains(cfg.Database, "://"), strings.Contains(cfg.User, "://"):
+		return errURLInside
+	// The driver would use the TLS setting of the first host for all of them.
+	case sockets > 0 && sockets < len(hosts):
+		return errors.New("locker: postgres URI is invalid: name either hosts or the folders of sockets, because TLS is for hosts only")
+	}
+	return nil
+}
+
+var errURLInside = errors.New("locker: postgres URI is invalid: the host, the user or the database is a URL (the value is not shown because it may hold a password)")
 
 // connectTimeout returns how long an attempt to connect to one host may take: as long as cfg
 // allows, or 5 s if it has no bound, but not so long that all attempts together take longer than
@@ -247,21 +284,9 @@ func pair(name, value string) string {
 	return name + "='" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(value) + "'"
 }
 
-// connectConfig returns the configuration that a string of sessionDSN has now. It reads the service
-// file and the environment.
-func connectConfig(dsn string) (pq.Config, error) {
-	cfg, err := pq.NewConfig(dsn)
-	// The environment or the service file has changed.
-	if err != nil {
-		return pq.Config{}, refusedError{invalidURI(err)}
-	}
-	// The service file takes precedence over the string.
-	cfg.ConnectTimeout = connectTimeout(cfg)
-	return cfg, nil
-}
-
-// withoutService returns a string that has the same configuration as cfg and names no service.
-func withoutService(cfg pq.Config) string {
+// connectionString returns a string that has the same configuration as cfg, whatever the service
+// file and the environment say.
+func connectionString(cfg pq.Config) string {
 	hosts, addresses, ports := []string{cfg.Host}, []string{cfg.Hostaddr.String()}, []string{strconv.Itoa(int(cfg.Port))}
 	for _, m := range cfg.Multi {
 		hosts, ports = append(hosts, m.Host), append(ports, strconv.Itoa(int(m.Port)))
@@ -333,9 +358,8 @@ func parameters(u *url.URL) (url.Values, error) {
 
 var errParameters = errors.New("locker: postgres URI is invalid: put & between its parameters, and write ; as %3B, # as %23, / as %2F, @ as %40 and % as %25 (the value is not shown because it may hold a password)")
 
-// spelledOut returns a URL with its hosts as parameters, if it names several hosts with ports, or a
-// socket. Otherwise it returns uri. url.Parse does not accept a socket, and only some versions of
-// Go accept several ports.
+// spelledOut returns a URL with its hosts and ports as parameters, and any other string as it is.
+// url.Parse does not accept a socket, and only some versions of Go accept several ports.
 func spelledOut(uri string) (string, error) {
 	if !isURL(uri) {
 		return uri, nil
@@ -349,23 +373,6 @@ func spelledOut(uri string) (string, error) {
 	if at := strings.LastIndexByte(list, '@'); at >= 0 {
 		user, list = list[:at+1], list[at+1:]
 	}
-	socket := strings.Contains(strings.ToLower(list), "%2f")
-	if !socket && !(strings.Contains(list, ",") && strings.Contains(list, ":")) {
-		return uri, nil
-	}
-	var hosts, ports []string
-	given := false
-	for host := range strings.SplitSeq(list, ",") {
-		port := "5432"
-		if i := strings.LastIndexByte(host, ':'); i >= 0 && !strings.HasSuffix(host, "]") {
-			host, port, given = host[:i], cmp.Or(host[i+1:], port), true
-		}
-		host, err := url.PathUnescape(strings.TrimSuffix(strings.TrimPrefix(host, "["), "]"))
-		if err != nil || strings.Contains(host, ",") {
-			return "", errHosts
-		}
-		hosts, ports = append(hosts, host), append(ports, port)
-	}
 	u, err := url.Parse(scheme + "://" + user + rest[end:])
 	if err != nil {
 		return "", invalidURI(err)
@@ -374,21 +381,49 @@ func spelledOut(uri string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if q.Has("host") || given && q.Has("port") {
+	var hosts, ports []string
+	given := false
+	for host := range strings.SplitSeq(list, ",") {
+		port := "5432"
+		if i := strings.LastIndexByte(host, ':'); i >= 0 && !strings.HasSuffix(host, "]") {
+			host, port, given = host[:i], cmp.Or(host[i+1:], port), true
+		}
+		if strings.HasPrefix(host, "[") && strings.HasSuffix(host, "]") {
+			host = host[1 : len(host)-1]
+		}
+		host, err := url.PathUnescape(host)
+		if err != nil || strings.ContainsAny(host, ",[]") {
+			return "", errHosts
+		}
+		hosts, ports = append(hosts, host), append(ports, port)
+	}
+	password, _ := u.User.Password()
+	for name, value := range map[string]string{"user": u.User.Username(), "password": password, "dbname": strings.TrimPrefix(u.Path, "/")} {
+		if value != "" && q.Has(name) {
+			return "", errTwice
+		}
+	}
+	names := strings.Join(hosts, ",")
+	if names != "" && q.Has("host") || given && q.Has("port") {
 		return "", errHosts
 	}
-	q.Set("host", strings.Join(hosts, ","))
+	if names != "" {
+		q.Set("host", names)
+	}
 	if given {
 		q.Set("port", strings.Join(ports, ","))
 	}
 	u.RawQuery = q.Encode()
 	if u.Path == "" {
+		// Without a path, and without a host, String would omit the slashes.
 		u.Path = "/"
 	}
 	return u.String(), nil
 }
 
 var errHosts = errors.New("locker: postgres URI is invalid: name hosts, or the folder of a socket, once, by postgres://user@/database?host=a,b&port=5432,5433 or host=a,b port=5432,5433")
+
+var errTwice = errors.New("locker: postgres URI is invalid: name the user, the password and the database once, before the ? or after it")
 
 // These match errors of the driver that name a variable or a parameter. Its value is not shown,
 // because it may be a password in the wrong place.
@@ -447,6 +482,15 @@ func checkParameters(cfg pq.Config) error {
 		case !settingName.MatchString(name):
 			// A URL with another scheme is parsed as a pair, and the server would quote its name.
 			return invalidURI(errors.New("no setting's name"))
+		}
+	}
+	// The driver reads these variables by other names.
+	for variable, version := range map[string]pq.SSLProtocolVersion{
+		"PGSSLMINPROTOCOLVERSION": cfg.SSLMinProtocolVersion, "PGSSLMAXPROTOCOLVERSION": cfg.SSLMaxProtocolVersion,
+	} {
+		if os.Getenv(variable) != "" && version == "" {
+			return errors.Errorf("locker: environment variable %s: github.com/lib/pq does not support it: unset it for this process, or set %s in the URI",
+				variable, strings.NewReplacer("PGSSL", "ssl_", "PROTOCOL", "_protocol_", "VERSION", "version", "MIN", "min", "MAX", "max").Replace(variable))
 		}
 	}
 	return nil

@@ -361,7 +361,8 @@ var fieldOutages = []fieldOutage{
 	fieldRefusal("3D000", "database does not exist", true),
 	fieldRefusal("53300", "too many connections", false),
 	fieldRefusal("57P03", "the database system is starting up", false),
-	fieldRefusal("08P01", "server login has been failing", false),
+	fieldRefusal("08P01", "server login has been failing, try again later (server_login_retry)", false),
+	fieldRefusal("08P01", "unsupported startup parameter: options", true),
 	{"read-only", true, true,
 		func(t testing.TB, _ *field, admin *sql.Conn) {
 			_, err := admin.ExecContext(pgBackground, `DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$`)
@@ -415,16 +416,20 @@ func TestFieldFailover(t *testing.T) {
 			pgUntil(t, "the release has happened", func() bool { return !fieldHolds(t, f.db, f.key(2)) })
 			require.NoError(t, kept.Unlock(pgBackground))
 		})
-		if !o.atFirst {
-			continue
-		}
 		g.run(o.name+" at first use", func(t *testing.T) {
 			f := fieldOn(t, database(t, o))
-			o.begin(t, f, fieldOne(t, f.db))
-			r := <-fieldGo(func() error {
+			admin := fieldOne(t, f.db)
+			o.begin(t, f, admin)
+			claim := fieldGo(func() error {
 				_, _, err := fieldLock(t, f.p, f.pr(1), "claim")
 				return err
 			})
+			if !o.atFirst {
+				<-fieldAfter(t, 2*time.Second, func() { o.end(t, f, admin) })
+				require.NoError(t, pgReceive(t, "the claim ends", claim).err)
+				return
+			}
+			r := <-claim
 			require.Error(t, r.err)
 			require.NotErrorIs(t, r.err, ErrLockTimeout)
 			require.Less(t, r.took, fieldPatience/2, "a refusal at first use is not an answer")

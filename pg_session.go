@@ -4,9 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -15,10 +13,6 @@ import (
 )
 
 const (
-	reopenMin    = 50 * time.Millisecond // the pause between two attempts to connect, doubled with each
-	reopenMax    = time.Second
-	loginMin     = 250 * time.Millisecond // the same after a failed login: too many of them lock an account
-	loginMax     = time.Minute
 	proofTimeout = 3 * time.Second // the time within which a NOTIFY must arrive
 	sweepBeats   = 20              // heartbeats between two searches for dead sessions
 )
@@ -197,7 +191,6 @@ type kept struct {
 // cancels.
 func (s *session) keep(k kept) {
 	defer s.running.Done()
-	var wait backoff
 	failing := false
 	for {
 		for !s.wanted() || !k.allowed() {
@@ -213,11 +206,10 @@ func (s *session) keep(k kept) {
 			opened := time.Now()
 			err = k.serve(l)
 			l.close()
-			wait = backoff{}
 			k.way.connected()
 			// The connection did not last.
 			if time.Since(opened) < reopenMax {
-				pause = wait.next(err, s.urgent())
+				pause = k.way.next(err, s.urgent())
 			}
 			if s.ctx.Err() != nil {
 				return
@@ -231,7 +223,7 @@ func (s *session) keep(k kept) {
 			if s.ctx.Err() != nil {
 				return
 			}
-			pause = wait.next(err, s.urgent())
+			pause = k.way.next(err, s.urgent())
 			if !failing {
 				s.log.Warn("locker: cannot connect; trying again", slog.String("connection", k.name), slog.String("error", err.Error()))
 			}
@@ -257,27 +249,6 @@ func (s *session) urgent() time.Duration {
 	}
 	return s.conf.sessionTimeout
 }
-
-// backoff computes the pause before the next attempt to connect.
-type backoff struct{ last time.Duration }
-
-// next returns the next pause. urgent is the result of session.urgent.
-func (b *backoff) next(err error, urgent time.Duration) time.Duration {
-	least, most := reopenMin, reopenMax
-	if isLogin(err) {
-		least, most = loginMin, loginMax
-		urgent *= 3
-	}
-	if urgent > 0 {
-		most = min(most, urgent/20)
-	}
-	b.last = min(max(2*b.last, least), most)
-	// It is random so that the processes of a service do not connect all together.
-	return b.last*3/4 + rand.N(b.last/2)
-}
-
-// isLogin reports whether err means that the server has refused a login.
-func isLogin(err error) bool { return strings.HasPrefix(sqlState(err), "28") }
 
 // admit records whether the server lets the session's connection in. While it does not, no other
 // connection is tried, because too many attempts lock an account.

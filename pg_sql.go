@@ -293,9 +293,10 @@ RETURNING s.lock_key`
 
 	sqlServer = `
 SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on',
-    current_setting('server_version_num')::integer, current_user,
+    current_user,
     to_regclass('env_locks') IS NOT NULL AND to_regclass('env_lock_sessions') IS NOT NULL
-        AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('env_lock_state') AND attname = 'holder_stop')`
+        AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('env_lock_state') AND attname = 'holder_stop'),
+    to_regclass('env_lock_overview') IS NOT NULL`
 
 	sqlPrivileges = `
 SELECT has_table_privilege('env_locks', 'SELECT') AND has_table_privilege('env_locks', 'INSERT')

@@ -258,7 +258,6 @@ type worker struct {
 	// The batch in flight. The next one reuses its memory.
 	batch []*op
 	keys  map[int64]bool
-	wait  backoff
 	way   way
 }
 
@@ -507,7 +506,7 @@ func (w *worker) open(batch []*op) *link {
 
 // pause waits before the next attempt to connect.
 func (w *worker) pause(err error) {
-	w.way.rest(w.ctx, w.wait.next(err, w.session.urgent()), err)
+	w.way.rest(w.ctx, w.way.next(err, w.session.urgent()), err)
 }
 
 // hangUp closes the worker's connection, if there is one.
@@ -540,7 +539,6 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 	cancel()
 	switch {
 	case err == nil && !late:
-		w.wait = backoff{}
 		w.way.connected()
 		w.finish(batch)
 	case late || broken(err):

@@ -155,19 +155,16 @@ func (l *link) trace(ctx context.Context, text string, returnsRows bool) (contex
 }
 
 // leadsTo returns an operation with the server and the database of the link, which is connected.
-func (l *link) leadsTo(dsn string) Operation {
+func (l *link) leadsTo(cfg pq.Config) Operation {
 	l.mu.Lock()
 	network, address := l.dialed[0], l.dialed[1]
 	l.mu.Unlock()
-	op := Operation{Host: address}
+	// The user's name is the server's default for the database.
+	op := Operation{Host: address, Database: cmp.Or(cfg.Database, cfg.User)}
 	if host, port, err := net.SplitHostPort(address); err == nil && network != "unix" {
 		op.Host = host
 		// The port has just been dialed, so it is a number.
 		op.Port, _ = strconv.Atoi(port)
-	}
-	if cfg, err := pq.NewConfig(dsn); err == nil {
-		// The user's name is the server's default.
-		op.Database = cmp.Or(cfg.Database, cfg.User)
 	}
 	return op
 }

@@ -252,7 +252,7 @@ func TestTracerServer(t *testing.T) {
 		{"unix", "/run/a:b/.s.PGSQL.5432", "host=/run/a:b user=u dbname=d", Operation{Host: "/run/a:b/.s.PGSQL.5432", Database: "d"}},
 	} {
 		l := &link{dialed: [2]string{test.network, test.address}}
-		require.Equal(t, test.want, l.leadsTo(test.dsn))
+		require.Equal(t, test.want, l.leadsTo(configOf(t, test.dsn)))
 	}
 }
 
