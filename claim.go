@@ -78,7 +78,7 @@ func termsFromContext(ctx context.Context) terms {
 }
 
 func contextWithTerms(ctx context.Context, t terms) context.Context {
-	if t == (terms{}) {
+	if t == termsFromContext(ctx) {
 		return ctx
 	}
 	return context.WithValue(ctx, termsKey{}, &t)

@@ -17,7 +17,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/pkg/errors"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
@@ -357,8 +359,17 @@ func labelsComeBack(e *env) {
 	e.NoError(e.locker(p, strings.Repeat("\x01", maxPayload)).Labels(fits).Do(e.ctx, func(context.Context) error { return nil }))
 	fits["a"] += "x"
 	e.notASentinel(e.failed(e.start(e.ctx, e.locker(p, "too much").Labels(fits))))
-	_, err = l.Lock(ContextWithLabels(e.ctx, fits))
+	_, err = e.lock(p, key, "too much").Lock(ContextWithLabels(e.ctx, fits))
 	e.ErrorContains(err, "1024")
+}
+
+// Labels, a mode or a number that are set to nothing replace those of the context.
+func TestContextWithoutLabels(t *testing.T) {
+	ctx := ContextWithLabels(t.Context(), map[string]string{"job": "outer"})
+	require.Nil(t, LabelsFromContext(ContextWithLabels(ctx, nil)))
+	require.Nil(t, LabelsFromContext(ContextWithLabels(ContextWithMode(ctx, LetFinish), nil)))
+	require.Equal(t, LetFinish, ModeFromContext(ContextWithLabels(ContextWithMode(ctx, LetFinish), nil)))
+	require.Equal(t, ctx, ContextWithLabels(ctx, map[string]string{"job": "outer"}))
 }
 
 func conflictOf(e *env, err error) *ConflictError {
@@ -1093,6 +1104,90 @@ func earlyFailureObserved(e *env) {
 	e.Equal("too late", seen[0].Event)
 	e.Equal(map[string]string{"sha": "1f2e"}, seen[0].Labels)
 	e.matchesOnly(seen[0].Err, ErrProviderClosed)
+
+	// Release comes between the creation of a lock and its Lock.
+	seen = nil
+	aborted := e.lock(e.process(WithObserver(func(o Observation) { seen = append(seen, o) })), e.key(), "aborted")
+	lockOf(aborted).abandon()
+	e.failed(e.start(e.ctx, aborted))
+	e.Len(seen, 1)
+	e.Equal(ObservedFailed, seen[0].Kind)
+}
+
+// A hold whose loss is found by its own release is observed as lost.
+func lossFoundByRelease(e *env) {
+	var mu sync.Mutex
+	var kinds []ObservationKind
+	p := e.process(WithObserver(func(o Observation) {
+		mu.Lock()
+		defer mu.Unlock()
+		kinds = append(kinds, o.Kind)
+	}))
+	key := e.key()
+	l, _ := e.hold(p, key, "holder")
+	if e.fake() {
+		// Its releases find nothing out.
+		e.NoError(l.Unlock(e.ctx))
+		return
+	}
+	_, err := e.admin.Exec(`UPDATE env_lock_state SET holder_id = NULL WHERE lock_key = $1`, key)
+	e.NoError(err)
+	e.ErrorIs(l.Unlock(e.ctx), ErrLockLost)
+	mu.Lock()
+	defer mu.Unlock()
+	e.Equal([]ObservationKind{ObservedAcquired, ObservedLost}, kinds)
+}
+
+// A newer claim arrives before the grant: the observer sees the hold before its notification.
+func TestObservedInOrder(t *testing.T) {
+	var seen seenSessions
+	p, err := NewFakeProvider(WithObserver(seen.observe))
+	require.NoError(t, err)
+	made, err := p.New(t.Context(), 1, "holder")
+	require.NoError(t, err)
+	l := lockOf(made)
+	require.NoError(t, l.begin(lockCall{asked: time.Now()}))
+	require.NoError(t, p.session.hub.subscribe(l))
+	l.handle(event{kind: evClaimed, from: standing{number: 1 << 60, id: uuid.New()}, claim: &ClaimInfo{Event: "newer"}})
+	a, err := p.session.acquire(t.Context(), l.stop, l.request(terms{}, 0))
+	require.NoError(t, err)
+	_, err = l.hold(t.Context(), a)
+	require.NoError(t, err)
+	require.NoError(t, l.Unlock(t.Context()))
+	var kinds []ObservationKind
+	for _, o := range seen.all {
+		kinds = append(kinds, o.Kind)
+	}
+	require.Equal(t, []ObservationKind{ObservedAcquired, ObservedNotified, ObservedReleased}, kinds)
+}
+
+// The first use of a fake may be concurrent, even if one of the calls fails early.
+func TestFakeFirstUse(t *testing.T) {
+	p := &FakeLockProvider{}
+	f, err := NewPreemptiveLockerFactory(p)
+	require.NoError(t, err)
+	var all sync.WaitGroup
+	all.Go(func() {
+		assert.NoError(t, f("org/repo", 1, "fine").Do(t.Context(), func(context.Context) error { return nil }))
+	})
+	all.Go(func() {
+		assert.Error(t, f("", 1, "bad").Wait(-1).Do(t.Context(), func(context.Context) error { return nil }))
+	})
+	all.Wait()
+}
+
+// The cause of a holder of a user's own lock, which has no method Cause, is that of a holder.
+func TestOwnLockIsPreempted(t *testing.T) {
+	n := NotificationPayload{ID: uuid.New(), Message: "newer", LockKey: 7}
+	err := causeOf(&slowLock{}, n, true)
+	require.ErrorIs(t, err, ErrLockPreempted)
+	outcome, _ := OutcomeOf(err)
+	require.Equal(t, OutcomePreempted, outcome)
+	require.ErrorContains(t, err, `notified: "newer"`)
+	var c *ConflictError
+	require.ErrorAs(t, err, &c)
+	require.Equal(t, ClaimInfo{ID: n.ID, Event: "newer"}, c.Other())
+	require.Equal(t, n.LockKey, c.Key)
 }
 
 // The claim of a lock that has ended does not wait, even if Notify makes it the newest afterwards.
@@ -1161,7 +1256,7 @@ func TestNotifyWhileSuperseded(t *testing.T) {
 	require.NoError(t, l.begin(lockCall{asked: time.Now()}))
 	require.NoError(t, l.Notify(t.Context()))
 	require.True(t, p.session.db.rows[1].open)
-	l.leave(ErrLockPreempted)
+	l.leave(t.Context(), ErrLockPreempted)
 	require.False(t, p.session.db.rows[1].open)
 }
 
@@ -1175,7 +1270,7 @@ func TestTimeoutBetweenGrantAndHold(t *testing.T) {
 	l.mu.Lock()
 	l.endWaitLocked(ErrLockTimeout)
 	l.mu.Unlock()
-	_, _, err = l.hold(t.Context(), answer{outcome: granted, token: 1, session: 1})
+	_, err = l.hold(t.Context(), answer{outcome: granted, token: 1, session: 1})
 	require.ErrorIs(t, err, ErrLockTimeout)
 	var c *ConflictError
 	require.ErrorAs(t, err, &c)

@@ -478,7 +478,8 @@ func (s *memorySession) withdraw(c claim) {
 	m := s.db
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if row := m.rowLocked(c.key); row.newest.id == c.id {
+	// The claim of a holder is open until the release.
+	if row := m.rowLocked(c.key); row.newest.id == c.id && row.holder != c.id {
 		row.open = false
 	}
 }

@@ -228,24 +228,38 @@ type lockCall struct {
 
 // lockKey is Lock, with the settings of a call, and without a description of the call in its error.
 func (l *lock) lockKey(ctx context.Context, call lockCall) (<-chan NotificationPayload, error) {
-	if err := call.terms.check(); err != nil {
-		return nil, err
-	}
 	if err := l.begin(call); err != nil {
+		if err != errLockTwice {
+			l.observe(ObservedFailed, time.Since(call.asked), err)
+		}
 		return nil, err
 	}
-	ch, waited, doubt, err := l.acquire(ctx, call)
+	ch, doubt, err := l.acquire(ctx, call)
 	if err != nil {
 		// The release is queued before the lock leaves, because Close waits for queued operations.
 		if doubt {
 			l.backend.release(ctx, l.claim)
 		}
 		l.backend.events().unsubscribe(l)
-		l.leave(err)
+		l.leave(ctx, err)
 		return nil, err
 	}
-	l.observe(ObservedAcquired, waited, nil)
 	return ch, nil
+}
+
+// over closes what belongs to this lock alone. It waits for that, but no longer than ctx and bound.
+func (l *lock) over(ctx context.Context, bound time.Duration) {
+	if l.onOver == nil {
+		return
+	}
+	closed := make(chan struct{})
+	// The goroutine ends when onOver has returned, which may have to wait for a silent server.
+	go func() {
+		defer close(closed)
+		l.onOver()
+	}()
+	// The bound of the caller decides.
+	_ = await(ctx, bound, closed)
 }
 
 // Unlock ends the hold, or the wait of a Lock that has not returned. It blocks until the key is
@@ -259,14 +273,10 @@ func (l *lock) Unlock(ctx context.Context) error {
 	if err := l.usable(ctx); err != nil {
 		return err
 	}
+	start := time.Now()
 	err := l.unlock(ctx)
-	if l.onOver != nil {
-		l.onOver()
-	}
-	if err != nil {
-		return annotate(err, "locker: unlock key %d", l.claim.key)
-	}
-	return nil
+	l.over(ctx, releaseTimeout-time.Since(start))
+	return annotate(err, "locker: unlock key %d", l.claim.key)
 }
 
 // Token returns the fencing token of the hold. It returns 0 before the lock is held, and then a
@@ -331,13 +341,9 @@ func (c *LockProviderConfig) waitFor(t terms, finish bool) time.Duration {
 // abandon makes a later Lock fail. Unlock cannot do that, because it has no effect before Lock.
 func (l *lock) abandon() {
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	if l.phase == fresh {
 		l.waitError = errReleasedWait
-	}
-	withdraw := l.phase == fresh && l.announced
-	l.mu.Unlock()
-	if withdraw {
-		l.backend.withdraw(l.claim)
 	}
 }
 
@@ -408,7 +414,7 @@ func (l *lock) shield(limit time.Duration) error {
 	case l.cause != nil:
 		return l.cause
 	}
-	return errNotLocked
+	return errors.New("the lock is not held")
 }
 
 // Unshield ends the effect of Shield. If the holder has been notified meanwhile, the preemption
@@ -424,7 +430,7 @@ func (l *lock) Unshield() {
 }
 
 // leave ends a wait that has failed.
-func (l *lock) leave(err error) {
+func (l *lock) leave(ctx context.Context, err error) {
 	l.mu.Lock()
 	l.phase = ended
 	waited := time.Since(l.began)
@@ -446,9 +452,7 @@ func (l *lock) leave(err error) {
 	default:
 		l.observe(ObservedFailed, waited, err)
 	}
-	if l.onOver != nil {
-		l.onOver()
-	}
+	l.over(ctx, explainTimeout)
 	if returned != nil {
 		close(returned)
 	}
@@ -457,12 +461,15 @@ func (l *lock) leave(err error) {
 // acquire announces the claim, if asked to, and tries to acquire the key until it succeeds or the
 // wait has ended. The hints that wake it are only reasons to ask the database again. The result
 // doubt reports whether acquire has failed although the database may have granted the key.
-func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan NotificationPayload, waited time.Duration, doubt bool, _ error) {
+func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan NotificationPayload, doubt bool, _ error) {
+	if err := call.terms.check(); err != nil {
+		return nil, false, err
+	}
 	if nested(ctx, l.conf, l.claim.key) {
-		return nil, 0, false, ErrLockNested
+		return nil, false, ErrLockNested
 	}
 	if err := l.backend.events().subscribe(l); err != nil {
-		return nil, 0, false, err
+		return nil, false, err
 	}
 	// trouble is the reason for which the database could not be asked the last time.
 	var trouble error
@@ -475,7 +482,7 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 			if err == ErrLockTimeout {
 				err = l.explained(ctx, ErrLockTimeout)
 			}
-			return nil, 0, doubt, err
+			return nil, doubt, err
 		}
 		var a answer
 		var err error
@@ -488,7 +495,7 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 				if reason := l.waitEnded(ctx, err); reason != nil {
 					err = reason
 				}
-				return nil, 0, doubt || a.doubt, annotate(err, "announce %q", l.claim.event)
+				return nil, doubt || a.doubt, annotate(err, "announce %q", l.claim.event)
 			}
 		} else {
 			a, err = l.backend.acquire(ctx, l.stop, l.request(call.terms, blocker))
@@ -499,7 +506,7 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 			continue
 		}
 		if err != nil {
-			return nil, 0, doubt, err
+			return nil, doubt, err
 		}
 		if ripe && a.blocker == blocker {
 			// The dead session is not the only obstacle.
@@ -508,30 +515,32 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 		trouble, blocker, retryAt = nil, a.blocker, a.retryAt
 		switch a.outcome {
 		case granted:
-			ch, waited, err := l.hold(ctx, a)
+			ch, err := l.hold(ctx, a)
 			if err != nil {
-				return nil, 0, true, err
+				return nil, true, err
 			}
 			if ch != nil {
-				return ch, waited, false, nil
+				return ch, false, nil
 			}
 			doubt = true
 			// The hold was lost before it began.
 			continue
 		case superseded:
-			return nil, 0, doubt, l.supersededBy(ctx, a)
-		case again:
+			return nil, doubt, l.supersededBy(ctx, a)
+		}
+		// A claim that was not announced is superseded by claims that are newer than those that it
+		// has found. A claim that skips is compared with no other claim.
+		if !skip {
+			l.mu.Lock()
+			l.placeLocked(a.newest)
+			l.mu.Unlock()
+		}
+		if a.outcome == again {
 			if inVain++; inVain < maxInVain {
 				continue
 			}
-		default:
-			if skip && (retryAt.IsZero() || time.Now().Before(retryAt)) {
-				return nil, 0, doubt, l.explained(ctx, ErrLockBusy)
-			}
-			// A claim that skips is compared with no other claim.
-			if !skip {
-				l.adopt(a.newest)
-			}
+		} else if skip && (retryAt.IsZero() || time.Now().Before(retryAt)) {
+			return nil, doubt, l.explained(ctx, ErrLockBusy)
 		}
 		inVain = 0
 		l.sleep(ctx, a.retryAt)
@@ -675,23 +684,16 @@ func (l *lock) request(t terms, blocker int64) request {
 	return request{claim: l.claim, labels: labels, standing: l.standing, first: !l.placed, skip: t.mode == SkipIfBusy, finish: l.finish, blocker: blocker}
 }
 
-// adopt gives a claim that was never announced the standing of the claim that was the newest when
-// it began to wait.
-func (l *lock) adopt(newest standing) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if !l.placed {
-		l.placed = true
-		l.standing = newest
-	}
-}
-
 // hold moves the lock from waiting to held. It returns no channel if the session that was granted
 // the key is lost already, or if the key was taken from the claim. It returns an error if the wait
 // has ended meanwhile: then the key must be given back.
-func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload, waited time.Duration, _ error) {
+func (l *lock) hold(ctx context.Context, a answer) (ch <-chan NotificationPayload, _ error) {
 	var report func()
+	var waited time.Duration
 	defer func() {
+		if ch != nil {
+			l.observe(ObservedAcquired, waited, nil)
+		}
 		if report != nil {
 			report()
 		}
@@ -700,13 +702,13 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 	defer l.mu.Unlock()
 	switch {
 	case a.session <= l.lostUpTo, l.keyLost:
-		return nil, 0, nil
+		return nil, nil
 	case l.waitError == ErrLockTimeout:
-		return nil, 0, l.conflict(ErrLockTimeout, keyState{}, "")
+		return nil, l.conflict(ErrLockTimeout, keyState{}, "")
 	case l.waitError != nil:
-		return nil, 0, l.waitError
+		return nil, l.waitError
 	case ctx.Err() != nil:
-		return nil, 0, contextError(ctx)
+		return nil, contextError(ctx)
 	}
 	now := time.Now()
 	waited = now.Sub(l.began)
@@ -728,7 +730,7 @@ func (l *lock) hold(ctx context.Context, a answer) (_ <-chan NotificationPayload
 		l.missed = nil
 		_, report = l.handleHeldLocked(*missed)
 	}
-	return l.ch, waited, nil
+	return l.ch, nil
 }
 
 // tell notifies the holder of a cause that is not another claim.
@@ -841,19 +843,23 @@ func (l *lock) unlock(ctx context.Context) error {
 		release := l.backend.release(ctx, l.claim)
 		// The release is queued before: Close ends the session when the last lock has left.
 		l.backend.events().unsubscribe(l)
-		l.observe(ObservedReleased, lasted, cause)
-		if release == nil {
-			if ctx.Err() != nil {
-				return contextError(ctx)
+		var err error
+		switch {
+		case release != nil:
+			l.backend.events().alarms.set(l, limit)
+			if err = awaitUntil(ctx, l.stop, release.done); err == nil {
+				err = release.recycle().err
 			}
-			return nil
+			l.backend.events().alarms.drop(l)
+		case ctx.Err() != nil:
+			err = contextError(ctx)
 		}
-		l.backend.events().alarms.set(l, limit)
-		defer l.backend.events().alarms.drop(l)
-		if err := awaitUntil(ctx, l.stop, release.done); err != nil {
-			return err
+		if errors.Is(err, ErrLockLost) {
+			l.observe(ObservedLost, lasted, err)
+		} else {
+			l.observe(ObservedReleased, lasted, cause)
 		}
-		return release.recycle().err
+		return err
 
 	default: // ended
 		err, unreleased := l.lost, l.unreleased

@@ -626,6 +626,7 @@ func (p *PreemptiveLocker) observeFailed(asked time.Time, t terms, err error) {
 	case *PostgresLockProvider:
 		observe = own.conf.observer
 	case *FakeLockProvider:
+		own.init()
 		observe = own.conf.observer
 	}
 	if observe != nil {
@@ -673,11 +674,14 @@ func (p *PreemptiveLocker) announceAndLock(ctx context.Context, lock Preemptable
 	p.lock = lock
 	aborted := p.aborted
 	p.mu.Unlock()
-	switch {
-	case aborted:
-		return nil, errReleasedWait
-	case own != nil:
+	if own != nil {
+		if aborted {
+			own.abandon()
+		}
 		return own.lockKey(ctx, call)
+	}
+	if aborted {
+		return nil, errReleasedWait
 	}
 	if wait := call.terms.wait; wait > 0 {
 		call.terms.wait = max(1, time.Until(call.asked.Add(wait)))
@@ -754,7 +758,7 @@ func causeOf(lock PreemptableLock, n NotificationPayload, ok bool) error {
 	if !ok {
 		return annotate(ErrLockLost, "the lock's channel was closed")
 	}
-	return annotate(ErrLockPreempted, "notified: %q", n.Message)
+	return &ConflictError{Winner: &ClaimInfo{ID: n.ID, Event: n.Message}, Holder: &ClaimInfo{}, Key: n.LockKey, Err: ErrLockPreempted, detail: fmt.Sprintf("notified: %q", n.Message)}
 }
 
 // unlockBounded unlocks a lock of any provider, and returns within the bounds of Release.

@@ -138,6 +138,7 @@ var contract = []contractCase{
 	{"C34 what Shield refuses", shieldRefuses},
 	{"C36 what happens is observed", observations},
 	{"C36 a Lock that fails early is observed", earlyFailureObserved},
+	{"C36 a loss that the release finds is observed", lossFoundByRelease},
 	{"C20 Notify of a lock that has ended", notifyAfterEnd},
 
 	{"C24 a hold outlives its connection", holdOutlivesConnection},
@@ -1471,20 +1472,38 @@ func claimThatGaveUp(e *env) {
 	e.Error(notLocked.Unlock(e.ctx))
 	redelivered(1)
 
+	// Release abandons a lock, and then calls its Unlock.
 	aborted := e.lock(p, key, "aborted between Notify and Lock")
 	e.NoError(aborted.Notify(ContextWithSequence(e.ctx, 2)))
 	lockOf(aborted).abandon()
 	e.failed(e.start(e.ctx, aborted))
+	e.Error(aborted.Unlock(e.ctx))
 	redelivered(2)
+
+	rejected := e.lock(p, key, "an unknown mode")
+	e.NoError(rejected.Notify(ContextWithSequence(e.ctx, 3)))
+	e.ErrorContains(e.failed(e.start(ContextWithMode(e.ctx, 99), rejected)), "unknown claim mode")
+	redelivered(3)
 
 	holder, _ := e.hold(p, key, "holder")
 	ctx, cancel := context.WithCancel(e.ctx)
-	out := e.start(ctx, e.locker(p, "cancelled").Sequence(3))
+	out := e.start(ctx, e.locker(p, "cancelled").Sequence(4))
 	e.waitsFor(p, key)
 	cancel()
 	e.failed(out)
 	e.NoError(holder.Unlock(e.ctx))
-	redelivered(3)
+	redelivered(4)
+
+	// A holder announces its claim again, and leaves that call. Its claim stays open.
+	holds := e.locker(p, "holds").Sequence(5)
+	ch := e.acquire(holds)
+	own := lockOf(holds.lock)
+	own.backend.withdraw(own.claim)
+	e.settle(p)
+	e.ErrorIs(e.failed(e.start(e.ctx, e.locker(p, "redelivery").Sequence(5))), ErrClaimOutdated)
+	e.quiet(p, ch)
+	e.NoError(holds.Release(e.ctx))
+	redelivered(5)
 }
 
 // ---------------------------------------------------------------------------

@@ -84,9 +84,10 @@ func (plp *PostgresLockProvider) ListLocks(ctx context.Context) ([]LockStatus, e
 // passed.
 //
 // RequestStop sends a message that no row keeps: a holder whose listener is not connected at that
-// moment does not get it. It does not keep new claims out: one may follow immediately. If the
-// server cannot be reached, it waits, within ctx and the lock timeout, and then returns an error
-// that matches ctx's error or [ErrLockTimeout].
+// moment, or whose Lock has not returned yet, does not get it. It does not keep new claims out: one
+// may follow immediately. If the server cannot be reached, or its NOTIFY queue is full, it waits,
+// within ctx and the lock timeout, and then returns an error that matches ctx's error or
+// [ErrLockTimeout].
 func (plp *PostgresLockProvider) RequestStop(ctx context.Context, repo string, pr uint, reason string) (asked bool, err error) {
 	var found bool
 	err = plp.operateOn(ctx, "stop the holder of", repo, pr, func(ctx context.Context, l *link) error {
@@ -139,7 +140,8 @@ func (plp *PostgresLockProvider) ResetSequence(ctx context.Context, repo string,
 // the listener. Otherwise its error names the step that has failed.
 //
 // Ping waits for a session that is suspended, for a listener that is not connected, and for a
-// server that cannot be reached or is read-only, but no longer than ctx and the lock timeout. Give
+// server that cannot be reached, is read-only or has a full NOTIFY queue, but no longer than ctx
+// and the lock timeout. Give
 // a probe a context with a short timeout. If the server rejects the statement for another reason,
 // such as a locked or missing table, Ping returns that error immediately. A call of Ping counts as
 // use: see [WithIdleTimeout].

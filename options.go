@@ -206,7 +206,8 @@ func WithLogger(logger *slog.Logger) LockProviderOption {
 // WithObserver registers f to be called for every [Observation] of the provider's locks and of its
 // session, for example to record metrics. f must be safe for concurrent use. It is called on the
 // goroutine on which the event happens, possibly between two notifications, so it must return
-// immediately. Without this option, or with nil, nothing is counted.
+// immediately, and must not call Close. Observations of one lock come in order, unless two of its
+// events happen concurrently. Without this option, or with nil, nothing is counted.
 func WithObserver(f func(Observation)) LockProviderOption {
 	return func(c *LockProviderConfig) { c.observer = f }
 }

@@ -71,12 +71,14 @@ func (s *session) reconcile(ref sessionRef, suspended time.Time, lost int) {
 			return s.sweep(ctx, l, ref)
 		}
 		away, err := s.checkRows(ctx, l, ref, true)
+		// If the rest fails, a repeat does not find these any longer.
+		lost += away
 		if err == nil {
 			err = s.releaseForgotten(ctx, l, ref)
 		}
 		if err == nil {
 			holds, _ := s.hub.counts()
-			s.trust.reconnected(after, holds, lost+away)
+			s.trust.reconnected(after, holds, lost)
 		}
 		return err
 	})

@@ -137,6 +137,60 @@ func onWorker(t *testing.T, w *worker, f func(context.Context, *link) error) err
 	return o.err
 }
 
+// A claim that was not announced waits behind a holder, and another claim is announced while it asks
+// for a notification: it is superseded (C6).
+func TestAnnouncedWhileAnotherAsks(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	p, q := pgProvider(t, uri), pgProvider(t, uri)
+	pgHold(t, q, 1, "holder")
+	newer := pgNew(t, q, 1, "newer")
+	var once sync.Once
+	ctx := context.WithValue(t.Context(), tracerKey{}, Tracer(func(ctx context.Context, op Operation) (context.Context, func(OperationEnd)) {
+		return ctx, func(OperationEnd) {
+			if op.Statement == "wait" {
+				once.Do(func() { assert.NoError(t, newer.Notify(pgBackground)) })
+			}
+		}
+	}))
+	older := pgNew(t, p, 1, "older")
+	r := pgReceive(t, "the older claim leaves", fieldGo(func() error { _, err := older.Lock(ctx); return err }))
+	require.ErrorIs(t, r.err, ErrLockPreempted)
+}
+
+// A traced and an untraced claim share a statement: it is in the trace of the first.
+func TestTracedCallInBatch(t *testing.T) {
+	t.Parallel()
+	var log traceLog
+	p := pgProvider(t, newDatabase(t))
+	traced, untraced := pgLocker(t, p, WithTracer(log.tracer)), pgLocker(t, p)
+	for pr := range uint(8) {
+		require.NoError(t, untraced("repo", pr, "has a key").Do(pgBackground, func(context.Context) error { return nil }))
+	}
+	goOn := occupy(t, p.session.disk)
+	var all []<-chan fieldResult
+	for pr := range uint(8) {
+		f := untraced
+		if pr == 3 {
+			f = traced
+		}
+		all = append(all, fieldGo(func() error {
+			return f("repo", pr, "claim").Do(pgBackground, func(context.Context) error { return nil })
+		}))
+	}
+	queued(t, p.session.disk, 8)
+	goOn()
+	for _, done := range all {
+		require.NoError(t, pgReceive(t, "a claim ends", done).err)
+	}
+	var names []string
+	for _, s := range log.of(OperationStatement) {
+		names = append(names, s.Statement)
+	}
+	require.Contains(t, names, "announce")
+	require.Contains(t, names, "release keys")
+}
+
 // occupy keeps a worker busy until the caller calls the function that occupy returns. The caller
 // has to do so soon, because the call is treated like any other statement.
 func occupy(t *testing.T, w *worker) (goOn func()) {

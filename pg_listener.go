@@ -165,10 +165,13 @@ func (s *session) proveNotify(way *way) error {
 		return nil
 	}
 	s.mu.Lock()
-	deaf := s.deaf
+	deaf, listens := s.deaf, s.listens
 	s.mu.Unlock()
-	if deaf != nil {
+	switch {
+	case deaf != nil:
 		return errors.WithMessage(deaf, "locker: listen for notifications")
+	case !listens:
+		return errors.Errorf("locker: the listener has not connected within %v: is a pool in between used up? A provider needs up to four connections", proofTimeout)
 	}
 	return refused("a NOTIFY to this process did not arrive within %v: a proxy in transaction-pooling mode is in between; connect to PostgreSQL directly or to a pool in session mode", proofTimeout)
 }

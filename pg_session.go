@@ -371,7 +371,7 @@ func (s *session) openOwn(way *way) (_ *line, ref sessionRef, err error) {
 	if err := l.exec(max(deadline, statementTimeout), upsert); err != nil {
 		if isMissingTable(err) {
 			s.unprepare()
-		} else if sqlState(err) == "" {
+		} else if proven && sqlState(err) == "" {
 			s.killOwn(ref)
 		}
 		return nil, ref, errors.Wrap(err, "locker: write the session's row")
@@ -472,19 +472,21 @@ func (s *session) rest(ref sessionRef) bool {
 	if s.conf.idleTimeout == 0 {
 		return false
 	}
-	inUse := s.wanted()
+	inUse, now := s.wanted(), time.Now()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if now := time.Now(); inUse || s.queuedLocked() > 0 || !s.disk.begun.IsZero() || !s.swift.begun.IsZero() {
+	if inUse || s.queuedLocked() > 0 || !s.disk.begun.IsZero() || !s.swift.begun.IsZero() {
 		s.used = now
-		return false
-	} else if now.Sub(s.used) < s.conf.idleTimeout {
-		return false
 	}
-	s.resting = true
-	s.trust.rest(ref)
-	s.log.Info("locker: idle: the session has ended until the next call")
-	return true
+	idle := now.Sub(s.used) >= s.conf.idleTimeout
+	if idle {
+		s.resting = true
+		s.trust.rest(ref)
+	}
+	s.mu.Unlock()
+	if idle {
+		s.log.Info("locker: idle: the session has ended until the next call")
+	}
+	return idle
 }
 
 var (

@@ -8,6 +8,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/url"
 	"os"
 	"slices"
@@ -1044,6 +1045,40 @@ func TestIdleTimeout(t *testing.T) {
 	require.NotContains(t, log.String(), "lost")
 	require.Empty(t, seen.of(ObservedSuspended))
 	require.NoError(t, p.Close())
+}
+
+// A logger may ask the provider for its state, also when an idle session ends.
+func TestIdleTimeoutLogs(t *testing.T) {
+	t.Parallel()
+	asked := make(chan Stats, 1)
+	var p *PostgresLockProvider
+	p = pgProvider(t, newDatabase(t), WithSessionTimeout(2*time.Second), WithIdleTimeout(time.Second), WithLogger(slog.New(handlerFunc(func(r slog.Record) {
+		if strings.Contains(r.Message, "idle") {
+			asked <- p.Stats()
+		}
+	}))))
+	fieldWorks(t, p, 1)
+	require.False(t, pgReceive(t, "the logger has asked", asked).Connected)
+}
+
+// handlerFunc is a slog.Handler that calls a function for each record.
+type handlerFunc func(slog.Record)
+
+func (f handlerFunc) Enabled(context.Context, slog.Level) bool      { return true }
+func (f handlerFunc) Handle(_ context.Context, r slog.Record) error { f(r); return nil }
+func (f handlerFunc) WithAttrs([]slog.Attr) slog.Handler            { return f }
+func (f handlerFunc) WithGroup(string) slog.Handler                 { return f }
+
+// A release counts as use, so the idle timeout begins with the end of a hold.
+func TestIdleTimeoutAfterRelease(t *testing.T) {
+	t.Parallel()
+	p := pgProvider(t, newDatabase(t), WithSessionTimeout(2*time.Second), WithIdleTimeout(time.Minute))
+	l, _ := pgHold(t, p, 1, "holder")
+	released := time.Now()
+	require.NoError(t, l.Unlock(pgBackground))
+	p.session.mu.Lock()
+	defer p.session.mu.Unlock()
+	require.False(t, p.session.used.Before(released))
 }
 
 // Calls that come at the moment when an idle session ends are carried out.

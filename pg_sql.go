@@ -75,10 +75,11 @@ FROM unnest($1::bigint[], $2::text[], $3::integer[]) AS u(key, repo, pull_reques
 LEFT JOIN env_lock_state s ON s.lock_key = u.key`
 
 	// Records that claims have given up, so that they no longer prevent their own redelivery.
+	// The claim of a holder is open until the release.
 	sqlWithdraw = `
 UPDATE env_lock_state s SET claim_open = false
 FROM unnest($1::bigint[], $2::uuid[]) AS w(key, id)
-WHERE s.lock_key = w.key AND s.claim_id = w.id AND s.claim_open
+WHERE s.lock_key = w.key AND s.claim_id = w.id AND s.claim_open AND s.holder_id IS DISTINCT FROM w.id
 RETURNING s.lock_key, ` + sqlNoFlush
 
 	// Takes free keys for claims that are not superseded. $8 and $9 are the session and its lock:

@@ -149,6 +149,7 @@ func (s *session) release(ctx context.Context, c claim) *op {
 		o.done <- struct{}{}
 		return o
 	}
+	s.used = time.Now()
 	s.enqueueLocked(o)
 	return o
 }
@@ -533,7 +534,15 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 	if batch[0].kind == opCall {
 		limit = callTimeout
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(batch[0].ctx), limit)
+	// The statement is in the trace of one of the calls that it serves.
+	caller := batch[0].ctx
+	for _, o := range batch {
+		if o.ctx.Value(tracerKey{}) != nil {
+			caller = o.ctx
+			break
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(caller), limit)
 	err := w.statement(ctx, l, ref, batch)
 	late := ctx.Err() != nil
 	cancel()

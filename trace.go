@@ -76,11 +76,8 @@ func (k OperationKind) String() string {
 	return names[k]
 }
 
-// start calls the tracer, unless it is nil.
+// start calls the tracer.
 func (t Tracer) start(ctx context.Context, op Operation) (context.Context, func(OperationEnd)) {
-	if t == nil {
-		return ctx, nil
-	}
 	under, end := t(ctx, op)
 	if under == nil {
 		under = ctx
