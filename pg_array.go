@@ -10,79 +10,107 @@ import (
 
 // array is an argument of a one-dimensional array type in PostgreSQL's binary format, as array_recv
 // reads it. Compared with text, it saves the server the parsing, and this process the memory of a
-// text that grows.
+// text that grows. A nil array is NULL.
 type array []byte
 
-// newArray returns an empty array with capacity for n elements of size bytes.
-func newArray(element oid.Oid, n, size int) array {
+// element is a type of which there are arrays.
+type element interface {
+	bool | int32 | int64 | float64 | string | uuid.UUID
+}
+
+// arrayHeader is the length of an array's header.
+const arrayHeader = 20
+
+// newArray returns the header of an array with n elements.
+func newArray[T element](n int) array {
 	const dimensions, flags, lower = 1, 0, 1
-	a := make(array, 0, arrayHeader+n*(4+size))
-	a = binary.BigEndian.AppendUint32(a, dimensions)
-	a = binary.BigEndian.AppendUint32(a, flags)
-	a = binary.BigEndian.AppendUint32(a, uint32(element))
-	a = binary.BigEndian.AppendUint32(a, 0)
-	return binary.BigEndian.AppendUint32(a, lower)
-}
-
-const (
-	arrayLength = 12 // the offset of the number of elements in the header
-	arrayHeader = 20
-)
-
-func (a *array) len() int { return int(binary.BigEndian.Uint32((*a)[arrayLength:])) }
-
-// add appends the header of an element of size bytes. The caller appends the bytes.
-func (a *array) add(size int) {
-	binary.BigEndian.PutUint32((*a)[arrayLength:], uint32(a.len()+1))
-	*a = binary.BigEndian.AppendUint32(*a, uint32(size))
-}
-
-// addAt appends NULLs until the array has n elements, and returns the array. It creates the array
-// if that is nil.
-func (a *array) addAt(n int, element oid.Oid) *array {
-	const null = -1
-	if *a == nil {
-		*a = newArray(element, 0, 0)
+	id, size := oid.T_text, 32
+	switch any(*new(T)).(type) {
+	case bool:
+		id, size = oid.T_bool, 1
+	case int32:
+		id, size = oid.T_int4, 4
+	case int64:
+		id, size = oid.T_int8, 8
+	case float64:
+		id, size = oid.T_float8, 8
+	case uuid.UUID:
+		id, size = oid.T_uuid, 16
 	}
-	for a.len() < n {
-		a.add(null)
+	a := make(array, 0, arrayHeader+n*(4+size))
+	for _, word := range []int{dimensions, flags, int(id), n, lower} {
+		a = binary.BigEndian.AppendUint32(a, uint32(word))
 	}
 	return a
 }
 
-func (a *array) addInt64(v int64) {
-	a.add(8)
-	*a = binary.BigEndian.AppendUint64(*a, uint64(v))
-}
-
-func (a *array) addInt32(v int32) {
-	a.add(4)
-	*a = binary.BigEndian.AppendUint32(*a, uint32(v))
-}
-
-func (a *array) addFloat64(v float64) { a.addInt64(int64(math.Float64bits(v))) }
-
-func (a *array) addBool(v bool) {
-	a.add(1)
-	var b byte
-	if v {
-		b = 1
+// add returns the array with one more element.
+func add[T element](a array, value T) array {
+	size := func(n int) { a = binary.BigEndian.AppendUint32(a, uint32(n)) }
+	switch v := any(value).(type) {
+	case bool:
+		size(1)
+		if v {
+			return append(a, 1)
+		}
+		return append(a, 0)
+	case int32:
+		size(4)
+		return binary.BigEndian.AppendUint32(a, uint32(v))
+	case int64:
+		size(8)
+		return binary.BigEndian.AppendUint64(a, uint64(v))
+	case float64:
+		size(8)
+		return binary.BigEndian.AppendUint64(a, math.Float64bits(v))
+	case string:
+		size(len(v))
+		return append(a, v...)
+	case uuid.UUID:
+		size(len(v))
+		return append(a, v[:]...)
 	}
-	*a = append(*a, b)
+	panic("no element")
 }
 
-func (a *array) addText(v string) {
-	a.add(len(v))
-	*a = append(*a, v...)
+// column returns the array of a value of each row.
+func column[R any, T element](rows []R, value func(R) T) array {
+	a := newArray[T](len(rows))
+	for _, r := range rows {
+		a = add(a, value(r))
+	}
+	return a
 }
 
-func (a *array) addUUID(v uuid.UUID) {
-	a.add(len(v))
-	*a = append(*a, v[:]...)
+// sparse is column for a value that few rows have. The others have NULL. Without any value the
+// array itself is NULL.
+func sparse[R any, T element](rows []R, value func(R) (v T, ok bool)) (a array) {
+	null := func() { a = binary.BigEndian.AppendUint32(a, math.MaxUint32) }
+	for i, r := range rows {
+		v, ok := value(r)
+		switch {
+		case !ok && a != nil:
+			null()
+		case ok:
+			if a == nil {
+				a = newArray[T](len(rows))
+				for range i {
+					null()
+				}
+			}
+			a = add(a, v)
+		}
+	}
+	return a
+}
+
+// int64Array returns the array of some numbers.
+func int64Array(values []int64) array {
+	return column(values, func(v int64) int64 { return v })
 }
 
 // elements returns the arguments of a statement for one row, and reports whether they are for one
-// row only: all arrays have one element or none, and the first has one.
+// row only: all arrays have one element or are NULL, and the first has one.
 func elements(args []any) ([]any, bool) {
 	only := make([]any, len(args))
 	for i, arg := range args {
@@ -90,7 +118,7 @@ func elements(args []any) ([]any, bool) {
 		a, ok := arg.(array)
 		switch {
 		case !ok, a == nil && i > 0:
-		case a.len() != 1:
+		case binary.BigEndian.Uint32(a[12:]) != 1:
 			return nil, false
 		case int32(binary.BigEndian.Uint32(a[arrayHeader:])) < 0:
 			only[i] = nil
@@ -99,12 +127,4 @@ func elements(args []any) ([]any, bool) {
 		}
 	}
 	return only, true
-}
-
-func int64Array(values []int64) array {
-	a := newArray(oid.T_int8, len(values), 8)
-	for _, v := range values {
-		a.addInt64(v)
-	}
-	return a
 }

@@ -97,18 +97,18 @@ func (s *session) checkRows(ctx context.Context, l *link, ref sessionRef, all bo
 	}
 	for {
 		claims, more := s.hub.held(cursor, maxChecked)
-		keys, ids := claimArrays(claims)
+		keys := column(claims, func(c claim) int64 { return c.key })
+		ids := column(claims, func(c claim) uuid.UUID { return c.id })
 		type found struct {
 			key int64
 			ev  event
 		}
-		var alive, first bool
+		var alive, same bool
 		var news []found
-		var same bool
 		var key, number sql.NullInt64
 		var id, newest uuid.NullUUID
 		var text sql.NullString
-		first = true
+		first := true
 		err := l.each(ctx, sqlCheck, []any{keys, ids, ref.id, ref.lock}, []any{&same, &key, &id, &number, &newest, &text}, func() {
 			switch {
 			case first:
@@ -123,8 +123,8 @@ func (s *session) checkRows(ctx context.Context, l *link, ref sessionRef, all bo
 		if err != nil {
 			return lost, err
 		}
-		if now, connected := s.trust.current(); now != ref || !connected {
-			// Another check follows the next connection.
+		// Another check follows the next connection.
+		if !s.trust.connectedAs(ref) {
 			return lost, nil
 		}
 		if !alive {
@@ -152,7 +152,7 @@ func (s *session) checkRows(ctx context.Context, l *link, ref sessionRef, all bo
 
 // suspect closes the session's connection, because it does not serve its purpose.
 func (s *session) suspect(ref sessionRef, cause error) {
-	if now, connected := s.trust.current(); now == ref && connected {
+	if s.trust.connectedAs(ref) {
 		s.dropOwn(cause)
 	}
 }
@@ -175,7 +175,7 @@ func (s *session) releaseForgotten(ctx context.Context, l *link, ref sessionRef)
 		}
 	})
 	// The holders of a session that was lost meanwhile release their keys themselves.
-	if now, connected := s.trust.current(); now != ref || !connected {
+	if !s.trust.connectedAs(ref) {
 		return err
 	}
 	for _, c := range forgotten {

@@ -2,6 +2,8 @@ package locker
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"strings"
 	"sync"
@@ -156,6 +158,38 @@ func TestAnnouncedWhileAnotherAsks(t *testing.T) {
 	older := pgNew(t, p, 1, "older")
 	r := pgReceive(t, "the older claim leaves", fieldGo(func() error { _, err := older.Lock(ctx); return err }))
 	require.ErrorIs(t, r.err, ErrLockPreempted)
+}
+
+// An operator's index does not accept long events, with the state of a full NOTIFY queue. Such a claim
+// does not keep others from the database.
+func TestClaimThatAnIndexRejects(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	p := pgProvider(t, uri, WithLockTimeout(2*soon))
+	for key := range int64(4) {
+		l, _ := pgHold(t, p, key, "creates the row")
+		require.NoError(t, l.Unlock(pgBackground))
+	}
+	pgExec(t, pgDB(t, uri), `CREATE INDEX ON env_lock_state (claim_event)`)
+	long := make([]byte, 3000)
+	_, _ = rand.Read(long)
+	rejected := pgNew(t, p, 0, hex.EncodeToString(long))
+	goOn := occupy(t, p.session.disk)
+	ctx, cancel := context.WithCancel(t.Context())
+	waits := fieldGo(func() error { return rejected.Notify(ctx) })
+	var others []<-chan fieldResult
+	for key := range int64(3) {
+		others = append(others, fieldGo(func() error { return pgNew(t, p, key+1, "fits").Notify(pgBackground) }))
+	}
+	queued(t, p.session.disk, 4)
+	goOn()
+	for _, done := range others {
+		require.NoError(t, pgReceive(t, "a claim that fits", done).err)
+	}
+	cancel()
+	r := pgReceive(t, "the claim that does not fit", waits)
+	require.ErrorIs(t, r.err, context.Canceled)
+	require.ErrorContains(t, r.err, "index row")
 }
 
 // A traced and an untraced claim share a statement: it is in the trace of the first.

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -52,26 +53,19 @@ func connectError(err error) error {
 		err = hostsError{decides, strings.NewReplacer(":\n", ": ", "\n", "; ").Replace(err.Error())}
 	}
 	err = errors.Wrap(err, "locker: connect to postgres")
-	if e := pq.As(err); e != nil {
-		switch {
-		case e.Code.Class() == "28", // authentication
-			e.Code == "3D000",      // no such database
-			e.Code == "42501",      // no privilege to connect
-			e.Code.Class() == "22": // a value in the URI that the server does not accept
-			return refusedError{err}
-		// PgBouncer uses this state for outages as well.
-		case e.Code == "08P01" && strings.Contains(strings.ToLower(e.Message), "startup parameter"):
-			return refusedError{err}
-		case e.Code == "42704", e.Code == "55P02":
-			// The server does not know a parameter, or a session cannot set it.
-			return refusedError{errors.WithMessage(err, "locker: a parameter of the postgres URI is no setting of a session")}
-		}
-		return err
-	}
 	var certificate *tls.CertificateVerificationError
 	var authority x509.UnknownAuthorityError
 	var file *fs.PathError
 	switch {
+	// A login, a database, a privilege to connect, a value in the URI.
+	case stateIn(err, "28", "3D000", "42501", "22"):
+		return refusedError{err}
+	// PgBouncer uses this state for outages as well.
+	case stateIn(err, "08P01") && strings.Contains(strings.ToLower(pq.As(err).Message), "startup parameter"):
+		return refusedError{err}
+	// The server does not know a parameter, or a session cannot set it.
+	case stateIn(err, "42704", "55P02"):
+		return refusedError{errors.WithMessage(err, "locker: a parameter of the postgres URI is no setting of a session")}
 	case errors.Is(err, pq.ErrSSLNotSupported):
 		return refusedError{errors.WithMessage(err, "locker: TLS is required unless the postgres URI or PGSSLMODE says something else, such as sslmode=disable")}
 	case errors.As(err, &certificate), errors.As(err, &authority), errors.As(err, &file):
@@ -95,22 +89,29 @@ func (e hostsError) Unwrap() error { return e.error }
 // read-only is left as well.
 func broken(err error) bool {
 	e := pq.As(err)
-	if e == nil {
-		return true
-	}
-	switch {
-	case e.Code.Class() == "08", strings.HasPrefix(string(e.Code), "57P"), e.Code == "25P03", e.Code == "25006",
-		e.Code == "26000", e.Code == "42P05": // the statement was prepared in another backend
-		return true
-	}
-	return e.Fatal()
+	// With the last two the statement was prepared in another backend.
+	return e == nil || e.Fatal() || stateIn(err, "08", "57P", "25P03", "25006", "26000", "42P05")
 }
 
 // badInput reports whether the server rejects a statement because of the caller's input. It would
 // reject a repeat as well.
-func badInput(err error) bool {
-	e := pq.As(err)
-	return e != nil && (e.Code.Class() == "22" || e.Code.Class() == "23")
+func badInput(err error) bool { return stateIn(err, "22", "23") }
+
+// isMissingTable reports whether a table or a column does not exist.
+func isMissingTable(err error) bool { return stateIn(err, "42P01", "42703") }
+
+// sqlState returns the SQLSTATE of a server's error, or "".
+func sqlState(err error) string {
+	if e := pq.As(err); e != nil {
+		return string(e.Code)
+	}
+	return ""
+}
+
+// stateIn reports whether the SQLSTATE of a server's error begins with one of the prefixes.
+func stateIn(err error, prefixes ...string) bool {
+	state := sqlState(err)
+	return slices.ContainsFunc(prefixes, func(prefix string) bool { return strings.HasPrefix(state, prefix) })
 }
 
 // link is a connection for statements. Only its worker uses it, except for kill, which any
@@ -124,6 +125,7 @@ type link struct {
 	clockAt    time.Time
 	tracer     Tracer    // of all statements, or nil
 	server     Operation // the server and database, for traces
+	unwatch    func() bool
 
 	mu      sync.Mutex // guards everything below
 	sockets []net.Conn // the connection, and those that only cancel its statements
@@ -131,15 +133,14 @@ type link struct {
 	killed  bool
 }
 
-// openLink connects and applies the settings of a session.
-func openLink(ctx context.Context, dsn dsnFunc, tracer Tracer, timeout time.Duration) (_ *link, err error) {
-	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+// openLink connects and applies the settings of a session. The link ends when life is done.
+func openLink(life context.Context, dsn dsnFunc, tracer Tracer, timeout time.Duration) (_ *link, err error) {
+	ctx, cancel := context.WithTimeout(life, openTimeout)
 	defer cancel()
 	uri, err := dsn(ctx)
 	if err != nil {
 		return nil, err
 	}
-	l := &link{statements: map[string]*sql.Stmt{}, tracer: tracer}
 	cfg, err := connectConfig(uri)
 	// The environment or the service file has changed.
 	if err != nil {
@@ -149,6 +150,8 @@ func openLink(ctx context.Context, dsn dsnFunc, tracer Tracer, timeout time.Dura
 	if err != nil {
 		return nil, refusedError{invalidURI(err)}
 	}
+	l := &link{statements: map[string]*sql.Stmt{}, tracer: tracer}
+	l.unwatch = context.AfterFunc(life, l.kill)
 	connector.Dialer(l)
 	l.db = sql.OpenDB(connector)
 	defer func() {
@@ -177,7 +180,7 @@ func setUpError(err error) error {
 		return errors.New("locker: no answer to the first statement of a connection: is a pool in between used up? A provider needs up to four connections")
 	}
 	// It does not know a setting.
-	if sqlState(err) == "42704" {
+	if stateIn(err, "42704") {
 		return refused("PostgreSQL 14 or later is needed: %v", err)
 	}
 	return errors.Wrap(err, "locker: set up connection")
@@ -225,15 +228,12 @@ func (l *link) createSchema(ctx context.Context, user string) error {
 	if err == nil {
 		err = tx.Commit()
 	}
-	if e := pq.As(err); e != nil {
-		switch {
-		case e.Code == "42501", e.Code == "3F000":
-			return refusedError{errors.Wrapf(err, "locker: create schema: user %q may not create or change tables; run the SQL in locker.SchemaSQL (schema.sql) once as a user with that privilege", user)}
-		case e.Code.Class() == "42":
-			return refusedError{errors.Wrap(err, "locker: create schema: there are tables with the same names that are not those of locker.SchemaSQL (schema.sql)")}
-		}
-	}
-	if state := sqlState(err); state == "55P03" || state == "57014" {
+	switch {
+	case stateIn(err, "42501", "3F000"):
+		return refusedError{errors.Wrapf(err, "locker: create schema: user %q may not create or change tables; run the SQL in locker.SchemaSQL (schema.sql) once as a user with that privilege", user)}
+	case stateIn(err, "42"):
+		return refusedError{errors.Wrap(err, "locker: create schema: there are tables with the same names that are not those of locker.SchemaSQL (schema.sql)")}
+	case stateIn(err, "55P03", "57014"):
 		return errors.Wrap(err, "locker: create schema: the tables are locked or large: end what locks them, or run the SQL in locker.SchemaSQL (schema.sql) once")
 	}
 	return errors.Wrap(err, "locker: create schema")
@@ -254,19 +254,13 @@ func (l *link) prepared(ctx context.Context, text string) (*sql.Stmt, error) {
 }
 
 // exec runs a statement whose rows do not matter.
-func (l *link) exec(ctx context.Context, text string, args ...any) (err error) {
-	ctx, end := l.trace(ctx, text, false)
-	defer func() { finishTrace(end, OperationEnd{Err: err}) }()
-	s, err := l.prepared(ctx, text)
-	if err == nil {
-		_, err = s.ExecContext(ctx, args...)
-	}
-	return err
+func (l *link) exec(ctx context.Context, text string, args ...any) error {
+	return l.each(ctx, text, args, nil, nil)
 }
 
-// each runs a query. It scans every row into row and then calls f.
+// each runs a query. It scans every row into row and then calls f, unless f is nil.
 func (l *link) each(ctx context.Context, text string, args, row []any, f func()) (err error) {
-	ctx, end := l.trace(ctx, text, true)
+	ctx, end := l.trace(ctx, text, f != nil)
 	defer func() { finishTrace(end, OperationEnd{Err: err}) }()
 	if one := sqlForOne[text]; one != "" {
 		if only, ok := elements(args); ok {
@@ -284,6 +278,9 @@ func (l *link) each(ctx context.Context, text string, args, row []any, f func())
 	// The error of Close is that of Err.
 	defer func() { _ = rows.Close() }()
 	for rows.Next() {
+		if f == nil {
+			continue
+		}
 		if err := rows.Scan(row...); err != nil {
 			return err
 		}
@@ -341,6 +338,7 @@ func (l *link) kill() {
 
 // close closes the connection.
 func (l *link) close() {
+	l.unwatch()
 	if l.conn != nil {
 		_ = l.conn.Close()
 	}

@@ -181,7 +181,7 @@ func (w *way) rest(ctx context.Context, pause time.Duration, failed error) (earl
 }
 
 // isLogin reports whether err means that the server has refused a login.
-func isLogin(err error) bool { return strings.HasPrefix(sqlState(err), "28") }
+func isLogin(err error) bool { return stateIn(err, "28") }
 
 // sessionDSN returns a caller's connection string in a form that connectConfig accepts. Its errors
 // never quote the string, which may contain a password (C31).

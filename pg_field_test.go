@@ -437,6 +437,23 @@ func TestFieldFailover(t *testing.T) {
 	}
 }
 
+// A proxy ends every connection soon after it was opened: attempts become rarer, although all succeed.
+func TestFieldShortConnections(t *testing.T) {
+	t.Parallel()
+	f := newField(t)
+	pgHold(t, f.p, f.key(1), "holder")
+	f.settled(t)
+	start := time.Now()
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for range 50 {
+		<-tick.C
+		f.relay.cutAll()
+	}
+	early, late := f.relay.loginsSince(start)-f.relay.loginsSince(start.Add(time.Second)), f.relay.loginsSince(start.Add(4*time.Second))
+	assert.Less(t, late, early, "attempts in the last second, and in the first")
+}
+
 // A4. Reported: a wrong password and a library that continues to try lock the account, although no
 // call waits any longer.
 func TestFieldLoginAttempts(t *testing.T) {

@@ -3,8 +3,10 @@ package locker
 import (
 	"context"
 	"database/sql"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -12,7 +14,6 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"github.com/lib/pq/oid"
 	"github.com/stretchr/testify/require"
 )
 
@@ -131,53 +132,40 @@ func (g forOneGenerator) row() []any {
 	return append(row, forOneID(1+g.IntN(3)).String(), pick(g, 1, 2, 3, 4), "hold", past, labels, g.IntN(2) == 0, pick[any](g, nil, past, future), g.IntN(3))
 }
 
+// ofOne returns an array with one of the values, and rareOne one that is rarely needed: it is NULL, or
+// has the element NULL or one of the values.
+func ofOne[T element](g forOneGenerator, values ...T) array {
+	return column([]T{pick(g, values...)}, func(v T) T { return v })
+}
+
+func rareOne[T element](g forOneGenerator, values ...T) array {
+	null := binary.BigEndian.AppendUint32(newArray[T](1), math.MaxUint32)
+	return pick(g, nil, null, ofOne(g, values...))
+}
+
 // statement returns a statement for many rows, and arguments for one.
 func (g forOneGenerator) statement() (string, []any) {
-	fill := func(a array, v any) array {
-		switch v := v.(type) {
-		case int:
-			a.addInt64(int64(v))
-		case int32:
-			a.addInt32(v)
-		case float64:
-			a.addFloat64(v)
-		case bool:
-			a.addBool(v)
-		case string:
-			a.addText(v)
-		case uuid.UUID:
-			a.addUUID(v)
-		}
-		return a
-	}
-	of := func(element oid.Oid, values ...any) array { return fill(newArray(element, 1, 0), pick(g, values...)) }
-	// An array that is rarely needed is NULL, or has the element NULL.
-	rare := func(element oid.Oid, values ...any) array {
-		var null array
-		null.addAt(1, element)
-		return pick(g, nil, null, of(element, values...))
-	}
-	key, id := of(oid.T_int8, 1, 1, 1, 1, 1, 2), of(oid.T_uuid, forOneID(1), forOneID(2), forOneID(3))
+	key, id := ofOne[int64](g, 1, 1, 1, 1, 1, 2), ofOne(g, forOneID(1), forOneID(2), forOneID(3))
 	holds, max := progress{g.IntN(3), time.Hour}.args()
-	quiet, event := g.IntN(3) == 0, of(oid.T_text, "", "new")
+	quiet, event := g.IntN(3) == 0, ofOne(g, "", "new")
 	switch g.IntN(4) {
 	case 0:
 		return sqlRelease, []any{key, id, quiet}
 	case 1:
-		return sqlAcquire, []any{key, id, of(oid.T_int8, 0, 4, 5, 6, 7), of(oid.T_uuid, forOneID(0), forOneID(1), forOneID(2), forOneID(3)),
-			of(oid.T_bool, true, false, false), event, rare(oid.T_int8, 20, 30, 4), int64(1), int64(10), rare(oid.T_bool, true, false),
-			rare(oid.T_text, `{"x":"y"}`), rare(oid.T_bool, true, false), holds, max}
+		return sqlAcquire, []any{key, id, ofOne[int64](g, 0, 4, 5, 6, 7), ofOne(g, forOneID(0), forOneID(1), forOneID(2), forOneID(3)),
+			ofOne(g, true, false, false), event, rareOne[int64](g, 20, 30, 4), int64(1), int64(10), rareOne(g, true, false),
+			rareOne(g, `{"x":"y"}`), rareOne(g, true, false), holds, max}
 	}
-	repo, pr := of(oid.T_text, "repo", "repo", "other"), of(oid.T_int4, int32(1), int32(1), int32(-1))
-	asked := []any{}
+	repo, pr := ofOne(g, "repo", "repo", "other"), ofOne(g, int32(1), int32(1), int32(-1))
+	var asked []float64
 	for _, age := range []time.Duration{0, 0, 1500 * time.Millisecond, 10 * time.Second, 2 * time.Hour, -time.Hour} {
 		asked = append(asked, float64(time.Now().Add(-age).UnixMicro())/1e6)
 	}
-	args := []any{key, id, event, repo, pr, of(oid.T_bool, true, true, false), of(oid.T_float8, asked...), int64(1), int64(10), quiet, lateAfterInterval, rare(oid.T_bool, true)}
+	args := []any{key, id, event, repo, pr, ofOne(g, true, true, false), ofOne(g, asked...), int64(1), int64(10), quiet, lateAfterInterval, rareOne(g, true)}
 	if g.IntN(2) == 0 {
 		return sqlAnnouncePlain, args
 	}
-	return sqlAnnounceFull, append(args, rare(oid.T_int8, 4, 5, 6, 7, 8), rare(oid.T_text, `{"x":"y"}`), rare(oid.T_bool, true, false), holds, max)
+	return sqlAnnounceFull, append(args, rareOne[int64](g, 4, 5, 6, 7, 8), rareOne(g, `{"x":"y"}`), rareOne(g, true, false), holds, max)
 }
 
 // forOneEffect runs a statement in a transaction, which it rolls back, and describes its effect:

@@ -145,7 +145,6 @@ func (s *session) proveNotify(way *way) error {
 		return err
 	}
 	defer l.close()
-	defer context.AfterFunc(s.ctx, l.kill)()
 	bounded, cancel := context.WithTimeout(s.ctx, proofTimeout)
 	defer cancel()
 	arrived, err := s.roundTrip(bounded, nil, func(payload string) error {

@@ -12,7 +12,6 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lib/pq"
-	"github.com/lib/pq/oid"
 	"github.com/pkg/errors"
 )
 
@@ -37,12 +36,12 @@ type keyLocks struct {
 }
 
 // acquireWithKeyLocks is acquireKeys for claims that also need the advisory locks of their keys.
-func (w *worker) acquireWithKeyLocks(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
+func (w *worker) acquireWithKeyLocks(ctx context.Context, l *link, ref sessionRef, batch []*op) error {
 	s := w.session
 	if err := s.lockKeys(ctx, l, ref, batch); err != nil {
 		return err
 	}
-	err := w.acquireKeys(ctx, l, ref, batch, quiet)
+	err := w.acquireKeys(ctx, l, ref, batch)
 	s.keepKeys(batch, err)
 	return err
 }
@@ -52,17 +51,12 @@ func (w *worker) acquireWithKeyLocks(ctx context.Context, l *link, ref sessionRe
 // the locks of keys that others hold, even if their sessions are suspended: the holders need them
 // when they reconnect.
 func (s *session) lockKeys(ctx context.Context, l *link, ref sessionRef, batch []*op) error {
-	keys, ids := claimArrays(claimsOf(batch))
-	var dead array
-	for i, o := range batch {
+	for _, o := range batch {
 		o.keyLocked, o.untried = false, false
-		if s.watches.expired(o.req.blocker) {
-			dead.addAt(i, oid.T_int8).addInt64(o.req.blocker)
-		}
 	}
 	var key int64
 	var free []claim
-	if err := l.each(ctx, sqlTakeable, []any{keys, ids, dead}, []any{&key}, func() {
+	if err := l.each(ctx, sqlTakeable, []any{keysOf(batch), idsOf(batch), s.deadOf(batch)}, []any{&key}, func() {
 		free = append(free, find(batch, key).req.claim)
 	}); err != nil {
 		return err

@@ -65,8 +65,10 @@ type session struct {
 	unsure  time.Time
 	used    time.Time // when the provider was in use the last time
 	resting bool      // whether the session has ended because the provider was idle
-	started bool
-	closing bool
+	// Whether close has given up a release.
+	unreleased bool
+	started    bool
+	closing    bool
 
 	// The number of attempts to connect the session, including those that have failed.
 	connections int64
@@ -157,8 +159,8 @@ func (s *session) close() {
 	s.wakeUp()
 	if started {
 		limit := time.AfterFunc(releaseTimeout, func() {
-			s.disk.abort()
-			s.swift.abort()
+			s.disk.cancel()
+			s.swift.cancel()
 		})
 		<-s.disk.done
 		<-s.swift.done
@@ -201,29 +203,27 @@ func (s *session) keep(k kept) {
 			}
 		}
 		l, err := k.open()
-		var pause time.Duration
-		if err == nil {
-			opened := time.Now()
+		opened, start := err == nil, time.Now()
+		if opened {
 			err = k.serve(l)
 			l.close()
-			k.way.connected()
-			// The connection did not last.
-			if time.Since(opened) < reopenMax {
-				pause = k.way.next(err, s.urgent())
-			}
-			if s.ctx.Err() != nil {
-				return
-			}
+		}
+		if s.ctx.Err() != nil {
+			return
+		}
+		if opened {
 			failing = false
-			if err == errIdle {
+			if err != errIdle {
+				k.ended(err)
+			}
+			// Otherwise a proxy may be at fault that closes each new connection.
+			if time.Since(start) >= reopenMax || err == errIdle {
+				k.way.connected()
 				continue
 			}
-			k.ended(err)
-		} else {
-			if s.ctx.Err() != nil {
-				return
-			}
-			pause = k.way.next(err, s.urgent())
+		}
+		pause := k.way.next(err, s.urgent())
+		if !opened {
 			if !failing {
 				s.log.Warn("locker: cannot connect; trying again", slog.String("connection", k.name), slog.String("error", err.Error()))
 			}
@@ -410,7 +410,6 @@ func (s *session) prepare(way *way) error {
 	defer l.close()
 	ctx, cancel := context.WithTimeout(context.Background(), openTimeout)
 	defer cancel()
-	defer context.AfterFunc(s.ctx, l.kill)()
 	if err := l.check(ctx); err != nil {
 		return err
 	}
@@ -518,9 +517,9 @@ var errPooler = refused("the session's advisory lock is not where it was taken: 
 // is taken over when its session is seen dead.
 func (s *session) endOwn(l *line, ref sessionRef) {
 	s.mu.Lock()
-	clean := s.resting || s.queuedLocked() == 0
+	needed := s.unreleased
 	s.mu.Unlock()
-	if clean {
+	if !needed {
 		// If this fails, others sweep the row.
 		_ = l.exec(heartbeatDeadline(s.conf.sessionTimeout), fmt.Sprintf(sqlSessionEnd, ref.id))
 	}

@@ -1047,6 +1047,26 @@ func TestIdleTimeout(t *testing.T) {
 	require.NoError(t, p.Close())
 }
 
+// Close cannot give a key back, because its row is locked. The session's row says how long a
+// successor waits, so it stays.
+func TestCloseLeavesHold(t *testing.T) {
+	t.Parallel()
+	uri := newDatabase(t)
+	db := pgDB(t, uri)
+	p := pgProvider(t, uri, WithSessionTimeout(2*time.Second), WithPreemptionTimeout(100*time.Millisecond))
+	pgHold(t, p, 1, "holder")
+	id := pgSession(p).id
+	tx, err := db.BeginTx(pgBackground, nil)
+	require.NoError(t, err)
+	defer func() { _ = tx.Rollback() }()
+	_, err = tx.ExecContext(pgBackground, `SELECT FROM env_lock_state WHERE lock_key = 1 FOR UPDATE`)
+	require.NoError(t, err)
+	require.NoError(t, p.Close())
+	require.Equal(t, id, pgGet[int64](t, db, `SELECT id FROM env_lock_sessions`))
+	require.NoError(t, tx.Rollback())
+	require.Equal(t, map[int64]int64{1: id}, pgHolders(t, db))
+}
+
 // A logger may ask the provider for its state, also when an idle session ends.
 func TestIdleTimeoutLogs(t *testing.T) {
 	t.Parallel()
@@ -1175,12 +1195,12 @@ func TestGrantOfALostSession(t *testing.T) {
 	require.NoError(t, err)
 	late := &op{kind: opAcquire, req: skips}
 	require.NoError(t, onWorker(t, s.swift, func(ctx context.Context, l *link) error {
-		return s.swift.acquireKeys(ctx, l, old, []*op{late}, true)
+		return s.swift.acquireKeys(ctx, l, old, []*op{late})
 	}))
 	require.Equal(t, busy, late.answer.outcome)
 	late = &op{kind: opAnnounce, req: request{claim: announced.claim}, asked: announced.asked, acquire: true}
 	require.NoError(t, onWorker(t, s.swift, func(ctx context.Context, l *link) error {
-		return s.swift.announceClaims(ctx, l, old, []*op{late}, true)
+		return s.swift.announceClaims(ctx, l, old, []*op{late})
 	}))
 	require.Equal(t, again, late.answer.outcome)
 	require.Equal(t, map[int64]int64{0: now.id, 1: now.id}, pgHolders(t, db))
@@ -1215,7 +1235,7 @@ func TestGrantBeforeAnError(t *testing.T) {
 	goOn := sync.OnceFunc(func() { close(ready) })
 	defer goOn()
 	go func() {
-		done <- onWorker(t, s.disk, func(_ context.Context, on *link) error {
+		done <- onWorker(t, s.disk, func(context.Context, *link) error {
 			begin()
 			<-ready
 			s.mu.Lock()
@@ -1225,7 +1245,7 @@ func TestGrantBeforeAnError(t *testing.T) {
 			assert.Len(t, batch, 2)
 			slices.SortFunc(batch, func(a, b *op) int { return cmp.Compare(a.req.key, b.req.key) })
 			// The request for a notification of key 2 fails, because its row is locked.
-			s.disk.execute(on, pgSession(p), batch)
+			s.disk.execute(pgSession(p), batch)
 			assert.Equal(t, map[int64]int64{1: pgSession(p).id, 2: pgSession(q).id}, pgHolders(t, db), "key 1 was not taken: the test is void")
 			return next.Notify(pgBackground)
 		})
@@ -1388,8 +1408,8 @@ func TestDelayedClaimInSlowStatement(t *testing.T) {
 		batch := announceOps(time.Now().Add(-5*time.Second), 1, 2)
 		done := make(chan error, 1)
 		go func() {
-			done <- onWorker(t, p.session.disk, func(_ context.Context, on *link) error {
-				p.session.disk.execute(on, pgSession(p), slices.Clone(batch))
+			done <- onWorker(t, p.session.disk, func(context.Context, *link) error {
+				p.session.disk.execute(pgSession(p), slices.Clone(batch))
 				return nil
 			})
 		}()
@@ -1483,8 +1503,8 @@ func TestAttemptAfterWithdraw(t *testing.T) {
 	o := newOp(pgBackground, opAcquire, claim{})
 	o.req = left.request(terms{}, 0)
 	o.state = opAbandoned
-	require.NoError(t, onWorker(t, p.session.disk, func(_ context.Context, on *link) error {
-		p.session.disk.execute(on, pgSession(p), []*op{o})
+	require.NoError(t, onWorker(t, p.session.disk, func(context.Context, *link) error {
+		p.session.disk.execute(pgSession(p), []*op{o})
 		return nil
 	}))
 	pgReceive(t, "the attempt", o.done)

@@ -36,10 +36,10 @@ const (
 
 	// The newest claim and the holder, in the form that decodeClaim reads.
 	sqlNewest = `(SELECT json_build_object('id', s.claim_id, 'event', s.claim_event, 'labels', s.claim_labels,
-        'since', date_part('epoch', s.claimed_at), 'host', x.host, 'pid', x.pid)::text
+        'since', s.claimed_at, 'host', x.host, 'pid', x.pid)::text
     FROM (SELECT) one LEFT JOIN env_lock_sessions x ON x.id = s.claimer_session)`
 	sqlHolder = `(SELECT json_build_object('id', s.holder_id, 'event', s.holder_event, 'labels', s.holder_labels,
-        'since', date_part('epoch', s.held_since), 'host', x.host, 'pid', x.pid, 'token', s.token)::text
+        'since', s.held_since, 'host', x.host, 'pid', x.pid, 'token', s.token)::text
     FROM (SELECT) one LEFT JOIN env_lock_sessions x ON x.id = s.holder_session)`
 
 	// The number of holds in a row that were ended by a newer claim, after the present hold has

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"github.com/lib/pq/oid"
 	"github.com/pkg/errors"
 )
 
@@ -38,33 +37,27 @@ func (l *link) serverTime(ctx context.Context, t time.Time) (float64, error) {
 // statement runs a batch for the session ref. The results are stored in the operations. An error is
 // that of all of them.
 func (w *worker) statement(ctx context.Context, l *link, ref sessionRef, batch []*op) error {
-	quiet := w.quiet(batch)
+	w.session.mu.Lock()
+	w.quiet = w.session.mute
+	w.session.mu.Unlock()
 	switch batch[0].kind {
 	case opLookup:
 		return lookupKeys(ctx, l, batch)
 	case opAnnounce:
-		return w.announceClaims(ctx, l, ref, batch, quiet)
+		return w.announceClaims(ctx, l, ref, batch)
 	case opAcquire:
 		if w.session.conf.originalReplicas {
-			return w.acquireWithKeyLocks(ctx, l, ref, batch, quiet)
+			return w.acquireWithKeyLocks(ctx, l, ref, batch)
 		}
-		return w.acquireKeys(ctx, l, ref, batch, quiet)
+		return w.acquireKeys(ctx, l, ref, batch)
 	case opWithdraw:
-		keys, ids := claimArrays(claimsOf(batch))
-		return l.exec(ctx, sqlWithdraw, keys, ids)
+		return l.exec(ctx, sqlWithdraw, keysOf(batch), idsOf(batch))
 	case opRelease:
-		return w.releaseKeys(ctx, l, batch, quiet)
+		return w.releaseKeys(ctx, l, batch)
 	case opExplain:
 		return explainKeys(ctx, l, batch)
 	}
 	return batch[0].call(ctx, l)
-}
-
-// quiet reports whether the batch runs without NOTIFY.
-func (w *worker) quiet(batch []*op) bool {
-	w.session.mu.Lock()
-	defer w.session.mu.Unlock()
-	return w.session.mute || batch[0].quiet
 }
 
 // claimsOf returns the claims of a batch.
@@ -76,30 +69,18 @@ func claimsOf(batch []*op) []claim {
 	return claims
 }
 
-// claimArrays returns the keys and the IDs of claims as arrays.
-func claimArrays(claims []claim) (keys, ids array) {
-	keys, ids = newArray(oid.T_int8, len(claims), 8), newArray(oid.T_uuid, len(claims), len(uuid.UUID{}))
-	for _, c := range claims {
-		keys.addInt64(c.key)
-		ids.addUUID(c.id)
-	}
-	return keys, ids
-}
+// keysOf and idsOf return the keys and the IDs of the claims of a batch.
+func keysOf(batch []*op) array { return column(batch, func(o *op) int64 { return o.req.key }) }
+func idsOf(batch []*op) array  { return column(batch, func(o *op) uuid.UUID { return o.req.id }) }
 
 // lookupKeys looks up the keys of pull requests, and creates those that are missing.
 func lookupKeys(ctx context.Context, l *link, batch []*op) error {
 	todo := slices.Clone(batch)
 	for attempt := range 4 {
-		repos := newArray(oid.T_text, len(todo), 32)
-		prs, keys := newArray(oid.T_int4, len(todo), 4), newArray(oid.T_int8, len(todo), 8)
-		for _, o := range todo {
-			repos.addText(o.pull.repo)
-			prs.addInt32(int32(o.pull.pr))
-			keys.addInt64(randomKey())
-		}
+		repos, prs := pullsOf(todo)
 		// In the second attempt the rows are missing. In a later one a random key was in use.
 		if attempt > 0 {
-			if err := l.exec(ctx, sqlAddKeys, repos, prs, keys); err != nil {
+			if err := l.exec(ctx, sqlAddKeys, repos, prs, randomKeys(len(todo))); err != nil {
 				return err
 			}
 		}
@@ -127,7 +108,7 @@ func lookupKeys(ctx context.Context, l *link, batch []*op) error {
 }
 
 // announceClaims runs the announcements of a batch, and creates the rows that are missing.
-func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
+func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, batch []*op) error {
 	// In the second attempt a row that was missing exists.
 	for attempt := range 3 {
 		now := time.Now()
@@ -135,7 +116,7 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 		if err != nil {
 			return err
 		}
-		text, args := announceArgs(ref, batch, quiet, w.session.conf.progress, l.encoding, func(t time.Time) float64 { return clock - now.Sub(t).Seconds() })
+		text, args := announceArgs(ref, batch, w.quiet, w.session.conf.progress, l.encoding, func(t time.Time) float64 { return clock - now.Sub(t).Seconds() })
 		var granted, unflushed, spared bool
 		var key, number int64
 		var token sql.NullInt64
@@ -179,44 +160,62 @@ func (w *worker) announceClaims(ctx context.Context, l *link, ref sessionRef, ba
 	return nil
 }
 
-// announceArgs returns the statement that announces the claims of a batch which are not found yet,
-// and its arguments. An array that is shorter than the others ends with NULLs. The columns of the
-// full statement, and the repeats, are rarely needed.
-func announceArgs(ref sessionRef, batch []*op, quiet bool, p progress, encoding string, serverTime func(time.Time) float64) (string, []any) {
-	n := len(batch)
-	keys, ids := newArray(oid.T_int8, n, 8), newArray(oid.T_uuid, n, len(uuid.UUID{}))
-	events, repos := newArray(oid.T_text, n, 32), newArray(oid.T_text, n, 32)
-	pulls, acquires := newArray(oid.T_int4, n, 4), newArray(oid.T_bool, n, 1)
-	asked := newArray(oid.T_float8, n, 8)
-	var sequences, labels, finishes, repeats array
-	i := 0
-	for _, o := range batch {
-		if o.found {
-			continue
-		}
-		keys.addInt64(o.req.key)
-		ids.addUUID(o.req.id)
-		repo, pr := o.pull.columns()
-		events.addText(storable(o.req.event, encoding))
-		repos.addText(repo)
-		pulls.addInt32(pr)
-		acquires.addBool(o.acquire)
-		asked.addFloat64(serverTime(o.asked))
-		if o.doubt {
-			repeats.addAt(i, oid.T_bool).addBool(true)
-		}
-		if o.terms.sequence != nil {
-			sequences.addAt(i, oid.T_int8).addInt64(*o.terms.sequence)
-		}
-		if o.terms.labels != "" {
-			labels.addAt(i, oid.T_text).addText(storable(o.terms.labels, encoding))
-		}
-		if o.terms.mode == LetFinish {
-			finishes.addAt(i, oid.T_bool).addBool(true)
-		}
-		i++
+// notFound returns the operations of a batch that are not found yet.
+func notFound(batch []*op) []*op {
+	found := func(o *op) bool { return o.found }
+	if !slices.ContainsFunc(batch, found) {
+		return batch
 	}
-	args := []any{keys, ids, events, repos, pulls, acquires, asked, ref.id, ref.lock, quiet, lateAfterInterval, repeats}
+	return slices.DeleteFunc(slices.Clone(batch), found)
+}
+
+// eventsOf returns the events of the claims of a batch.
+func eventsOf(batch []*op, encoding string) array {
+	return column(batch, func(o *op) string { return storable(o.req.event, encoding) })
+}
+
+// pullsOf returns the pull requests of a batch. The number is negative if an operation has none.
+func pullsOf(batch []*op) (repos, prs array) {
+	repos = column(batch, func(o *op) string {
+		if o.pull == nil {
+			return ""
+		}
+		return o.pull.repo
+	})
+	prs = column(batch, func(o *op) int32 {
+		if o.pull == nil {
+			return -1
+		}
+		return int32(o.pull.pr)
+	})
+	return repos, prs
+}
+
+// randomKeys returns n random keys.
+func randomKeys(n int) array {
+	return column(make([]struct{}, n), func(struct{}) int64 { return randomKey() })
+}
+
+// announceArgs returns the statement that announces the claims of a batch which are not found yet,
+// and its arguments.
+func announceArgs(ref sessionRef, batch []*op, quiet bool, p progress, encoding string, serverTime func(time.Time) float64) (string, []any) {
+	batch = notFound(batch)
+	repos, pulls := pullsOf(batch)
+	args := []any{
+		keysOf(batch), idsOf(batch), eventsOf(batch, encoding), repos, pulls,
+		column(batch, func(o *op) bool { return o.acquire }),
+		column(batch, func(o *op) float64 { return serverTime(o.asked) }),
+		ref.id, ref.lock, quiet, lateAfterInterval,
+		sparse(batch, func(o *op) (bool, bool) { return true, o.doubt }),
+	}
+	sequences := sparse(batch, func(o *op) (int64, bool) {
+		if o.terms.sequence == nil {
+			return 0, false
+		}
+		return *o.terms.sequence, true
+	})
+	labels := sparse(batch, func(o *op) (string, bool) { return storable(o.terms.labels, encoding), o.terms.labels != "" })
+	finishes := sparse(batch, func(o *op) (bool, bool) { return true, o.terms.mode == LetFinish })
 	if sequences == nil && labels == nil && finishes == nil && p.n == 0 {
 		return sqlAnnouncePlain, args
 	}
@@ -236,43 +235,22 @@ var lateAfterInterval = milliseconds(lateAfter)
 
 var sqlAnnouncePlain, sqlAnnounceFull = sqlAnnounce(false), sqlAnnounce(true)
 
-// columns returns the pull request in the form of the statements. Its number is negative if p is
-// nil.
-func (p *pullRequest) columns() (repo string, pr int32) {
-	if p == nil {
-		return "", -1
-	}
-	return p.repo, int32(p.pr)
-}
-
 // whyNot sets the outcomes of the claims that were not announced, and creates the rows that are
 // missing. It reports whether rows were missing. In the first attempt each of them may have been:
 // another session may have created it since.
 func (w *worker) whyNot(ctx context.Context, l *link, batch []*op, first bool) (missing bool, err error) {
-	var keys, absentKeys []int64
-	var repos, pulls array
-	for _, o := range batch {
-		if o.found {
-			continue
-		}
-		if keys == nil {
-			repos, pulls = newArray(oid.T_text, 0, 0), newArray(oid.T_int4, 0, 0)
-		}
-		repo, pr := o.pull.columns()
-		keys = append(keys, o.req.key)
-		repos.addText(repo)
-		pulls.addInt32(pr)
-	}
-	if keys == nil {
+	if batch = notFound(batch); len(batch) == 0 {
 		return false, nil
 	}
+	repos, pulls := pullsOf(batch)
+	var absentKeys []int64
 	var key int64
 	var moved, absent bool
 	var newest sql.NullString
 	var top sql.NullInt64
 	var since sql.NullTime
 	row := []any{&key, &moved, &absent, &newest, &top, &since}
-	err = l.each(ctx, sqlWhyNot, []any{int64Array(keys), repos, pulls}, row, func() {
+	err = l.each(ctx, sqlWhyNot, []any{keysOf(batch), repos, pulls}, row, func() {
 		o := find(batch, key)
 		late := o.terms.sequence != nil && top.Valid && *o.terms.sequence <= top.Int64
 		o.found = moved || !absent && !first || late && *o.terms.sequence < top.Int64
@@ -298,11 +276,7 @@ func (w *worker) whyNot(ctx context.Context, l *link, batch []*op, first bool) (
 
 // ensure creates missing rows.
 func (w *worker) ensure(ctx context.Context, l *link, keys []int64) error {
-	sessions := newArray(oid.T_int8, len(keys), 8)
-	for range keys {
-		sessions.addInt64(randomKey())
-	}
-	return l.exec(ctx, sqlEnsure, int64Array(keys), sessions, !w.session.conf.originalReplicas)
+	return l.exec(ctx, sqlEnsure, int64Array(keys), randomKeys(len(keys)), !w.session.conf.originalReplicas)
 }
 
 var (
@@ -321,57 +295,40 @@ func decodeClaim(text sql.NullString) *ClaimInfo {
 	if !text.Valid {
 		return nil
 	}
-	var c struct {
-		ID     uuid.UUID
-		Event  string
-		Labels json.RawMessage
-		Since  float64
-		Host   string
-		PID    int
-		Token  int64
+	info := &ClaimInfo{}
+	if json.Unmarshal([]byte(text.String), info) != nil {
+		info.Labels = nil
 	}
-	if json.Unmarshal([]byte(text.String), &c) != nil {
-		return &ClaimInfo{}
-	}
-	info := &ClaimInfo{ID: c.ID, Event: c.Event, Labels: decodeLabels(string(c.Labels)), Host: c.Host, PID: c.PID, Token: c.Token}
-	if c.Since != 0 {
-		info.Since = time.UnixMicro(int64(c.Since * 1e6))
+	if !info.Since.IsZero() {
+		info.Since = info.Since.Local()
 	}
 	return info
 }
 
+// deadOf returns the sessions that the claims of a batch may take over.
+func (s *session) deadOf(batch []*op) array {
+	return sparse(batch, func(o *op) (int64, bool) { return o.req.blocker, s.watches.expired(o.req.blocker) })
+}
+
 // acquireKeys makes the attempts of a batch to acquire keys. For a key that is not free it asks for
 // a notification of the release, unless the row has the request already.
-func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch []*op, quiet bool) error {
+func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch []*op) error {
 	s := w.session
-	n := len(batch)
-	keys, ids := claimArrays(claimsOf(batch))
-	claims, claimIDs := newArray(oid.T_int8, n, 8), newArray(oid.T_uuid, n, len(uuid.UUID{}))
-	firsts, events := newArray(oid.T_bool, n, 1), newArray(oid.T_text, n, 32)
-	var dead, locked, labels, skips array
-	for i, o := range batch {
-		claims.addInt64(o.req.standing.number)
-		claimIDs.addUUID(o.req.standing.id)
-		firsts.addBool(o.req.first)
-		events.addText(storable(o.req.event, l.encoding))
-		if s.watches.expired(o.req.blocker) {
-			dead.addAt(i, oid.T_int8).addInt64(o.req.blocker)
-		}
-		if s.conf.originalReplicas {
-			locked.addAt(i, oid.T_bool).addBool(o.keyLocked)
-		}
-		if o.req.labels != "" {
-			labels.addAt(i, oid.T_text).addText(storable(o.req.labels, l.encoding))
-		}
-		if o.req.skip {
-			skips.addAt(i, oid.T_bool).addBool(true)
-		}
-	}
-	var missing, unheard []int64
-	unheardIDs, finishes := newArray(oid.T_uuid, 0, 0), newArray(oid.T_bool, 0, 0)
-	seen := true
 	holds, longest := s.conf.progress.args()
-	args := []any{keys, ids, claims, claimIDs, firsts, events, dead, ref.id, ref.lock, locked, labels, skips, holds, longest}
+	args := []any{
+		keysOf(batch), idsOf(batch),
+		column(batch, func(o *op) int64 { return o.req.standing.number }),
+		column(batch, func(o *op) uuid.UUID { return o.req.standing.id }),
+		column(batch, func(o *op) bool { return o.req.first }),
+		eventsOf(batch, l.encoding), s.deadOf(batch), ref.id, ref.lock,
+		sparse(batch, func(o *op) (bool, bool) { return o.keyLocked, s.conf.originalReplicas }),
+		sparse(batch, func(o *op) (string, bool) { return storable(o.req.labels, l.encoding), o.req.labels != "" }),
+		sparse(batch, func(o *op) (bool, bool) { return true, o.req.skip }),
+		holds, longest,
+	}
+	var missing []int64
+	var unheard []*op
+	seen := true
 	var key int64
 	var absent, held, hidden, mine bool
 	var valid, known, alive, spared sql.NullBool
@@ -411,9 +368,7 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 			a.blocker, a.retryAt = blocker.Int64, s.watches.dead(blocker.Int64, watch)
 		}
 		if !o.req.skip && (hidden || o.req.first || o.req.standing.id != o.req.id) {
-			unheard = append(unheard, key)
-			unheardIDs.addUUID(o.req.id)
-			finishes.addBool(o.req.finish)
+			unheard = append(unheard, o)
 		}
 	})
 	if err != nil {
@@ -429,7 +384,8 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 	if len(unheard) > 0 && err == nil {
 		// Try again after asking for a notification: the release may have happened just before.
 		var asked bool
-		err = l.each(ctx, sqlWait, []any{int64Array(unheard), unheardIDs, ref.id, quiet, finishes}, []any{&key, &asked, discard, discard}, func() {
+		finishes := column(unheard, func(o *op) bool { return o.req.finish })
+		err = l.each(ctx, sqlWait, []any{keysOf(unheard), idsOf(unheard), ref.id, w.quiet, finishes}, []any{&key, &asked, discard, discard}, func() {
 			if asked {
 				o := find(batch, key)
 				o.found, o.answer.outcome = true, again
@@ -447,14 +403,12 @@ func (w *worker) acquireKeys(ctx context.Context, l *link, ref sessionRef, batch
 
 // releaseKeys runs the releases of a batch. The error of a release whose row does not name the hold
 // matches ErrLockLost, unless an earlier attempt may have released it.
-func (w *worker) releaseKeys(ctx context.Context, l *link, batch []*op, quiet bool) error {
-	claims := claimsOf(batch)
+func (w *worker) releaseKeys(ctx context.Context, l *link, batch []*op) error {
 	if w.session.conf.originalReplicas {
-		w.session.unlockKeys(claims)
+		w.session.unlockKeys(claimsOf(batch))
 	}
-	keys, ids := claimArrays(claims)
 	var key int64
-	err := l.each(ctx, sqlRelease, []any{keys, ids, quiet}, []any{&key, discard, discard}, func() {
+	err := l.each(ctx, sqlRelease, []any{keysOf(batch), idsOf(batch), w.quiet}, []any{&key, discard, discard}, func() {
 		find(batch, key).found = true
 	})
 	if err != nil {
@@ -470,13 +424,12 @@ func (w *worker) releaseKeys(ctx context.Context, l *link, batch []*op, quiet bo
 
 // explainKeys looks up the holders and the newest claims of keys.
 func explainKeys(ctx context.Context, l *link, batch []*op) error {
-	keys, _ := claimArrays(claimsOf(batch))
 	var key int64
 	var newest, holder, application, user sql.NullString
 	var age sql.NullFloat64
 	var open, alive sql.NullBool
 	var pid sql.NullInt64
-	return l.each(ctx, sqlExplain, []any{keys}, []any{&key, &newest, &open, &holder, &age, &alive, &pid, &application, &user}, func() {
+	return l.each(ctx, sqlExplain, []any{keysOf(batch)}, []any{&key, &newest, &open, &holder, &age, &alive, &pid, &application, &user}, func() {
 		k := &find(batch, key).keyState
 		k.newest, k.open, k.holder, k.heldFor, k.alive = decodeClaim(newest), open.Bool, decodeClaim(holder), seconds(age.Float64), alive.Bool
 		if pid.Valid {

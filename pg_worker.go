@@ -6,11 +6,9 @@ import (
 	"log/slog"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
-	"github.com/lib/pq"
 	"github.com/pkg/errors"
 )
 
@@ -49,7 +47,6 @@ type op struct {
 	attempts  int       // the number of those that failed
 	notBefore time.Time // the earliest time of the next attempt
 	alone     bool      // its batch has failed, so it runs alone
-	quiet     bool      // it runs without NOTIFY
 	doubt     bool      // an attempt has failed that may have been carried out, or was in part
 	keyLocked bool      // acquire: see lockKeys
 	untried   bool      // acquire: see lockKeys
@@ -159,7 +156,7 @@ func (s *session) release(ctx context.Context, c claim) *op {
 func (s *session) enqueueCheck(ref sessionRef, f func(context.Context, *link) error) {
 	o := newOp(context.Background(), opCall, claim{})
 	o.call = func(ctx context.Context, l *link) error {
-		if now, connected := s.trust.current(); now != ref || !connected {
+		if !s.trust.connectedAs(ref) {
 			return nil
 		}
 		return f(ctx, l)
@@ -241,17 +238,18 @@ func (s *session) workerOf(o *op) *worker {
 // during the last statement as one statement.
 type worker struct {
 	session *session
-	wake    chan struct{}   // capacity 1: there may be something to do
-	done    chan struct{}   // closed when run has ended
-	ctx     context.Context // canceled by abort
-	cancel  context.CancelFunc
+	wake    chan struct{} // capacity 1: there may be something to do
+	done    chan struct{} // closed when run has ended
+	ctx     context.Context
+	cancel  context.CancelFunc // ends the statement in flight, and run
 
 	// Guarded by the session's mu.
-	queues  [opKinds][]*op
-	begun   time.Time // when the batch in flight was taken, or zero if there is none
-	link    *link     // nil if none is open
-	trouble error     // the error of the last attempt to open the connection
-	ended   bool      // whether run has ended
+	queues [opKinds][]*op
+	begun  time.Time // when the batch in flight was taken, or zero if there is none
+	// Nil if none is open. Only the worker's goroutine sets it.
+	link    *link
+	trouble error // the error of the last attempt to open the connection
+	ended   bool  // whether run has ended
 
 	// Used only by the worker's goroutine.
 	next  opKind    // the kind whose turn it is
@@ -259,6 +257,7 @@ type worker struct {
 	// The batch in flight. The next one reuses its memory.
 	batch []*op
 	keys  map[int64]bool
+	quiet bool // it runs without NOTIFY
 	way   way
 }
 
@@ -297,17 +296,6 @@ func finish(all []*op, err error) {
 	}
 }
 
-// abort ends the statement in flight, and run.
-func (w *worker) abort() {
-	w.cancel()
-	w.session.mu.Lock()
-	l := w.link
-	w.session.mu.Unlock()
-	if l != nil {
-		l.kill()
-	}
-}
-
 // run takes and runs batches. It ends after close was called, when nothing is queued or close has
 // stopped waiting.
 func (w *worker) run() {
@@ -324,10 +312,18 @@ func (w *worker) run() {
 		case closed:
 			s.mu.Lock()
 			rest := w.drainLocked()
+			s.unreleased = s.unreleased || slices.ContainsFunc(rest, func(o *op) bool { return o.kind == opRelease })
 			s.mu.Unlock()
 			finish(rest, ErrProviderClosed)
 			return
-		case len(batch) == 0:
+		case len(batch) > 0:
+			w.execute(ref, batch)
+			// The callers own the operations now.
+			clear(batch)
+			w.gather()
+		case wait == 0:
+			w.connect()
+		default:
 			idle.Reset(wait)
 			select {
 			case <-w.wake:
@@ -338,13 +334,6 @@ func (w *worker) run() {
 					w.hangUp()
 				}
 			}
-			continue
-		}
-		if l := w.open(batch); l != nil {
-			w.execute(l, ref, batch)
-			// The callers own the operations now.
-			clear(batch)
-			w.gather()
 		}
 	}
 }
@@ -376,8 +365,8 @@ func (w *worker) gather() {
 
 // nextBatch returns the next batch, and the session that it is for. A batch has operations of one
 // kind, and only one for each key, because the statements identify rows by key. The kinds take
-// turns. Without a batch, it returns how long to wait for one, and reports whether there will be
-// none. No key is taken while the session is not connected, and no operation runs before it was
+// turns. Without a batch, it returns how long to wait for one, which is zero if there would be one
+// with a connection, and reports whether there will be none. No key is taken while the session is not connected, and no operation runs before it was
 // connected for the first time.
 func (w *worker) nextBatch() (batch []*op, ref sessionRef, wait time.Duration, closed bool) {
 	s := w.session
@@ -423,7 +412,11 @@ func (w *worker) nextBatch() (batch []*op, ref sessionRef, wait time.Duration, c
 			full := len(batch) == maxBatch || len(batch) > 0 && (o.alone || batch[0].alone || kind == opCall)
 			repeated := kind != opLookup && kind != opCall && w.keys[o.req.key]
 			w.keys[o.req.key] = true
-			if !ready || later || full || repeated {
+			switch {
+			case !ready || later || full || repeated:
+				return false
+			case w.link == nil:
+				wait = 0
 				return false
 			}
 			batch = append(batch, o)
@@ -473,26 +466,11 @@ func (s *session) hangUpAfter() time.Duration {
 	return s.conf.sessionTimeout
 }
 
-// open returns the worker's connection. If there is none, it puts the batch back, opens one and
-// returns nil: meanwhile callers may have left, and the session may have changed. If the connection
-// cannot be opened, open also waits.
-func (w *worker) open(batch []*op) *link {
+// connect opens the worker's connection. If that fails, it also waits.
+func (w *worker) connect() {
 	s := w.session
-	s.mu.Lock()
-	l := w.link
-	if l == nil {
-		w.queues[batch[0].kind] = slices.Concat(batch, w.queues[batch[0].kind])
-	}
-	s.mu.Unlock()
-	if l != nil {
-		return l
-	}
-	clear(batch)
 	l, err := openLink(w.ctx, w.way.dsn, s.conf.tracer, s.conf.sessionTimeout)
 	s.mu.Lock()
-	if err == nil && w.ctx.Err() != nil {
-		l.kill()
-	}
 	first := err != nil && w.trouble == nil
 	w.link, w.trouble = l, err
 	s.mu.Unlock()
@@ -502,7 +480,6 @@ func (w *worker) open(batch []*op) *link {
 	if err != nil {
 		w.pause(err)
 	}
-	return nil
 }
 
 // pause waits before the next attempt to connect.
@@ -524,7 +501,7 @@ func (w *worker) hangUp() {
 
 // execute runs a batch. If the statement fails, the operations are repeated: together on a new
 // connection if the connection is at fault, and otherwise one by one.
-func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
+func (w *worker) execute(ref sessionRef, batch []*op) {
 	s := w.session
 	for _, o := range batch {
 		o.result = result{}
@@ -543,7 +520,7 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 		}
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(caller), limit)
-	err := w.statement(ctx, l, ref, batch)
+	err := w.statement(ctx, w.link, ref, batch)
 	late := ctx.Err() != nil
 	cancel()
 	switch {
@@ -572,20 +549,8 @@ func (w *worker) execute(l *link, ref sessionRef, batch []*op) {
 		if batch[0].attempts > 1 {
 			w.pause(err)
 		}
-	case sqlState(err) == "54000" && batch[0].kind != opLookup:
-		s.muted(err)
-		// A call cannot do without NOTIFY.
-		if o := batch[0]; o.kind == opCall {
-			o.notBefore = time.Now().Add(min(repeatMin<<min(o.attempts, 10), repeatMax))
-		}
-		w.requeue(batch, err)
-	case len(batch) > 1:
-		for _, o := range batch {
-			o.alone = true
-		}
-		w.requeue(batch, err)
 	default:
-		w.failed(batch[0], err)
+		w.rejected(batch, err)
 	}
 }
 
@@ -602,50 +567,44 @@ func (w *worker) requeue(batch []*op, err error) {
 	signal(w.wake)
 }
 
-// failed handles an operation that the server has rejected. The caller gets the error if the input
-// is at fault. Every other fault may pass, so the operation is repeated until the caller leaves. If
-// NOTIFY may be at fault, it is repeated without.
-func (w *worker) failed(o *op, err error) {
+// rejected handles a batch that the server has rejected. The caller gets the error if the input is
+// at fault. Every other fault may pass, so the operations are repeated until their callers leave:
+// without NOTIFY if that is at fault, and otherwise one by one.
+func (w *worker) rejected(batch []*op, err error) {
+	o := batch[0]
+	// The queue of notifications is full, or its files fail.
+	notify := stateIn(err, "54000", "58") && o.kind != opLookup
 	switch {
+	case notify && o.kind == opCall && !stateIn(err, "58"):
+		// A call cannot do without NOTIFY.
+	case notify && o.kind != opCall && !w.quiet:
+		w.session.muted(err)
+	case len(batch) > 1:
+		for _, o := range batch {
+			o.alone = true
+		}
 	case badInput(err), o.once:
 		o.err = err
-		w.finish([]*op{o})
+		w.finish(batch)
 		return
 	case isMissingTable(err):
 		w.repair(err)
-	case o.attempts > 0 && o.kind != opLookup && o.kind != opCall && !passing(err):
-		o.quiet, o.alone = true, true
 	}
-	if o.attempts > 0 {
-		o.notBefore = time.Now().Add(min(repeatMin<<min(o.attempts, 10), repeatMax))
+	for _, o := range batch {
+		if o.attempts > 0 {
+			o.notBefore = time.Now().Add(min(repeatMin<<min(o.attempts, 10), repeatMax))
+		}
 	}
-	w.requeue([]*op{o}, err)
-}
-
-// passing reports whether an error comes from locks, canceled statements, privileges or resources,
-// and not from NOTIFY.
-func passing(err error) bool {
-	state := sqlState(err)
-	switch state {
-	case "55P03", "57014", "40001", "40P01", "42501":
-		return true
-	}
-	return strings.HasPrefix(state, "53")
+	w.requeue(batch, err)
 }
 
 // repair creates tables that are missing.
 func (w *worker) repair(err error) {
 	s := w.session
-	s.mu.Lock()
-	l := w.link
-	s.mu.Unlock()
-	if l == nil {
-		return
-	}
 	s.log.Warn("locker: tables are missing; creating them again", slog.String("error", err.Error()))
 	ctx, cancel := context.WithTimeout(context.Background(), openTimeout)
 	defer cancel()
-	if err := l.check(ctx); err != nil {
+	if err := w.link.check(ctx); err != nil {
 		s.log.Warn("locker: tables could not be created", slog.String("error", err.Error()))
 	}
 	// Its statements were prepared for other tables.
@@ -656,11 +615,6 @@ func (w *worker) repair(err error) {
 // finish delivers the results of a batch.
 func (w *worker) finish(batch []*op) {
 	s := w.session
-	for _, o := range batch {
-		if o.quiet && o.err == nil {
-			s.muted(o.trouble)
-		}
-	}
 	s.mu.Lock()
 	for _, o := range batch {
 		o.answer.doubt = o.doubt && o.answer.outcome != granted
@@ -686,18 +640,4 @@ func (s *session) followUpLocked(o *op) {
 	if !granted && (o.kind == opAnnounce || o.kind == opAcquire) && (o.doubt || o.found) {
 		s.enqueueLocked(newOp(context.WithoutCancel(o.ctx), opWithdraw, o.req.claim))
 	}
-}
-
-// sqlState returns the SQLSTATE of a server's error, or "".
-func sqlState(err error) string {
-	if e := pq.As(err); e != nil {
-		return string(e.Code)
-	}
-	return ""
-}
-
-// isMissingTable reports whether a table or a column does not exist.
-func isMissingTable(err error) bool {
-	state := sqlState(err)
-	return state == "42P01" || state == "42703"
 }

@@ -74,6 +74,12 @@ func (t *trust) current() (s sessionRef, connected bool) {
 	return t.session, t.connected
 }
 
+// connectedAs reports whether the session is s and connected.
+func (t *trust) connectedAs(s sessionRef) bool {
+	now, connected := t.current()
+	return now == s && connected
+}
+
 // state returns whether the session is connected, since when it is suspended, and when its last
 // good heartbeat began.
 func (t *trust) state() (connected bool, suspended, good time.Time) {
