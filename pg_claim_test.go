@@ -3,6 +3,7 @@ package locker
 import (
 	"context"
 	"crypto/rand"
+	"database/sql"
 	"encoding/hex"
 	"errors"
 	"strings"
@@ -565,4 +566,19 @@ func TestServerTimeIsNotTooEarly(t *testing.T) {
 	got, err := l.serverTime(pgBackground, asked)
 	require.NoError(t, err)
 	require.GreaterOrEqual(t, got, before)
+}
+
+// The labels of a row may be any JSON, and columns may be missing, because an operator can have
+// written the row.
+func TestDecodeClaim(t *testing.T) {
+	id := uuid.New()
+	for _, labels := range []string{"null", "1", `"text"`, "[]", `{"a":1}`, `{"a":{"b":"c"}}`} {
+		text := `{"id" : "` + id.String() + `", "labels" : ` + labels + `, "event" : "push", "since" : null, "host" : null, "pid" : null, "token" : 7}`
+		require.Equal(t, &ClaimInfo{ID: id, Event: "push", Token: 7}, decodeClaim(sql.NullString{String: text, Valid: true}), labels)
+	}
+	got := decodeClaim(sql.NullString{String: `{"labels" : {"a":"b"}, "since" : "2026-11-28T12:34:56.123456+02:00", "host" : "h", "pid" : 5}`, Valid: true})
+	require.True(t, got.Since.Equal(time.Date(2026, 11, 28, 10, 34, 56, 123456000, time.UTC)))
+	require.Equal(t, time.Local, got.Since.Location())
+	require.Equal(t, map[string]string{"a": "b"}, got.Labels)
+	require.Nil(t, decodeClaim(sql.NullString{}))
 }

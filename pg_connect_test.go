@@ -205,6 +205,9 @@ func TestConnectParameters(t *testing.T) {
 	_, err = sessionDSN("host=h password=" + secret + " no-setting=1")
 	requireRefused(t, err, "URI is invalid")
 	tr.requireNoCaller(t)
+	t.Setenv("PGTZ", "Asia/Tokyo")
+	require.Equal(t, map[string]string{"TimeZone": "Asia/Tokyo", "geqo": "off", "my.own": "1"}, configOf(t, "host=h geqo=off my.own=1").Runtime)
+	require.Equal(t, map[string]string{"TimeZone": "UTC"}, configOf(t, "postgres://h?tz=UTC").Runtime)
 
 	uri := newDatabase(t)
 	for _, settings := range []string{"&search_path=public&work_mem=8MB&TimeZone=UTC", "&my.own=1", "&options=-c%20geqo%3Doff", "&tcp_user_timeout=9s"} {

@@ -203,7 +203,8 @@ func sessionDSN(uri string) (string, error) {
 //   - a bound for connecting,
 //   - arguments in binary format,
 //   - TLS, unless the string, the service file or the environment has a setting for it,
-//   - the demand for the host that accepts writes, if several hosts are named.
+//   - the demand for the host that accepts writes, if several hosts are named,
+//   - settings that the driver reads and does not use.
 func connectConfig(dsn string) (pq.Config, error) {
 	cfg, err := pq.NewConfig(dsn)
 	if err != nil {
@@ -215,6 +216,13 @@ func connectConfig(dsn string) (pq.Config, error) {
 	if err := checkHosts(cfg); err != nil {
 		return pq.Config{}, err
 	}
+	// The driver knows these settings, and does not send them.
+	for name, value := range map[string]string{"TimeZone": cfg.TZ, "geqo": cfg.Geqo} {
+		if value != "" {
+			cfg.Runtime[name] = value
+		}
+	}
+	cfg.TZ, cfg.Geqo = "", ""
 	// The type array needs binary parameters.
 	cfg.BinaryParameters = true
 	cfg.ApplicationName = cmp.Or(cfg.ApplicationName, applicationName())

@@ -41,13 +41,15 @@ func (s *session) keepListener() {
 			first, down = false, false
 			return l, nil
 		},
-		serve: s.serveListener,
-		ended: func(err error) {
-			down = true
-			s.log.Warn("locker: listener lost: notifications arrive late until it is back", slog.String("cause", err.Error()))
+		beat: s.beatListener,
+		ended: func(_ *line, err error) {
 			s.mu.Lock()
-			defer s.mu.Unlock()
 			s.listens = false
+			s.mu.Unlock()
+			if s.ctx.Err() == nil && err != errIdle {
+				down = true
+				s.log.Warn("locker: listener lost: notifications arrive late until it is back", slog.String("cause", err.Error()))
+			}
 		},
 		failed: func(err error, _ time.Duration) {
 			down = true
@@ -58,30 +60,19 @@ func (s *session) keepListener() {
 	})
 }
 
-// serveListener checks once in each heartbeat interval that the channel is registered.
-// Notifications arrive on another goroutine of the connection.
-func (s *session) serveListener(c *line) error {
-	tick := time.NewTicker(heartbeatInterval(s.conf.sessionTimeout))
-	defer tick.Stop()
-	for {
-		if closing, err := c.await(s.ctx, tick); closing {
-			return err
-		}
-		err := c.exec(max(heartbeatDeadline(s.conf.sessionTimeout), time.Second), sqlListening)
-		if sqlState(err) == "22012" {
-			return errors.New("the channel is not registered in this server session any longer")
-		}
-		if err != nil {
-			return err
-		}
-		s.mu.Lock()
-		idle := s.resting && s.queuedLocked() == 0
-		s.listens = !idle
-		s.mu.Unlock()
-		if idle {
-			return errIdle
-		}
+// beatListener checks that the channel is registered. Notifications arrive on another goroutine of
+// the connection.
+func (s *session) beatListener(l *line, _ time.Time) error {
+	err := l.exec(max(heartbeatDeadline(s.conf.sessionTimeout), time.Second), sqlListening)
+	if sqlState(err) == "22012" {
+		return errors.New("the channel is not registered in this server session any longer")
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err == nil && s.resting && s.queuedLocked() == 0 {
+		err = errIdle
+	}
+	return err
 }
 
 // heard processes a payload that the listener has received.

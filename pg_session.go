@@ -171,9 +171,6 @@ func (s *session) close() {
 		s.trust.end()
 	}
 	s.running.Wait()
-	s.mu.Lock()
-	s.listens = false
-	s.mu.Unlock()
 }
 
 // kept is one of the two connections that are open as long as the provider is in use.
@@ -184,9 +181,12 @@ type kept struct {
 	// Whether the connection may be opened. When that changes, wake is signaled.
 	allowed func() bool
 	open    func() (*line, error)
-	serve   func(*line) error                    // returns when the connection fails, or s.ctx is done
-	ended   func(err error)                      // called after serve has failed
-	failed  func(err error, pause time.Duration) // called after open has failed, before the next attempt
+	// Called once in each heartbeat interval. An error ends the connection.
+	beat func(l *line, start time.Time) error
+	// Called before the connection is closed, because it has failed, with errIdle, or because s.ctx
+	// is done.
+	ended  func(l *line, err error)
+	failed func(err error, pause time.Duration) // called after open has failed, before the next attempt
 }
 
 // keep opens a connection whenever it is wanted and not open. It ends with s.ctx, which close
@@ -194,36 +194,33 @@ type kept struct {
 func (s *session) keep(k kept) {
 	defer s.running.Done()
 	failing := false
-	for {
-		for !s.wanted() || !k.allowed() {
+	for s.ctx.Err() == nil {
+		if !s.wanted() || !k.allowed() {
 			select {
 			case <-k.wake:
 			case <-s.ctx.Done():
-				return
 			}
+			continue
 		}
 		l, err := k.open()
-		opened, start := err == nil, time.Now()
-		if opened {
-			err = k.serve(l)
+		failed := err != nil
+		if !failed {
+			opened := time.Now()
+			err = s.serve(l, k.beat)
+			k.ended(l, err)
 			l.close()
-		}
-		if s.ctx.Err() != nil {
-			return
-		}
-		if opened {
 			failing = false
-			if err != errIdle {
-				k.ended(err)
-			}
 			// Otherwise a proxy may be at fault that closes each new connection.
-			if time.Since(start) >= reopenMax || err == errIdle {
+			if err == errIdle || time.Since(opened) >= reopenMax {
 				k.way.connected()
 				continue
 			}
 		}
+		if s.ctx.Err() != nil {
+			return
+		}
 		pause := k.way.next(err, s.urgent())
-		if !opened {
+		if failed {
 			if !failing {
 				s.log.Warn("locker: cannot connect; trying again", slog.String("connection", k.name), slog.String("error", err.Error()))
 			}
@@ -235,8 +232,20 @@ func (s *session) keep(k kept) {
 			s.retryAt = time.Time{}
 			s.mu.Unlock()
 		}
-		if s.ctx.Err() != nil {
-			return
+	}
+}
+
+// serve calls beat once in each heartbeat interval, until it or the connection fails or s.ctx is
+// done.
+func (s *session) serve(l *line, beat func(l *line, start time.Time) error) error {
+	tick := time.NewTicker(heartbeatInterval(s.conf.sessionTimeout))
+	defer tick.Stop()
+	for {
+		if closing, err := l.await(s.ctx, tick); closing {
+			return err
+		}
+		if err := beat(l, time.Now()); err != nil {
+			return err
 		}
 	}
 }
@@ -278,6 +287,8 @@ func isRefusal(err error) bool {
 // keepSession keeps the session's own connection. It ends with close.
 func (s *session) keepSession() {
 	var ref sessionRef
+	var last time.Time // when the last heartbeat of the connection began
+	beats := 0
 	way := &way{ask: s.dsn}
 	s.keep(kept{
 		name:    "session",
@@ -286,10 +297,19 @@ func (s *session) keepSession() {
 		allowed: func() bool { return true },
 		open: func() (l *line, err error) {
 			l, ref, err = s.openOwn(way)
+			last, beats = time.Now(), 0
 			return l, err
 		},
-		serve: func(c *line) error {
-			err := s.serveOwn(c, ref)
+		beat: func(l *line, start time.Time) error {
+			// The monotonic clock stands still while the machine is suspended.
+			if slept := suspendedFor(last, start); slept > s.conf.sessionTimeout/2 {
+				return errors.Errorf("the machine was suspended for %v", slept.Round(time.Second))
+			}
+			last = start
+			beats++
+			return s.beat(l, ref, start, beats)
+		},
+		ended: func(l *line, err error) {
 			s.mu.Lock()
 			if s.doom != nil {
 				err = s.doom
@@ -297,11 +317,11 @@ func (s *session) keepSession() {
 			s.own, s.doom = nil, nil
 			s.mu.Unlock()
 			if s.ctx.Err() != nil || err == errIdle {
-				s.endOwn(c, ref)
+				s.endOwn(l, ref)
+			} else {
+				s.trust.suspend(ref, err)
 			}
-			return err
 		},
-		ended: func(err error) { s.trust.suspend(ref, err) },
 		failed: func(err error, pause time.Duration) {
 			if isLogin(err) {
 				s.admit(false)
@@ -398,6 +418,9 @@ func (s *session) openOwn(way *way) (_ *line, ref sessionRef, err error) {
 		s.log.Info("locker: another session is open")
 	}
 	s.reconcile(ref, suspended, lost)
+	if s.conf.originalReplicas {
+		s.settleKeys(l)
+	}
 	return l, ref, nil
 }
 
@@ -429,40 +452,19 @@ func (s *session) unprepare() {
 	s.prepared = false
 }
 
-// serveOwn sends heartbeats until one fails or the connection ends.
-func (s *session) serveOwn(l *line, ref sessionRef) error {
-	interval := heartbeatInterval(s.conf.sessionTimeout)
-	tick := time.NewTicker(interval)
-	defer tick.Stop()
-	last := time.Now()
-	// It may have been lost before dropOwn could close this connection.
-	if now, _ := s.trust.current(); now != ref {
+// beat sends a heartbeat. It fails as well if the session was lost, or is idle.
+func (s *session) beat(l *line, ref sessionRef, start time.Time, beats int) error {
+	if err := l.exec(heartbeatDeadline(s.conf.sessionTimeout), fmt.Sprintf(sqlHeartbeat, ref.lock)); err != nil {
+		return heartbeatError(err)
+	}
+	if !s.trust.beat(ref, start) {
 		return errSessionLost
 	}
-	if s.conf.originalReplicas {
-		s.settleKeys(l)
+	if s.rest(ref) {
+		return errIdle
 	}
-	for beats := 1; ; beats++ {
-		if closing, err := l.await(s.ctx, tick); closing {
-			return err
-		}
-		// The monotonic clock stands still while the machine is suspended.
-		start := time.Now()
-		if slept := suspendedFor(last, start); slept > s.conf.sessionTimeout/2 {
-			return errors.Errorf("the machine was suspended for %v", slept.Round(time.Second))
-		}
-		last = start
-		if err := l.exec(heartbeatDeadline(s.conf.sessionTimeout), fmt.Sprintf(sqlHeartbeat, ref.lock)); err != nil {
-			return heartbeatError(err)
-		}
-		if !s.trust.beat(ref, start) {
-			return errSessionLost
-		}
-		if s.rest(ref) {
-			return errIdle
-		}
-		s.lookAfterRows(ref, beats)
-	}
+	s.lookAfterRows(ref, beats)
+	return nil
 }
 
 // rest ends the session if the provider has been idle for the idle timeout, and reports whether it

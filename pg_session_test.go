@@ -1622,8 +1622,10 @@ func TestSessionLostWhileItConnects(t *testing.T) {
 	require.NoError(t, l.Unlock(pgBackground))
 	old := pgSession(p)
 	old.generation--
-	require.Equal(t, errSessionLost, p.session.serveOwn(nil, old))
-	require.False(t, p.session.trust.beat(old, time.Now()))
+	own := p.session.own
+	var err error
+	own.do(func() { err = p.session.beat(own, old, time.Now(), 1) })
+	require.Equal(t, errSessionLost, err)
 }
 
 // C4: a waiter that was announced is superseded by its holder's next announcement immediately: the
