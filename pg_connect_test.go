@@ -49,6 +49,10 @@ func configOf(t testing.TB, uri string) pq.Config {
 // B1, B4: hosts with ports, and sockets, mean the same in a URL as in pairs, regardless of the
 // result of url.Parse.
 func TestConnectHosts(t *testing.T) {
+	// An empty URI keeps that of an earlier option.
+	named, err := NewPostgresProvider("host=h", WithPostgresBackend("", ""))
+	require.NoError(t, err)
+	require.NoError(t, named.Close())
 	for uri, pairs := range map[string]string{
 		"postgres://a:5432,b:5433/db":                           "host=a,b port=5432,5433 dbname=db",
 		"postgres://user:" + secret + "@a:1,b/db?sslmode=allow": "host=a,b port=1,5432 user=user password=" + secret + " dbname=db sslmode=allow",
@@ -86,7 +90,7 @@ func TestConnectHosts(t *testing.T) {
 	require.Len(t, configOf(t, "host=/run,@name").Multi, 1)
 	require.Len(t, configOf(t, "host=/run,db hostaddr=127.0.0.1,127.0.0.2").Multi, 1)
 	t.Setenv("PGHOST", "db,/run")
-	_, err := sessionDSN("dbname=db")
+	_, err = sessionDSN("dbname=db")
 	requireRefused(t, err, "either hosts or the folders of sockets")
 	// The driver would connect to the other hosts of the variable as well.
 	t.Setenv("PGHOST", "a,b,,d")
