@@ -452,7 +452,7 @@ func (l *lock) leave(ctx context.Context, err error) {
 	default:
 		l.observe(ObservedFailed, waited, err)
 	}
-	l.over(ctx, explainTimeout)
+	l.over(context.WithoutCancel(ctx), explainTimeout)
 	if returned != nil {
 		close(returned)
 	}
@@ -532,7 +532,10 @@ func (l *lock) acquire(ctx context.Context, call lockCall) (_ <-chan Notificatio
 		// has found. A claim that skips is compared with no other claim.
 		if !skip {
 			l.mu.Lock()
-			l.placeLocked(a.newest)
+			// Notify may have announced it meanwhile.
+			if !l.placed {
+				l.placeLocked(a.newest)
+			}
 			l.mu.Unlock()
 		}
 		if a.outcome == again {

@@ -44,13 +44,14 @@ func refused(format string, args ...any) error {
 func connectError(err error) error {
 	var hosts interface{ Unwrap() []error }
 	if errors.As(err, &hosts) {
-		decides := hosts.Unwrap()[0]
+		all := hostsError{hosts.Unwrap()[0], strings.NewReplacer(":\n", ": ", "\n", "; ").Replace(err.Error()), false}
 		for _, one := range hosts.Unwrap() {
 			if !isRefusal(connectError(one)) {
-				decides = one
+				all.error = one
 			}
+			all.login = all.login || isLogin(one)
 		}
-		err = hostsError{decides, strings.NewReplacer(":\n", ": ", "\n", "; ").Replace(err.Error())}
+		err = all
 	}
 	err = errors.Wrap(err, "locker: connect to postgres")
 	var certificate *tls.CertificateVerificationError
@@ -77,7 +78,8 @@ func connectError(err error) error {
 // hostsError is the error of one host, with the errors of all hosts in one line of text.
 type hostsError struct {
 	error
-	text string
+	text  string
+	login bool // whether one of them has refused the login
 }
 
 func (e hostsError) Error() string { return e.text }

@@ -54,17 +54,18 @@ func TestConnectHosts(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, named.Close())
 	for uri, pairs := range map[string]string{
-		"postgres://a:5432,b:5433/db":                           "host=a,b port=5432,5433 dbname=db",
-		"postgres://user:" + secret + "@a:1,b/db?sslmode=allow": "host=a,b port=1,5432 user=user password=" + secret + " dbname=db sslmode=allow",
-		"postgresql://user@a,b:7?connect_timeout=3":             "host=a,b port=5432,7 user=user connect_timeout=3",
-		"postgres://u%40x:%2F%3A@[::1]:1,[fe80::1]:2/d%20b":     `host=::1,fe80::1 port=1,2 user=u@x password=/: dbname='d b'`,
-		"postgres://[::1],[fe80::1]/db":                         "host=::1,fe80::1 dbname=db",
-		"postgres://%2Fvar%2Frun/db":                            "host=/var/run dbname=db",
-		"postgres://user@%2fvar%2frun:5433/db":                  "host=/var/run port=5433 user=user dbname=db",
-		"postgres:///db?host=/var/run&port=5433":                "host=/var/run port=5433 dbname=db",
-		"postgres://u@[::1]/db":                                 "host=::1 user=u dbname=db",
-		"postgres://u@:5433?dbname=db&password=" + secret:       "port=5433 user=u password=" + secret + " dbname=db",
-		"postgres://h:6432/db?user=u":                           "host=h port=6432 user=u dbname=db",
+		"postgres://a:5432,b:5433/db":                                       "host=a,b port=5432,5433 dbname=db",
+		"postgres://user:" + secret + "@a:1,b/db?sslmode=allow":             "host=a,b port=1,5432 user=user password=" + secret + " dbname=db sslmode=allow",
+		"postgresql://user@a,b:7?connect_timeout=3":                         "host=a,b port=5432,7 user=user connect_timeout=3",
+		"postgres://u%40x:%2F%3A@[::1]:1,[fe80::1]:2/d%20b":                 `host=::1,fe80::1 port=1,2 user=u@x password=/: dbname='d b'`,
+		"postgres://[::1],[fe80::1]/db":                                     "host=::1,fe80::1 dbname=db",
+		"postgres://%2Fvar%2Frun/db":                                        "host=/var/run dbname=db",
+		"postgres://user@%2fvar%2frun:5433/db":                              "host=/var/run port=5433 user=user dbname=db",
+		"postgres:///db?host=/var/run&port=5433":                            "host=/var/run port=5433 dbname=db",
+		"postgres://u@[::1]/db":                                             "host=::1 user=u dbname=db",
+		"postgres://u@:5433?dbname=db&password=" + secret:                   "port=5433 user=u password=" + secret + " dbname=db",
+		"postgres://h:6432/db?user=u":                                       "host=h port=6432 user=u dbname=db",
+		"postgres://u:" + secret + "@h:/db?host=&password=&port=6432&user=": "host=h port=6432 user=u password=" + secret + " dbname=db",
 	} {
 		require.Equal(t, meaning(configOf(t, pairs)), meaning(configOf(t, uri)), uri)
 	}
@@ -79,6 +80,13 @@ func TestConnectHosts(t *testing.T) {
 	for _, uri := range []string{"postgres://u@h/db?user=v", "postgres://u:" + secret + "@h/db?password=" + secret, "postgres://h/db?dbname=other"} {
 		_, err := sessionDSN(uri)
 		requireRefused(t, err, "once, before the ? or after it")
+	}
+	// Strings in a mixed form: the host would be quoted as one that is not found.
+	for _, uri := range []string{
+		"postgres://h user=u password=" + secret, "postgres://u:" + secret + "@h\n", "host=h;password=" + secret, "postgres://h;password=" + secret + "/db",
+	} {
+		_, err := sessionDSN(uri)
+		requireRefused(t, err, "URI is invalid")
 	}
 	// The driver would turn TLS off for all of them, or ask for it on the socket.
 	for _, uri := range []string{
@@ -124,7 +132,14 @@ func TestConnectSeveralHostsFail(t *testing.T) {
 	require.ErrorContains(t, r.err, "no pg_hba.conf entry")
 	require.ErrorContains(t, r.err, "password authentication failed")
 
+	// The refused login counts: too many of them lock an account.
+	require.True(t, isLogin(r.err))
 	other.refuseLogins("57P03", "the database system is starting up")
+	dsn, err := staticDSN(both)
+	require.NoError(t, err)
+	_, err = openLink(t.Context(), dsn, nil, time.Minute)
+	require.True(t, isLogin(err), "%v", err)
+	require.False(t, isRefusal(err), "%v", err)
 	waits := claim()
 	since := time.Now()
 	pgUntil(t, "it has tried three times", func() bool { return other.loginsSince(since) > 3 })
@@ -209,9 +224,6 @@ func TestConnectParameters(t *testing.T) {
 	_, err = sessionDSN("host=h password=" + secret + " no-setting=1")
 	requireRefused(t, err, "URI is invalid")
 	tr.requireNoCaller(t)
-	t.Setenv("PGTZ", "Asia/Tokyo")
-	require.Equal(t, map[string]string{"TimeZone": "Asia/Tokyo", "geqo": "off", "my.own": "1"}, configOf(t, "host=h geqo=off my.own=1").Runtime)
-	require.Equal(t, map[string]string{"TimeZone": "UTC"}, configOf(t, "postgres://h?tz=UTC").Runtime)
 
 	uri := newDatabase(t)
 	for _, settings := range []string{"&search_path=public&work_mem=8MB&TimeZone=UTC", "&my.own=1", "&options=-c%20geqo%3Doff", "&tcp_user_timeout=9s"} {
@@ -358,6 +370,7 @@ passfile=/passfile
 	check := func(t *testing.T) {
 		for _, uri := range []string{
 			"service=one", "service=several", "service=addresses", "service=both", "service=socket", "service=nothing",
+			"host=,b", "host=,b port=1,2",
 			"postgres://user:" + secret + "@x:1/db?service=nothing&search_path=a,%20b&my.own='", "service=one user='' dbname='' password=''", "host=h",
 		} {
 			want := configOf(t, uri)
@@ -379,6 +392,33 @@ passfile=/passfile
 		t.Setenv(variable, value)
 	}
 	check(t)
+	t.Setenv("PGSERVICE", "")
+	// The driver appends the lists of the environment.
+	same := func(t *testing.T, uri string, multi int) {
+		want := configOf(t, uri)
+		require.Len(t, want.Multi, multi, uri)
+		got, err := pq.NewConfig(connectionString(want))
+		require.NoError(t, err, uri)
+		require.Equal(t, meaning(want), meaning(got), uri)
+	}
+	t.Run("hosts", func(t *testing.T) {
+		t.Setenv("PGHOST", "a,b")
+		t.Setenv("PGPORT", "5432")
+		same(t, "postgres://u:"+secret+"@/db", 1)
+		t.Setenv("PGPORT", "1,2")
+		same(t, "dbname=db", 1)
+	})
+	t.Run("ports", func(t *testing.T) {
+		t.Setenv("PGPORT", "1,2")
+		same(t, "host=a,b", 1)
+		same(t, "host=a", 0)
+	})
+	t.Run("addresses", func(t *testing.T) {
+		t.Setenv("PGPORT", "")
+		t.Setenv("PGHOSTADDR", "127.0.0.1,::1")
+		t.Setenv("PGPORT", "7")
+		same(t, "dbname=db", 1)
+	})
 }
 
 // Neither Close nor a call that is canceled waits for a long connect_timeout when the server has

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/lib/pq"
 	"github.com/pkg/errors"
@@ -181,7 +182,13 @@ func (w *way) rest(ctx context.Context, pause time.Duration, failed error) (earl
 }
 
 // isLogin reports whether err means that the server has refused a login.
-func isLogin(err error) bool { return stateIn(err, "28") }
+func isLogin(err error) bool {
+	var hosts hostsError
+	if errors.As(err, &hosts) {
+		return hosts.login
+	}
+	return stateIn(err, "28")
+}
 
 // sessionDSN returns a caller's connection string in a form that connectConfig accepts. Its errors
 // never quote the string, which may contain a password (C31).
@@ -203,8 +210,7 @@ func sessionDSN(uri string) (string, error) {
 //   - a bound for connecting,
 //   - arguments in binary format,
 //   - TLS, unless the string, the service file or the environment has a setting for it,
-//   - the demand for the host that accepts writes, if several hosts are named,
-//   - settings that the driver reads and does not use.
+//   - the demand for the host that accepts writes, if several hosts are named.
 func connectConfig(dsn string) (pq.Config, error) {
 	cfg, err := pq.NewConfig(dsn)
 	if err != nil {
@@ -216,13 +222,6 @@ func connectConfig(dsn string) (pq.Config, error) {
 	if err := checkHosts(cfg); err != nil {
 		return pq.Config{}, err
 	}
-	// The driver knows these settings, and does not send them.
-	for name, value := range map[string]string{"TimeZone": cfg.TZ, "geqo": cfg.Geqo} {
-		if value != "" {
-			cfg.Runtime[name] = value
-		}
-	}
-	cfg.TZ, cfg.Geqo = "", ""
 	// The type array needs binary parameters.
 	cfg.BinaryParameters = true
 	cfg.ApplicationName = cmp.Or(cfg.ApplicationName, applicationName())
@@ -245,8 +244,13 @@ func checkHosts(cfg pq.Config) error {
 		if strings.Contains(h.Host, "://") {
 			return errURLInside
 		}
-		if !h.Hostaddr.IsValid() && (strings.HasPrefix(h.Host, "/") || strings.HasPrefix(h.Host, "@")) {
+		socket := strings.HasPrefix(h.Host, "/") || strings.HasPrefix(h.Host, "@")
+		if socket && !h.Hostaddr.IsValid() {
 			sockets++
+		}
+		// It is a part of a string in another form, and may have a password.
+		if !socket && strings.ContainsFunc(h.Host, func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) || r == '=' || r == ';' }) {
+			return invalidURI(errors.New("no host's name"))
 		}
 	}
 	variable := strings.Split(os.Getenv("PGHOST"), ",")
@@ -332,7 +336,7 @@ func connectionString(cfg pq.Config) string {
 		switch name {
 		case "host":
 			// There are only addresses.
-			if len(hosts) > 1 && slices.Contains(hosts, "") {
+			if len(hosts) > 1 && slices.Contains(hosts, "") && cfg.Hostaddr.IsValid() {
 				continue
 			}
 			text = strings.Join(hosts, ",")
@@ -341,6 +345,10 @@ func connectionString(cfg pq.Config) string {
 		case "port":
 			text = strings.Join(ports, ",")
 		}
+		// The driver appends the rest of a list in the environment.
+		if first, _, list := strings.Cut(text, ","); list && lists[name] && strings.Contains(os.Getenv(drivers[name]), ",") {
+			text = first
+		}
 		pairs = append(pairs, pair(name, text))
 	}
 	for name, value := range cfg.Runtime {
@@ -348,6 +356,9 @@ func connectionString(cfg pq.Config) string {
 	}
 	return strings.Join(pairs, " ")
 }
+
+// lists are the parameters that have a value for each host.
+var lists = map[string]bool{"host": true, "hostaddr": true, "port": true}
 
 func isURL(uri string) bool {
 	return strings.HasPrefix(uri, "postgres://") || strings.HasPrefix(uri, "postgresql://")
@@ -394,7 +405,8 @@ func spelledOut(uri string) (string, error) {
 	for host := range strings.SplitSeq(list, ",") {
 		port := "5432"
 		if i := strings.LastIndexByte(host, ':'); i >= 0 && !strings.HasSuffix(host, "]") {
-			host, port, given = host[:i], cmp.Or(host[i+1:], port), true
+			given = given || i+1 < len(host)
+			host, port = host[:i], cmp.Or(host[i+1:], port)
 		}
 		if strings.HasPrefix(host, "[") && strings.HasSuffix(host, "]") {
 			host = host[1 : len(host)-1]
@@ -407,12 +419,12 @@ func spelledOut(uri string) (string, error) {
 	}
 	password, _ := u.User.Password()
 	for name, value := range map[string]string{"user": u.User.Username(), "password": password, "dbname": strings.TrimPrefix(u.Path, "/")} {
-		if value != "" && q.Has(name) {
+		if value != "" && q.Get(name) != "" {
 			return "", errTwice
 		}
 	}
 	names := strings.Join(hosts, ",")
-	if names != "" && q.Has("host") || given && q.Has("port") {
+	if names != "" && q.Get("host") != "" || given && q.Get("port") != "" {
 		return "", errHosts
 	}
 	if names != "" {

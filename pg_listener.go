@@ -155,13 +155,10 @@ func (s *session) proveNotify(way *way) error {
 		return nil
 	}
 	s.mu.Lock()
-	deaf, listens := s.deaf, s.listens
+	deaf := s.deaf
 	s.mu.Unlock()
-	switch {
-	case deaf != nil:
+	if deaf != nil {
 		return errors.WithMessage(deaf, "locker: listen for notifications")
-	case !listens:
-		return errors.Errorf("locker: the listener has not connected within %v: is a pool in between used up? A provider needs up to four connections", proofTimeout)
 	}
 	return refused("a NOTIFY to this process did not arrive within %v: a proxy in transaction-pooling mode is in between; connect to PostgreSQL directly or to a pool in session mode", proofTimeout)
 }

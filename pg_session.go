@@ -414,6 +414,10 @@ func (s *session) openOwn(way *way) (_ *line, ref sessionRef, err error) {
 	}
 	s.mu.Unlock()
 	s.wakeUp()
+	// It may have been lost before dropOwn could close this connection.
+	if !s.trust.connectedAs(ref) {
+		s.dropOwn(errSessionLost)
+	}
 	if suspended.IsZero() && ref.generation > 1 {
 		s.log.Info("locker: another session is open")
 	}
@@ -519,7 +523,8 @@ var errPooler = refused("the session's advisory lock is not where it was taken: 
 // is taken over when its session is seen dead.
 func (s *session) endOwn(l *line, ref sessionRef) {
 	s.mu.Lock()
-	needed := s.unreleased
+	// A release may have been queued after the worker had ended.
+	needed := s.unreleased || len(s.swift.queues[opRelease]) > 0
 	s.mu.Unlock()
 	if !needed {
 		// If this fails, others sweep the row.

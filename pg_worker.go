@@ -312,7 +312,9 @@ func (w *worker) run() {
 		case closed:
 			s.mu.Lock()
 			rest := w.drainLocked()
-			s.unreleased = s.unreleased || slices.ContainsFunc(rest, func(o *op) bool { return o.kind == opRelease })
+			s.unreleased = s.unreleased || slices.ContainsFunc(rest, func(o *op) bool {
+				return o.kind == opRelease || o.doubt && (o.kind == opAcquire || o.acquire)
+			})
 			s.mu.Unlock()
 			finish(rest, ErrProviderClosed)
 			return
