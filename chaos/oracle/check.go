@@ -550,8 +550,10 @@ func (j *judge) superseded(claims []*Claim) {
 		if !slices.ContainsFunc(claims, func(n *Claim) bool { return announced(n) && !(held && n.Mode == ModeFinish) }) {
 			// A row that was deleted is created again without its newest claim, which may still
 			// wait. A claim that came after the deletion then finds that one to be newer.
-			if j.forgot(c.Attempt-int64(j.LockTimeout), at) == ExcuseRows {
-				j.excuse(ExcuseRows, c, at)
+			// So does one that is not announced, after an asynchronous standby had forgotten that one.
+			excuse := j.forgot(c.Attempt-int64(j.LockTimeout), at)
+			if excuse == ExcuseRows || excuse == ExcuseAsync && c.How == HowSilent {
+				j.excuse(excuse, c, at)
 				continue
 			}
 			j.violate(Violation{rule, at, c.Key, c.ID, text})

@@ -239,6 +239,10 @@ func TestSuperseded(t *testing.T) {
 		{"by an older one", (&story{}).claim(0, "b1").claim(1, "a1").ended(2, "a1", ClassDisplaced).locked(2, "b1", 1).released(3, "b1", ClassReleased), []string{RuleSuperseded}, nil},
 		{"a holder, by none", (&story{}).claim(0, "a1").locked(0.1, "a1", 1).notified(1, "a1", ClassDisplaced).released(1.1, "a1", ClassDisplaced), []string{RuleSuperseded}, nil},
 		{"by a newer one", displaced(), nil, nil},
+		{"one that is not announced, by one that an asynchronous standby had forgotten", (&story{}).claim(0, "b1").of(1, Forget, "", ForgetAsync).silent(1.5, "a1").
+			ended(2, "a1", ClassDisplaced).locked(2, "b1", 1).released(3, "b1", ClassReleased), nil, []string{ExcuseAsync}},
+		{"one that is announced, by the same", (&story{}).claim(0, "b1").of(1, Forget, "", ForgetAsync).claim(1.5, "a1").
+			ended(2, "a1", ClassDisplaced).locked(2, "b1", 1).released(3, "b1", ClassReleased), []string{RuleSuperseded}, nil},
 		{"by one whose announcement was not confirmed", (&story{}).claim(1, "a1").add(0, Attempt, "b1", nil).add(0, Announcing, "b1", nil).of(0.5, Killed, "b", "").
 			ended(2, "a1", ClassDisplaced), nil, nil},
 	})
