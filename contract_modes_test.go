@@ -1116,13 +1116,8 @@ func earlyFailureObserved(e *env) {
 
 // A hold whose loss is found by its own release is observed as lost.
 func lossFoundByRelease(e *env) {
-	var mu sync.Mutex
-	var kinds []ObservationKind
-	p := e.process(WithObserver(func(o Observation) {
-		mu.Lock()
-		defer mu.Unlock()
-		kinds = append(kinds, o.Kind)
-	}))
+	var seen seenSessions
+	p := e.process(WithObserver(seen.observe))
 	key := e.key()
 	l, _ := e.hold(p, key, "holder")
 	if e.fake() {
@@ -1133,9 +1128,7 @@ func lossFoundByRelease(e *env) {
 	_, err := e.admin.Exec(`UPDATE env_lock_state SET holder_id = NULL WHERE lock_key = $1`, key)
 	e.NoError(err)
 	e.ErrorIs(l.Unlock(e.ctx), ErrLockLost)
-	mu.Lock()
-	defer mu.Unlock()
-	e.Equal([]ObservationKind{ObservedAcquired, ObservedLost}, kinds)
+	e.Equal([]ObservationKind{ObservedAcquired, ObservedLost}, seen.kinds())
 }
 
 // A newer claim arrives before the grant: the observer sees the hold before its notification.
@@ -1154,11 +1147,7 @@ func TestObservedInOrder(t *testing.T) {
 	_, err = l.hold(t.Context(), a)
 	require.NoError(t, err)
 	require.NoError(t, l.Unlock(t.Context()))
-	var kinds []ObservationKind
-	for _, o := range seen.all {
-		kinds = append(kinds, o.Kind)
-	}
-	require.Equal(t, []ObservationKind{ObservedAcquired, ObservedNotified, ObservedReleased}, kinds)
+	require.Equal(t, []ObservationKind{ObservedAcquired, ObservedNotified, ObservedReleased}, seen.kinds())
 }
 
 // The first use of a fake may be concurrent, even if one of the calls fails early.

@@ -414,7 +414,6 @@ passfile=/passfile
 		same(t, "host=a", 0)
 	})
 	t.Run("addresses", func(t *testing.T) {
-		t.Setenv("PGPORT", "")
 		t.Setenv("PGHOSTADDR", "127.0.0.1,::1")
 		t.Setenv("PGPORT", "7")
 		same(t, "dbname=db", 1)

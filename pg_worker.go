@@ -368,8 +368,8 @@ func (w *worker) gather() {
 // nextBatch returns the next batch, and the session that it is for. A batch has operations of one
 // kind, and only one for each key, because the statements identify rows by key. The kinds take
 // turns. Without a batch, it returns how long to wait for one, which is zero if there would be one
-// with a connection, and reports whether there will be none. No key is taken while the session is not connected, and no operation runs before it was
-// connected for the first time.
+// with a connection, and reports whether there will be none. No key is taken while the session is
+// not connected, and no operation runs before it was connected for the first time.
 func (w *worker) nextBatch() (batch []*op, ref sessionRef, wait time.Duration, closed bool) {
 	s := w.session
 	now := time.Now()
@@ -574,12 +574,11 @@ func (w *worker) requeue(batch []*op, err error) {
 // without NOTIFY if that is at fault, and otherwise one by one.
 func (w *worker) rejected(batch []*op, err error) {
 	o := batch[0]
-	// The queue of notifications is full, or its files fail.
-	notify := stateIn(err, "54000", "58") && o.kind != opLookup
 	switch {
-	case notify && o.kind == opCall && !stateIn(err, "58"):
-		// A call cannot do without NOTIFY.
-	case notify && o.kind != opCall && !w.quiet:
+	case o.kind == opCall && stateIn(err, "54000"):
+		// The queue of notifications is full. A call cannot do without NOTIFY.
+	case o.kind != opCall && o.kind != opLookup && !w.quiet && stateIn(err, "54000", "58"):
+		// The queue is full, or its files fail.
 		w.session.muted(err)
 	case len(batch) > 1:
 		for _, o := range batch {

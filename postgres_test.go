@@ -813,6 +813,16 @@ func (o *seenSessions) observe(ob Observation) {
 	o.all = append(o.all, ob)
 }
 
+// kinds returns the kinds of all observations, in order.
+func (o *seenSessions) kinds() (kinds []ObservationKind) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, ob := range o.all {
+		kinds = append(kinds, ob.Kind)
+	}
+	return kinds
+}
+
 // of returns the observations of a kind.
 func (o *seenSessions) of(kind ObservationKind) (found []Observation) {
 	o.mu.Lock()
